@@ -9,10 +9,9 @@ from brandla import grouped
 from brandla._check import checked
 from brandla._value import keep_dtype
 from brandla.brand import eigh_downdate, eigh_update, eigh_update_
-from brandla.centred import Centred, centre
 from brandla.damped import damped_logdet, damped_power, damped_solve
 from brandla.kron import kron_damped_logdet, kron_damped_power, kron_damped_solve
-from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, track
+from brandla.lowrank import Centred, LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked, centre, track
 from brandla.orthonormal import orthonormalize
 from brandla.randomized import randomized_eigh, randomized_svd
 from brandla.refresh import eigh_refresh

@@ -84,19 +84,16 @@ def _agree(one: Any, other: Any) -> bool:
 
 
 def fail_value(function: str, rule: str) -> NoReturn:
-    """Raise the ValueError of ``function``."""
     message = f"{function}: {rule}"
     raise ValueError(message)
 
 
 def fail_type(function: str, rule: str) -> NoReturn:
-    """Raise the TypeError of ``function``."""
     message = f"{function}: {rule}"
     raise TypeError(message)
 
 
 def spelled(dtype: torch.dtype) -> str:
-    """Return a dtype without its package."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -113,7 +110,6 @@ def data(function: str, name: str, tensor: Tensor) -> None:
 
 
 def finite(function: str, name: str, tensor: Tensor) -> None:
-    """In checked mode, check that every entry of ``tensor`` is finite."""
     if not _is_checked(tensor):
         return
     entries = tensor if tensor.layout == torch.strided else tensor.to_sparse_coo().coalesce().values()
@@ -130,7 +126,6 @@ def part(function: str, name: str, tensor: Tensor) -> None:
 
 
 def part_dtype(function: str, name: str, dtype: torch.dtype | None) -> None:
-    """Check the dtype of a tensor of a factor."""
     if dtype not in (None, *_FULL):
         half = ", since half precision cannot hold an orthonormal basis" if dtype in _HALF else ""
         remedy = "keep it in float32, beside which data may be in half precision" if half else "take one of them"
@@ -138,7 +133,6 @@ def part_dtype(function: str, name: str, dtype: torch.dtype | None) -> None:
 
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
-    """Return the dtypes that a part of a value may have."""
     return (torch.float64,) if name in _SUMS else _FULL
 
 
@@ -148,18 +142,17 @@ def shape(function: str, name: str, tensor: Tensor, expected: tuple[int, ...], b
         fail_value(function, f"{name} must have shape {expected}, {because}; got {tuple(tensor.shape)}")
 
 
-def basis(function: str, name: str, tensor: Tensor) -> None:
-    """Check a tall basis: at least two dimensions, no more columns than rows."""
+def basis(function: str, name: str, tensor: Tensor, *, wide: bool = False) -> None:
+    """Check a tall matrix: at least two dimensions and, unless it may be ``wide``, no more columns than rows."""
     part(function, name, tensor)
     if tensor.ndim < 2:
         fail_value(function, f"{name} must have shape (..., n, r); got {tuple(tensor.shape)}")
     n, r = tensor.shape[-2:]
-    if r > n:
+    if r > n and not wide:
         fail_value(function, f"{name} must have no more columns than rows; got r = {r} > n = {n}")
 
 
 def together(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
-    """Check that two tensors of one factor share dtype and device."""
     if tensor.dtype != of.dtype:
         rule = f"{name} must have the dtype of {of_name}, {spelled(of.dtype)}"
         fail_type(function, f"{rule}; got {spelled(tensor.dtype)}; convert one with .to()")
@@ -167,7 +160,6 @@ def together(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor)
 
 
 def same_device(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
-    """Check that two tensors live on one device."""
     if tensor.device != of.device:
         rule = f"{name} must be on the device of {of_name}, {of.device}"
         fail_value(function, f"{rule}; got {tensor.device}; move it with .to({str(of.device)!r})")
@@ -210,26 +202,27 @@ def rank(function: str, value: int | None, default: int, most: int, because: str
     """Check a requested rank and return it, or the default."""
     if value is None:
         return min(default, most)
-    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
-        fail_type(function, f"rank must be an int or None; got {type(value).__name__} {value!r}")
+    _int(function, "rank", value, "an int or None")
     if not 0 <= value <= most:
         fail_value(function, f"rank must be between 0 and {most} = {because}; got {value}")
     return int(value)
 
 
 def tolerance(function: str, value: float) -> None:
-    """Check a relative tolerance."""
     if not 0 <= value < 1:
         fail_value(function, f"tol must be in [0, 1); got {value}")
 
 
 def count(function: str, name: str, value: int, least: int) -> int:
-    """Check an integer option."""
-    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
-        fail_type(function, f"{name} must be an int; got {type(value).__name__} {value!r}")
+    _int(function, name, value)
     if value < least:
         fail_value(function, f"{name} must be at least {least}; got {value}")
     return int(value)
+
+
+def _int(function: str, name: str, value: object, kind: str = "an int") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        fail_type(function, f"{name} must be {kind}; got {type(value).__name__} {value!r}")
 
 
 def choice(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -248,26 +241,22 @@ def scalar(
         return _tensor_scalar(function, name, value, of_name, of, positive=positive)
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         fail_type(function, f"{name} must be a number or a tensor; got {type(value).__name__}")
-    bound = "> 0" if positive else ">= 0"
     # Written so that NaN fails too.
     if not (value > 0 if positive else value >= 0) or value == float("inf"):
-        fail_value(function, f"{name} must be finite and {bound}; got {value}")
+        fail_value(function, f"{name} must be finite and {'> 0' if positive else '>= 0'}; got {value}")
     return float(value)
 
 
 def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Tensor, *, positive: bool) -> Tensor:
     data(function, name, value)
     same_device(function, name, value, of_name, of)
-    batch = tuple(of.shape[:-2])
-    if value.ndim > len(batch) or any(
-        size not in (1, batch_size) for size, batch_size in zip(reversed(value.shape), reversed(batch), strict=False)
-    ):
-        fail_value(
-            function, f"{name} must be a number or have the batch shape {batch} of {of_name}; got {tuple(value.shape)}"
-        )
+    batch, own = tuple(of.shape[:-2]), tuple(value.shape)
+    sizes = zip(own[::-1], batch[::-1], strict=False)
+    if len(own) > len(batch) or any(size not in (1, most) for size, most in sizes):
+        fail_value(function, f"{name} must be a number or have the batch shape {batch} of {of_name}; got {own}")
     if _is_checked(value) and not bool((value > 0).all() if positive else (value >= 0).all()):
-        bound = "> 0" if positive else ">= 0"
-        fail_value(function, f"{name} must be {bound} everywhere; its smallest entry is {float(value.min()):g}")
+        rule = f"{name} must be {'> 0' if positive else '>= 0'} everywhere"
+        fail_value(function, f"{rule}; its smallest entry is {float(value.min()):g}")
     return value.to(of.dtype)
 
 
@@ -279,10 +268,8 @@ def eigh(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
         if r <= n and values.shape == (*batch, r):
             return values, vectors
     basis(function, f"{name}.eigenvectors", vectors)
-    part(function, f"{name}.eigenvalues", values)
-    expected = (*vectors.shape[:-2], vectors.shape[-1])
-    shape(function, f"{name}.eigenvalues", values, expected, "one value for each column of eigenvectors")
-    together(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors)
+    because = "one value for each column of eigenvectors"
+    _beside(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors, vectors.shape[-1:], because)
     _orthonormal(function, f"{name}.eigenvectors", vectors)
     _descending(function, f"{name}.eigenvalues", values)
     return values, vectors
@@ -295,13 +282,9 @@ def root(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
         *batch, _, r = tall.shape
         if gram.shape == (*batch, r, r):
             return gram, tall
-    part(function, f"{name}.root", tall)
-    if tall.ndim < 2:
-        fail_value(function, f"{name}.root must have shape (..., n, r); got {tuple(tall.shape)}")
-    part(function, f"{name}.gram", gram)
-    expected = (*tall.shape[:-2], tall.shape[-1], tall.shape[-1])
-    shape(function, f"{name}.gram", gram, expected, "one row and column for each column of root")
-    together(function, f"{name}.gram", gram, f"{name}.root", tall)
+    basis(function, f"{name}.root", tall, wide=True)
+    because = "one row and column for each column of root"
+    _beside(function, f"{name}.gram", gram, f"{name}.root", tall, 2 * tall.shape[-1:], because)
     if _is_checked(tall):
         error, largest = (_inner(tall) - _whole(gram)).abs(), _whole(gram).diagonal(dim1=-2, dim2=-1).amax(-1)
         rule = f"{name}.gram must be the Gram matrix FᵀF of {name}.root"
@@ -310,20 +293,24 @@ def root(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
 
 
 def svd(function: str, name: str, factor: object) -> None:
-    """Check a LowRankSVD-shaped triple (U, S, Vh)."""
     left, values, right = _fields(function, name, factor, "LowRankSVD")
-    basis(function, f"{name}.U", left)
-    part(function, f"{name}.S", values)
-    part(function, f"{name}.Vh", right)
-    r = left.shape[-1]
-    shape(function, f"{name}.S", values, (*left.shape[:-2], r), "one value for each column of U")
-    remedy = "; if it is V, as torch.svd_lowrank returns, pass its .mT" if right.shape[-1] == r else ""
-    because = f"one row for each column of U{remedy}"
-    shape(function, f"{name}.Vh", right, (*left.shape[:-2], r, right.shape[-1]), because)
-    together(function, f"{name}.S", values, f"{name}.U", left)
-    together(function, f"{name}.Vh", right, f"{name}.U", left)
+    of_name, r = f"{name}.U", left.shape[-1:]
+    basis(function, of_name, left)
+    _beside(function, f"{name}.S", values, of_name, left, r, "one value for each column of U")
+    remedy = "; if it is V, as torch.svd_lowrank returns, pass its .mT" if right.shape[-1:] == r else ""
+    sizes, because = (*r, *right.shape[-1:]), f"one row for each column of U{remedy}"
+    _beside(function, f"{name}.Vh", right, of_name, left, sizes, because)
     _orthonormal(function, f"{name}.U", left)
     _descending(function, f"{name}.S", values)
+
+
+def _beside(
+    function: str, name: str, tensor: Tensor, of_name: str, of: Tensor, sizes: tuple[int, ...], because: str
+) -> None:
+    """Check a part of a factor that goes with the tall one, of the batch shape and these sizes."""
+    part(function, name, tensor)
+    shape(function, name, tensor, (*of.shape[:-2], *sizes), because)
+    together(function, name, tensor, of_name, of)
 
 
 def _fields(function: str, name: str, factor: object, kind: str) -> list[Any]:
@@ -385,12 +372,9 @@ def semidefinite(function: str, name: str, inner: Tensor, dtype: torch.dtype) ->
 
 
 def tracked(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
-    """Check the error bound or the trace of a tracked factor."""
     if _agree(tensor, of) and tensor.shape == of.shape[:-2]:
         return
-    part(function, name, tensor)
-    shape(function, name, tensor, tuple(of.shape[:-2]), f"the batch shape of {of_name}")
-    together(function, name, tensor, of_name, of)
+    _beside(function, name, tensor, of_name, of, (), f"the batch shape of {of_name}")
 
 
 def without_gradient(function: str, name: str, tensor: Tensor) -> None:
@@ -413,7 +397,6 @@ def written(function: str, name: str, tensor: Tensor) -> None:
 
 
 def centred(function: str, name: str, state: object) -> None:
-    """Check a Centred value."""
     factor, *sums = _fields(function, name, state, "Centred")
     svd(function, f"{name}.svd", factor)
     batch, m = tuple(factor.U.shape[:-2]), factor.U.shape[-2]

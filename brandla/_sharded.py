@@ -23,119 +23,72 @@ if TYPE_CHECKING:
 Small = TypeVar("Small", bound=float | Tensor | None)
 
 
-class Rows:
-    """All rows of a tall matrix are here, and nothing has to be summed. `Shards` is the other kind."""
-
-    def admit(self, function: str, name: str, tensor: Tensor) -> None:
-        """Check that a tall argument is of the kind of the factor's tall matrix."""
-        if type(tensor) is not Tensor and is_dtensor(tensor):
-            _check.mixture(function, name, tensor)
-
-    def local(self, function: str, name: str, tensor: Tensor, dim: int = -2) -> Tensor:
-        """Return what this process holds of a tall argument, whose rows are dimension ``dim``."""
-        return tensor
-
-    def small(self, function: str, name: str, value: Small) -> Small:
-        """Return a small argument as what it is in this process."""
-        if type(value) is not Tensor and isinstance(value, Tensor) and is_dtensor(value):
-            _check.mixture(function, name, value)
-        return value
-
-    def count(self, local: Tensor) -> int:
-        """Return n, of a tall matrix of which this process holds ``local``."""
-        return local.shape[-2]
-
-    def total(self, part: Tensor) -> Tensor:
-        """Return an inner product over all rows from that over the rows held here, which it may overwrite."""
-        return part
-
-    def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Return `total` of each, of one dtype, in one message."""
-        return parts
-
-    def shared(self, small: Tensor) -> Tensor:
-        """Return what every process computed for itself; its gradient comes from all of them."""
-        return small
-
-    def qr(self, panel: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what this process holds of Q, and R, for what it holds of a panel."""
-        basis, triangle = torch.linalg.qr(panel)
-        return basis, triangle
-
-    def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
-        """Return a tall result as its argument came in."""
-        return local
-
-    def small_result(self, value: Tensor) -> Tensor:
-        """Return a small result as that of the factor came in."""
-        return value
-
-
-WHOLE = Rows()
-# Types of arguments of which `Rows.admit` and `Rows.small` have nothing to say.
-PLAIN = frozenset({Tensor, float, int})
-
-
 @dataclass(frozen=True)
-class Shards(Rows):
-    """Some rows of a tall matrix with n of them are here: those of a DTensor's shard, perhaps none."""
+class Rows:
+    """Which rows of a tall matrix are here: all or, with a mesh, those of a DTensor's shard, perhaps none."""
 
-    mesh: DeviceMesh
-    n: int
-    replicates: bool  # Small results are replicated DTensors, and not plain tensors.
-
-    @property
-    def group(self) -> ProcessGroup:
-        """The processes that hold the other rows."""
-        return self.mesh.get_group()
+    mesh: DeviceMesh | None = None
+    n: int = 0  # rows in all, with a mesh
+    replicates: bool = False  # Small results are replicated DTensors, and not plain tensors.
 
     def admit(self, function: str, name: str, tensor: Tensor) -> None:
-        """Check that a tall argument is a DTensor."""
-        if not is_dtensor(tensor):
-            _check.mixture(function, name, tensor, as_dtensor=True)
+        """Check that a tall argument is a DTensor if the factor's tall matrix is one, and only then."""
+        if is_dtensor(tensor) is (self.mesh is None):
+            _check.mixture(function, name, tensor, as_dtensor=self.mesh is not None)
 
     def local(self, function: str, name: str, tensor: Tensor, dim: int = -2) -> Tensor:
-        """Return the rows held here of a DTensor that is sharded as the factor's is."""
+        """Return what is here of a tall argument, whose rows are dimension ``dim``, sharded as the factor's."""
+        if self.mesh is None:
+            return tensor
         _check.sharded(function, name, tensor, dim, self.mesh)
         local = _local(tensor)
-        start, stop = self._span_of(self.mesh.get_local_rank())
+        start, stop = _span(self.mesh, self.n, self.mesh.get_local_rank())
         if local.shape[dim] != stop - start:
             rule = f"{name} must have its rows {start} to {stop} here, as distribute_tensor lays {self.n} rows out"
             _check.fail_value(function, f"{rule}; got {local.shape[dim]} rows; distribute it again")
         return local
 
     def small(self, function: str, name: str, value: Small) -> Small:
-        """Return a number, a plain tensor, or the local copy of a replicated DTensor."""
+        """Return a number, a plain tensor, or beside a sharded factor the local copy of a replicated DTensor."""
         if not (isinstance(value, Tensor) and is_dtensor(value)):
             return value
+        if self.mesh is None:
+            _check.mixture(function, name, value)
         _check.replicated(function, name, value, self.mesh)
         # A TypeVar of number or tensor: this branch is the tensor's.
         copy: Small = _local(value)  # type: ignore[assignment]
         return copy
 
     def count(self, local: Tensor) -> int:
-        """Return n."""
-        return self.n
+        """Return n, of a tall matrix of which ``local`` is here."""
+        return local.shape[-2] if self.mesh is None else self.n
 
     def total(self, part: Tensor) -> Tensor:
-        """Sum over the processes: every one gets the same bits."""
-        return _across(part, self.group, summed=True) if part.requires_grad else _sum(part, self.group)
+        """Return an inner product over all rows, the same everywhere, from one over those here, which may be lost."""
+        if self.mesh is None:
+            return part
+        group = self.mesh.get_group()
+        return _across(part, group, summed=True) if part.requires_grad else _sum(part, group)
 
     def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sum several over the processes in one message."""
+        """Return `total` of each, of one dtype, in one message."""
         joined = self.total(torch.cat([part.flatten() for part in parts]))
         pieces = joined.split([part.numel() for part in parts])
         return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
 
     def shared(self, small: Tensor) -> Tensor:
         """Return what every process computed for itself; its gradient is summed over them."""
-        return _across(small, self.group, summed=False) if small.requires_grad else small
+        if self.mesh is None or not small.requires_grad:
+            return small
+        return _across(small, self.mesh.get_group(), summed=False)
 
     def qr(self, panel: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what this process holds of Q, and R from the QR of all processes' R, one below the other."""
+        """Return what is here of Q, and R: from the QR of all processes' R, one below the other."""
         basis, triangle = torch.linalg.qr(panel)
+        if self.mesh is None:
+            return basis, triangle
         # No more rows of a process than it holds, so that Q has no row that is nowhere.
-        spans = map(self._span_of, range(self.mesh.size()))
+        spans = (_span(self.mesh, self.n, rank) for rank in range(self.mesh.size()))
         heights = [min(stop - start, panel.shape[-1]) for start, stop in spans]
         rank = self.mesh.get_local_rank()
         own = -2, sum(heights[:rank]), heights[rank]
@@ -145,7 +98,9 @@ class Shards(Rows):
         return basis @ inner.narrow(*own), triangle
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
-        """Return the DTensor of which this process holds ``local``."""
+        """Return a tall result, of which ``local`` is here, as its argument came in."""
+        if self.mesh is None:
+            return local
         from torch.distributed.tensor import DTensor, Shard
 
         dim %= local.ndim
@@ -154,23 +109,22 @@ class Shards(Rows):
         return DTensor.from_local(local, self.mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
 
     def small_result(self, value: Tensor) -> Tensor:
-        """Return a plain tensor or a replicated DTensor, whichever the factor has."""
+        """Return a small result as that of the factor came in."""
         if not self.replicates:
             return value
         from torch.distributed.tensor import DTensor, Replicate
 
         return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
 
-    def _span_of(self, rank: int) -> tuple[int, int]:
-        """Return the first row on a process, and the one after the last: shards are of one size until rows run out."""
-        size = -(-self.n // self.mesh.size())
-        start = min(rank * size, self.n)
-        return start, min(start + size, self.n)
+
+WHOLE = Rows()
+# Types of arguments of which `Rows.admit` and `Rows.small` have nothing to say.
+PLAIN = frozenset({Tensor, float, int})
 
 
 def kind_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
     """Return what the rows of matrices that are computed together have in common."""
-    return (rows.mesh, rows.replicates) if isinstance(rows, Shards) else None
+    return None if rows.mesh is None else (rows.mesh, rows.replicates)
 
 
 def rows_of(function: str, name: str, tall: Any, small: Tensor) -> Rows:
@@ -178,7 +132,7 @@ def rows_of(function: str, name: str, tall: Any, small: Tensor) -> Rows:
     if type(tall) is Tensor or not is_dtensor(tall):
         return WHOLE
     _check.sharded(function, name, tall, -2)
-    return Shards(tall.device_mesh, tall.shape[-2], is_dtensor(small))
+    return Rows(tall.device_mesh, tall.shape[-2], is_dtensor(small))
 
 
 def zero_rows(
@@ -222,6 +176,13 @@ def everywhere(tensor: Any) -> Tensor:
     """Return a whole tensor in every process, by gathering a DTensor: for tests and small cases."""
     whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return whole
+
+
+def _span(mesh: DeviceMesh, n: int, rank: int) -> tuple[int, int]:
+    """Return the first of n rows on a process, and the one after its last: of one size until rows run out."""
+    size = -(-n // mesh.size())
+    start = min(rank * size, n)
+    return start, min(start + size, n)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -1,7 +1,4 @@
-"""A low-rank factor with its shift λ and its tail τ: the operator M̂ + τ(I − P) + λI, as the ops apply its powers.
-
-M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. Derivations: ``docs/damped.md``.
-"""
+"""A low-rank factor with its shift λ and its tail τ, as the ops apply its powers: derivations in ``docs/damped.md``."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ from brandla.lowrank import (
     Tracked,
     check_symmetric,
     over,
-    parts_of,
     stack_numbers,
     two_numbers,
 )
@@ -122,10 +118,7 @@ class Side(NamedTuple):
         return self if isinstance(self.small, Tensor) else self._replace(small=torch.stack(self.small))
 
     def inverse(self) -> Inverse | None:
-        """Return the inverse with its coefficients left to the op.
-
-        None where a look at values is free, which saves work, where Z takes eigenvalues of S, or of some rows alone.
-        """
+        """Return the inverse; None where a look at values is free, Z takes eigenvalues of S, or some rows are away."""
         small, basis = self.small, self.basis
         single = isinstance(small, Tensor)
         like = small if single else small[0]
@@ -170,6 +163,17 @@ class Side(NamedTuple):
         if isinstance(basis, Tensor):
             return self.rows.count(basis) - r
         return stack_numbers([each.shape[-2] - r for each in basis], small)
+
+    def data(self, function: str, name: str, tensor: Tensor, of_name: str) -> Tensor:
+        """Check that a tall argument is of the kind, the dtype and the device of the factor, and return it in those."""
+        if self.rows is not WHOLE or type(tensor) is not Tensor:
+            self.rows.admit(function, name, tensor)
+        return _check.matching_data(function, name, tensor, of_name, self.basis)
+
+    def here(self, function: str, name: str, block: Tensor) -> Tensor:
+        """Check that the batch shapes of a tall argument and of the factor broadcast, and return what is here of it."""
+        check_batch(function, name, block, self.basis)
+        return block if self.rows is WHOLE else self.rows.local(function, name, block)
 
     def counted(self) -> tuple[Tensor, Number]:
         """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
@@ -232,15 +236,13 @@ class Side(NamedTuple):
         return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
     def _plain_levels(self) -> Spectrum | None:
-        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them.
-
-        An S that has nothing beside its diagonal, as `root_update` leaves it, shows them where a look at it is free.
-        """
+        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them."""
         small = self.small
         if not self.is_root:
             return Spectrum(small)
         if not ops.reads_are_free(small) or small.requires_grad:
             return None
+        # `root_update` leaves nothing beside the diagonal.
         diagonal = small.diagonal(dim1=-2, dim2=-1)
         return Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
 
@@ -279,24 +281,17 @@ def _smallest(values: Tensor) -> Tensor:
     return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
 
-def check_factor(function: str, name: str, lowrank: LowRank) -> tuple[Tensor, Rows]:
-    """Check a factor, tracked or not, and return its tall matrix with the rows of it that are here."""
-    factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
-    small, basis = check_symmetric(function, name, factor)
-    if type(basis) is Tensor:
-        return basis, WHOLE
-    return basis, rows_of(function, f"{name}.{NAMES[type(factor)][1]}", basis, small)
-
-
 def check_side(
-    function: str, names: tuple[str, str, str], lowrank: LowRank, damping: Number, tail: Tail, rows: Rows
+    function: str, lowrank: LowRank, damping: Number, tail: Tail, names: Sequence[str] = ("lowrank", "damping", "tail")
 ) -> Side:
-    """Check λ and τ, and return them beside what is here of a factor that has been checked."""
+    """Check a factor, tracked or not, λ and τ, and return what is here of them."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     name, damping_name, tail_name = names
-    small, basis = parts_of(factor)
+    small, basis = check_symmetric(function, name, factor)
+    small_name, basis_name = NAMES[type(factor)]
+    rows = WHOLE if type(basis) is Tensor else rows_of(function, f"{name}.{basis_name}", basis, small)
     if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
-        small = rows.small(function, f"{name}.{NAMES[type(factor)][0]}", small)
+        small = rows.small(function, f"{name}.{small_name}", small)
         damping = rows.small(function, damping_name, damping)
         tail = tail if isinstance(tail, str) else rows.small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
@@ -315,7 +310,7 @@ def check_side(
         _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
         given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
     if rows is not WHOLE:
-        basis = rows.local(function, f"{name}.{NAMES[type(factor)][1]}", basis)
+        basis = rows.local(function, f"{name}.{basis_name}", basis)
     return Side(type(factor), small, basis, damping, given, rows)
 
 
@@ -340,9 +335,6 @@ def check_exponent(function: str, exponent: float) -> float:
 
 
 def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
-    """(tr M − tr M̂)/(n − r): the mean of the eigenvalues that the factor does not hold; 0 where it holds all.
-
-    Where the traces agree the derivative is 0.
-    """
+    """(tr M − tr M̂)/(n − r), the mean of the eigenvalues left out; 0, as its derivative, where the traces agree."""
     left_out = torch.nn.functional.threshold(trace - rows.small("tail", "the factor", factor.trace()), 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)

@@ -90,10 +90,8 @@ class _Once(torch.autograd.Function):
 
 
 def unresolved(dtype: torch.dtype, order: int) -> float:
-    """Return what eigenvalues of a core may be its rounding, relative to the largest: 8 ε, or √m ε of a large order m.
-
-    Of a core of order 160 whose columns repeat, float32 `eigh` gave values of 8.4 ε for zeros.
-    """
+    """Return what eigenvalues of a core may be its rounding, relative to the largest: 8 ε, or √m ε of a large order."""
+    # Of a core of order 160 whose columns repeat, float32 `eigh` gave values of 8.4 ε for zeros.
     return float(torch.finfo(dtype).eps * max(8, order**0.5))
 
 
@@ -122,11 +120,9 @@ def leading(
 def leading_of(
     core: Tensor, rows: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, the rotation of tall matrices (..., n, m), and the value left out, of a core by `eigh_core`.
-
-    On a CPU the one that makes unit columns comes from float64 where that takes less than the polish that it spares.
-    """
+    """Return values, the rotation of tall matrices (..., n, m), and the value left out, of a core by `eigh_core`."""
     m = core.shape[-1]
+    # On a CPU float64 may take less than the polish that its nearly unit columns spare.
     spares = m <= _SMALL or n * rank**2 > _FLOAT64_COSTS * m**3
     wide = torch.float64 if unit and spares and ops.reads_are_free(core) else dtype
     found = ops.eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
@@ -192,10 +188,7 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
 
 
 def largest_of_gram(gram: Tensor) -> Tensor:
-    """Estimate the largest eigenvalue of a small Gram matrix from below: two power iterations from all unit vectors.
-
-    Exact for a diagonal one. Few operations, where `largest_eigenvalue` has few flops.
-    """
+    """Estimate the same by two power iterations from all unit vectors, in few operations. Exact for a diagonal."""
     if gram.shape[-1] == 0:
         return gram.sum((-2, -1))
     tiny = torch.finfo(gram.dtype).tiny

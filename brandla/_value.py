@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import wraps
 from operator import methodcaller
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -16,60 +16,65 @@ from brandla import _check
 from brandla._sharded import here
 from brandla_kernels import has_values
 
-Value = TypeVar("Value", bound=tuple[Any, ...])
-VALUES: list[type[Any]] = []
 
+class Value:
+    """What is beside the NamedTuple of its parts, all of one dtype and device, in the bases of every value.
 
-def value(remedy: str) -> Callable[[type[Value]], type[Value]]:
-    """Make a NamedTuple a value. It has ``shape``, ``dtype``, ``device`` and, for its repr, ``_facts()``.
-
-    ``remedy`` says what to call in place of a sum or a multiple.
+    A value says what it is in ``_facts()``, and in ``_remedy`` what to call in place of a sum or a multiple.
     """
 
-    def decorate(kind: type[Value]) -> type[Value]:
-        new: Any = kind.__new__
-        plain = kind.__repr__
-        count = len(cast(Any, kind)._fields)
+    __slots__ = ()
+    _remedy: ClassVar[str]
 
-        @wraps(new)
-        def construct(cls: type[Value], *parts: Any, **named: Any) -> Value:
-            # Optimizer.load_state_dict builds every container from one generator.
-            if len(parts) == 1 and isinstance(parts[0], Iterator):
-                parts = _loaded(cls, tuple(parts[0]))
-            if named or len(parts) != count:
-                made: Value = new(cls, *parts, **named)
-                return made
-            return tuple.__new__(cls, parts)
+    def __init_subclass__(cls) -> None:
+        for parts in cls.__bases__:
+            if issubclass(parts, tuple):
+                _make_loadable(parts)
+                torch.serialization.add_safe_globals([cls])
 
-        def describe(self: Value) -> str:
-            # pytrees and torch.func put other things than tensors into these tuples.
-            if all(isinstance(part, (Tensor, *VALUES)) for part in self):
-                with suppress(IndexError):  # of tensors that are no matrix
-                    return f"{kind.__name__}({', '.join(cast(Any, self)._facts())})"
-            return plain(self)
+    @property
+    def dtype(self: Any) -> torch.dtype:
+        """Dtype of the parts; what a `Centred` value sums is float64 beside them."""
+        return self[0].dtype  # type: ignore[no-any-return]
 
-        def refuse(self: Value, other: object) -> NoReturn:
-            rule = "+ and * are not defined between its matrix and others"
-            _check.fail_type(kind.__name__, f"{rule}; got {type(other).__name__} beside it; {remedy}")
+    @property
+    def device(self: Any) -> torch.device:
+        """Device of the parts."""
+        return self[0].device  # type: ignore[no-any-return]
 
-        members = {"__new__": construct, "__repr__": describe}
-        members |= dict.fromkeys(("__add__", "__radd__", "__mul__", "__rmul__"), refuse)
-        for name, member in members.items():
-            setattr(kind, name, member)
-        torch.serialization.add_safe_globals([kind])
-        VALUES.append(kind)
-        return kind
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
+        own: Any = self
+        moved = {name: part.to(*args, **kwargs) for name, part in zip(own._fields, own, strict=True)}
+        for name, part in moved.items():
+            _check.part_dtype(f"{type(self).__name__}.to", name, getattr(part, "dtype", None))
+        return type(self)(**moved)
 
-    return decorate
+    def __repr__(self: Any) -> str:
+        # pytrees and torch.func put other things than tensors into these tuples.
+        if all(isinstance(part, (Tensor, Value)) for part in self):
+            with suppress(IndexError):  # of tensors that are no matrix
+                return f"{type(self).__name__}({', '.join(self._facts())})"
+        return super().__repr__()
+
+    def _refuse(self, other: object) -> NoReturn:
+        rule = "+ and * are not defined between its matrix and others"
+        _check.fail_type(type(self).__name__, f"{rule}; got {type(other).__name__} beside it; {self._remedy}")
+
+    __add__ = __radd__ = __mul__ = __rmul__ = _refuse
 
 
-def moved(value: Value, *args: Any, **kwargs: Any) -> Value:
-    """Return a value of tensors with ``part.to(...)`` in place of each part, in float32 or float64."""
-    function = f"{type(value).__name__}.to"
-    parts = {name: part.to(*args, **kwargs) for name, part in zip(cast(Any, value)._fields, value, strict=True)}
-    for name, part in parts.items():
-        _check.part_dtype(function, name, getattr(part, "dtype", None))
-    return type(value)(**parts)
+def _make_loadable(parts: Any) -> None:
+    """Let a NamedTuple be built from one generator as well, as Optimizer.load_state_dict builds every container."""
+    new, count = parts.__new__, len(parts._fields)
+
+    @wraps(new)
+    def construct(cls: type[Any], *given: Any, **named: Any) -> Any:
+        if len(given) == 1 and isinstance(given[0], Iterator):
+            given = _loaded(cls, tuple(given[0]))
+        return new(cls, *given, **named) if named or len(given) != count else tuple.__new__(cls, given)
+
+    parts.__new__ = construct
 
 
 def facts(value: Any, *sizes: str) -> list[str]:
@@ -125,12 +130,9 @@ class _Held:
         return self.value.to(device)
 
 
-def _is_value(part: object) -> bool:
-    return isinstance(part, tuple(VALUES))
-
-
 def _hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return state_dict | {"state": tree_map_only(_is_value, _Held, state_dict["state"], is_leaf=_is_value)}
+    held = tree_map_only(Value, _Held, state_dict["state"], is_leaf=lambda part: isinstance(part, Value))
+    return state_dict | {"state": held}
 
 
 def _release(optimizer: torch.optim.Optimizer) -> None:

@@ -18,9 +18,7 @@ from brandla._shifted import (
     Number,
     Side,
     Tail,
-    check_batch,
     check_exponent,
-    check_factor,
     check_side,
     join,
 )
@@ -108,16 +106,11 @@ def damped_power(
     Parameters
     ----------
     lowrank, rhs, damping, tail
-        As in `damped_solve`.
+        As in `damped_solve`, and so is the result.
     exponent
         p, any real number; −1 is `damped_solve`.
     diagonal
         None: beside a diagonal only the inverse and the determinant have a low-rank form.
-
-    Returns
-    -------
-    Tensor
-        Of the shape of ``rhs``, in the dtype of the factor.
 
     Examples
     --------
@@ -144,12 +137,7 @@ def damped_logdet(
     Parameters
     ----------
     lowrank, damping, tail, diagonal
-        As in `damped_solve`.
-
-    Returns
-    -------
-    Tensor
-        Of the batch shape of the factor, in its dtype.
+        As in `damped_solve`. The result is of the batch shape of the factor, in its dtype.
 
     Notes
     -----
@@ -220,38 +208,31 @@ def check_solve(
     diagonal: Tensor | None = None,
 ) -> Solve:
     """Check what every damped application takes."""
-    basis, rows = check_factor(function, "lowrank", lowrank)
-    if rows is not WHOLE or type(rhs) is not Tensor:
-        rows.admit(function, "rhs", rhs)
-    block = _check.matching_data(function, "rhs", rhs, "lowrank", basis)
-    vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == basis.shape[:-1])
+    side = check_side(function, lowrank, damping, tail)
+    block, basis = side.data(function, "rhs", rhs, "lowrank"), side.basis
+    n = side.rows.count(basis)
+    vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == (*basis.shape[:-2], n))
     block = block[..., None] if vector else block
-    if rhs.ndim == 0 or block.shape[-2] != basis.shape[-2]:
-        rule = f"rhs must have n = {basis.shape[-2]} rows, as lowrank does"
-        _check.fail_value(function, f"{rule}; got shape {tuple(rhs.shape)}")
-    check_batch(function, "rhs", block, basis)
-    side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
+    if rhs.ndim == 0 or block.shape[-2] != n:
+        _check.fail_value(function, f"rhs must have n = {n} rows, as lowrank does; got shape {tuple(rhs.shape)}")
+    block = side.here(function, "rhs", block)
     exponent = check_exponent(function, exponent)
-    if diagonal is not None:
-        side = _with_diagonal(function, side, diagonal)
-    return Solve(side, block if rows is WHOLE else rows.local(function, "rhs", block), vector, exponent)
+    return Solve(_with_diagonal(function, side, diagonal), block, vector, exponent)
 
 
 def check_logdet(function: str, lowrank: LowRank, damping: Number, *, tail: Tail, diagonal: Tensor | None) -> Side:
     """Check the arguments of `damped_logdet`."""
-    _, rows = check_factor(function, "lowrank", lowrank)
-    side = check_side(function, ("lowrank", "damping", "tail"), lowrank, damping, tail, rows)
-    return side if diagonal is None else _with_diagonal(function, side, diagonal)
+    return _with_diagonal(function, check_side(function, lowrank, damping, tail), diagonal)
 
 
-def _with_diagonal(function: str, side: Side, diagonal: Tensor) -> Side:
-    """Check δ, and return the side with it, in the batch shape of the factor."""
+def _with_diagonal(function: str, side: Side, diagonal: Tensor | None) -> Side:
+    """Check δ if there is one, and return the side with it, in the batch shape of the factor."""
+    if diagonal is None:
+        return side
     if side.rows is not WHOLE:
         rule = "diagonal must be None where the factor is sharded on its rows"
         _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")
-    basis = side.basis
-    side.rows.admit(function, "diagonal", diagonal)
-    diagonal = _check.matching_data(function, "diagonal", diagonal, "lowrank", basis)
+    basis, diagonal = side.basis, side.data(function, "diagonal", diagonal, "lowrank")
     if diagonal.shape not in (basis.shape[-2:-1], basis.shape[:-1]):
         rule = f"diagonal must have shape ({basis.shape[-2]},) or {tuple(basis.shape[:-1])}, the batch shape and n"
         _check.fail_value(function, f"{rule}; got {tuple(diagonal.shape)}")

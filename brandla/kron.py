@@ -13,10 +13,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import brandla_kernels as ops
-from brandla import _check, _shifted
+from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, Rows
-from brandla._shifted import Inverse, LowRank, Number, Shifted, Side, Tail, aligned
+from brandla._sharded import WHOLE
+from brandla._shifted import (
+    LowRank,
+    Number,
+    Shifted,
+    Side,
+    Tail,
+    aligned,
+    check_batch,
+    check_exponent,
+    check_side,
+    join,
+)
 from brandla.lowrank import over, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall
@@ -171,7 +182,13 @@ class Kron(NamedTuple):
         data, left_rows, right_rows = self.data, self.left.rows, self.right.rows
         first, second = self.left.inverse(), self.right.inverse()
         if first is not None and second is not None:
-            return _inverse_applied(first, second, data)
+            if not isinstance(data, tuple):
+                return ops.kron_damped_inverse(*aligned(first, second, data))
+            (*left_parts, p), (*right_parts, q) = aligned(first, data[0]), aligned(second, data[1])
+            if left_parts[2].shape != right_parts[2].shape:  # sides of different batch shapes
+                return first @ data[0], second @ data[1]
+            operands = [*left_parts, *right_parts, p, q]
+            return ops.pair_damped_inverse(*operands)
         left, right = self.left.stacked().operator(), self.right.stacked().operator()
         if isinstance(data, tuple):
             p, q = left.on(data[0], left_rows), right.on(data[1], right_rows)
@@ -182,22 +199,10 @@ class Kron(NamedTuple):
         return left_rows.tall_result(left.on((right @ data.mT).mT, left_rows))
 
 
-def _inverse_applied(left: Inverse, right: Inverse, data: Any) -> Any:
-    """Apply two inverses to W, or each to its side of a pair: matrices or lists."""
-    if not isinstance(data, tuple):
-        return ops.kron_damped_inverse(*aligned(left, right, data))
-    (*left_parts, first), (*right_parts, second) = aligned(left, data[0]), aligned(right, data[1])
-    if left_parts[2].shape != right_parts[2].shape:
-        # Sides of different batch shapes.
-        return left @ data[0], right @ data[1]
-    operands = [*left_parts, *right_parts, first, second]
-    return ops.pair_damped_inverse(*operands)
-
-
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
     """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
     lefts, rights, data = zip(*problems, strict=True)
-    of_list = Kron(_shifted.join(lefts), _shifted.join(rights), list(data))
+    of_list = Kron(join(lefts), join(rights), list(data))
     if isinstance(data[0], Tensor):
         return list(of_list.solution())
     pairs = tuple(map(list, zip(*data, strict=True)))
@@ -213,10 +218,7 @@ class Joint(NamedTuple):
     fitted: Tensor | None  # in place of the products of eigenvalues in both spans
 
     def parts(self, left: Tensor, left_tail: Number, right: Tensor, right_tail: Number) -> tuple[Tensor, ...]:
-        """Return the eigenvalues in both spans (..., s, r), in the left one (..., s), in the right one and in neither.
-
-        They are those of A ⊗ G + δI for values of G (..., s) and of A (..., r), and their tails.
-        """
+        """Return those of A ⊗ G + δI in both spans (..., s, r), in the left (..., s), in the right and in neither."""
         both = left[..., :, None] * right[..., None, :] if self.fitted is None else self.fitted
         neither = torch.as_tensor(left_tail * right_tail + self.damping, dtype=both.dtype, device=both.device)
         in_left, in_right = left * over(right_tail) + over(self.damping), right * over(left_tail) + over(self.damping)
@@ -237,7 +239,7 @@ def logdets_together(problems: Sequence[Joint]) -> Sequence[Tensor]:
 
 def _joined(problems: Sequence[Joint]) -> Joint:
     lefts, rights, dampings, fitted = zip(*problems, strict=True)
-    left, right = _shifted.join(lefts).stacked(), _shifted.join(rights).stacked()
+    left, right = join(lefts).stacked(), join(rights).stacked()
     values = None if fitted[0] is None else torch.stack(fitted)
     return Joint(left, right, stack_numbers(dampings, left.small), values)
 
@@ -304,52 +306,30 @@ def _padded(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def check_kron(
-    function: str,
-    left: LowRank,
-    right: LowRank,
-    matrix: Tensor | tuple[Tensor, Tensor],
-    left_damping: Number,
-    right_damping: Number,
-    *,
-    left_tail: Tail,
-    right_tail: Tail,
+    function: str, left: LowRank, right: LowRank, data: Any, left_damping: Number, right_damping: Number, **tails: Tail
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    left_basis, left_rows = _shifted.check_factor(function, "left", left)
-    right_basis, right_rows = _shifted.check_factor(function, "right", right)
-    bases, rows = (left_basis, right_basis), (left_rows, right_rows)
-    _check.together(function, "right", bases[1], "left", bases[0])
-    check_data = _check_matrix if isinstance(matrix, Tensor) else _check_pair
-    data = check_data(function, matrix, bases, rows)
-    left_names, right_names = ("left", "left_damping", "left_tail"), ("right", "right_damping", "right_tail")
-    return Kron(
-        _shifted.check_side(function, left_names, left, left_damping, left_tail, left_rows),
-        _shifted.check_side(function, right_names, right, right_damping, right_tail, right_rows),
-        data,
-    )
+    first = check_side(function, left, left_damping, tails["left_tail"], ("left", "left_damping", "left_tail"))
+    second = check_side(function, right, right_damping, tails["right_tail"], ("right", "right_damping", "right_tail"))
+    _check.together(function, "right", second.basis, "left", first.basis)
+    check_data = _check_matrix if isinstance(data, Tensor) else _check_pair
+    return Kron(first, second, check_data(function, data, first, second))
 
 
 def check_joint(
-    function: str,
-    left: LowRank,
-    right: LowRank,
-    damping: Number,
-    *,
-    left_tail: Tail,
-    right_tail: Tail,
-    values: Tensor | None,
+    function: str, left: LowRank, right: LowRank, damping: Number, *, values: Tensor | None, **tails: Tail
 ) -> Joint:
     """Check the factors of a product with one damping."""
     sides = []
-    for name, lowrank, tail in (("left", left, left_tail), ("right", right, right_tail)):
-        _, rows = _shifted.check_factor(function, name, lowrank)
-        if rows is not WHOLE:
+    for name, lowrank in (("left", left), ("right", right)):
+        tail = f"{name}_tail"
+        sides.append(check_side(function, lowrank, 1.0, tails[tail], (name, "damping", tail)))
+        if sides[-1].rows is not WHOLE:
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
-        sides.append(_shifted.check_side(function, (name, "damping", f"{name}_tail"), lowrank, 1.0, tail, rows))
     first, second = (side.basis for side in sides)
     _check.together(function, "right", second, "left", first)
-    _shifted.check_batch(function, "right", second, first, "left's")
+    check_batch(function, "right", second, first, "left's")
     larger = first if first.ndim >= second.ndim else second
     damping = _check.scalar(function, "damping", damping, "the factors", larger, positive=True)
     if values is not None:
@@ -364,49 +344,38 @@ def check_power(
     function: str, left: LowRank, right: LowRank, matrix: Tensor, damping: Number, exponent: float, **options: Any
 ) -> Power:
     """Check the arguments of `kron_damped_power`; its options are those of `check_joint`."""
-    exponent = _shifted.check_exponent(function, exponent)
+    exponent = check_exponent(function, exponent)
     if isinstance(matrix, tuple):
         rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
         _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
     joint = check_joint(function, left, right, damping, **options)
-    bases = joint.left.basis, joint.right.basis
-    return Power(joint, _check_matrix(function, matrix, bases, (WHOLE, WHOLE)), exponent)
+    return Power(joint, _check_matrix(function, matrix, joint.left, joint.right), exponent)
 
 
-def _check_matrix(function: str, matrix: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]) -> Tensor:
-    """Check W beside the bases of both sides, and return what is here of it."""
-    left, right = bases
-    p, q = left.shape[-2], right.shape[-2]
-    if rows[1] is not WHOLE:
+def _check_matrix(function: str, matrix: Any, left: Side, right: Side) -> Tensor:
+    """Check W beside both sides, and return what is here of it."""
+    if right.rows is not WHOLE:
         rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
         _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
-    rows[0].admit(function, "matrix", matrix)
-    data = _check.matching_data(function, "matrix", matrix, "left", left)
-    if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (p, q):
-        rule = f"matrix must have shape (..., {p}, {q}), the orders of left and right"
+    data, shape = left.data(function, "matrix", matrix, "left"), (left.rows.count(left.basis), right.basis.shape[-2])
+    if tuple(matrix.shape[-2:]) != shape:
+        rule = f"matrix must have shape (..., {shape[0]}, {shape[1]}), the orders of left and right"
         _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
-    _shifted.check_batch(function, "matrix", data, left)
-    _shifted.check_batch(function, "matrix", data, right)
-    _shifted.check_batch(function, "right", right, left, "left's")
-    return rows[0].local(function, "matrix", data)
+    check_batch(function, "matrix", data, right.basis)
+    check_batch(function, "right", right.basis, left.basis, "left's")
+    return left.here(function, "matrix", data)
 
 
-def _check_pair(
-    function: str, pair: Any, bases: tuple[Tensor, Tensor], rows: tuple[Rows, Rows]
-) -> tuple[Tensor, Tensor]:
-    """Check P and Q, each beside the basis of its side, and return what is here of them."""
+def _check_pair(function: str, pair: Any, left: Side, right: Side) -> tuple[Tensor, Tensor]:
+    """Check P and Q, each beside its side, and return what is here of them."""
     if not isinstance(pair, tuple) or len(pair) != 2:
         _check.fail_type(function, f"matrix must be a tensor or a pair (P, Q); got {type(pair).__name__}")
-    for name, given, own in zip(("P", "Q"), pair, rows, strict=True):
-        own.admit(function, name, given)
-    first = _check.matching_data(function, "P", pair[0], "left", bases[0])
-    second = _check.matching_data(function, "Q", pair[1], "right", bases[1])
-    (p, q), seen = (basis.shape[-2] for basis in bases), f"{tuple(first.shape)} and {tuple(second.shape)}"
-    if first.ndim < 2 or second.ndim < 2 or first.shape[-2] != p or second.shape[-2] != q:
-        _check.fail_value(function, f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k); got {seen}")
+    first, second = left.data(function, "P", pair[0], "left"), right.data(function, "Q", pair[1], "right")
+    p, q = (side.rows.count(side.basis) for side in (left, right))
+    if first.shape[-2:-1] != (p,) or second.shape[-2:-1] != (q,):
+        rule = f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k)"
+        _check.fail_value(function, f"{rule}; got {tuple(first.shape)} and {tuple(second.shape)}")
     if first.shape[-1] != second.shape[-1]:
         rule = "P and Q must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {first.shape[-1]} and {second.shape[-1]}")
-    _shifted.check_batch(function, "P", first, bases[0])
-    _shifted.check_batch(function, "Q", second, bases[1])
-    return rows[0].local(function, "P", first), rows[1].local(function, "Q", second)
+    return left.here(function, "P", first), right.here(function, "Q", second)

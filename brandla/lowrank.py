@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._sharded import everywhere, is_dtensor, rows_of, zero_rows
 from brandla._small import largest_of_gram, leading, unresolved
-from brandla._value import extremes, facts, moved, number, value
+from brandla._value import Value, extremes, facts, number
 from brandla.orthonormal import polish
 from brandla_kernels import project, rounded_gram, without_autocast
 
@@ -20,8 +20,53 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@value("brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale")
-class LowRankEigh(NamedTuple):
+class _Symmetric(Value):
+    """What the two kinds of symmetric matrices of order n share."""
+
+    __slots__ = ()
+
+    @classmethod
+    def zeros(
+        cls,
+        n: int,
+        rank: int,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> Self:
+        """Start a stream from the zero matrix of order ``n``, with room for ``rank`` eigenpairs or columns.
+
+        Over a 1-D ``mesh`` U or F is a DTensor sharded on its rows, on the device of each process.
+        """
+        tall = zero_rows(f"{cls.__name__}.zeros", mesh, (*batch_shape, n, rank), dtype, device)
+        sizes = (rank, rank) if cls is LowRankRoot else (rank,)
+        made: Self = of_parts(cls, torch.zeros(*batch_shape, *sizes, dtype=dtype, device=tall.device), tall)
+        return made
+
+    @property
+    def n(self) -> int:
+        """Order of the matrix."""
+        return parts_of(self)[1].shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Number of eigenpairs, or of columns, kept."""
+        return parts_of(self)[1].shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., n, n) of the matrix."""
+        return torch.Size((*parts_of(self)[1].shape[:-1], self.n))
+
+
+class _EighParts(NamedTuple):
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+
+class LowRankEigh(_Symmetric, _EighParts):
     """M ≈ U diag(d) Uᵀ for a symmetric positive semi-definite M of order n.
 
     Parameters
@@ -41,55 +86,8 @@ class LowRankEigh(NamedTuple):
     torch.Size([512, 8])
     """
 
-    eigenvalues: Tensor
-    eigenvectors: Tensor
-
-    @classmethod
-    def zeros(
-        cls,
-        n: int,
-        rank: int,
-        *,
-        batch_shape: tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        mesh: DeviceMesh | None = None,
-    ) -> LowRankEigh:
-        """Start a stream from the zero matrix of order ``n``, with room for ``rank`` eigenpairs.
-
-        Over a 1-D ``mesh`` U is a DTensor sharded on its rows, on the device of each process.
-        """
-        vectors = zero_rows("LowRankEigh.zeros", mesh, (*batch_shape, n, rank), dtype, device)
-        return cls(torch.zeros(*batch_shape, rank, dtype=dtype, device=vectors.device), vectors)
-
-    @property
-    def n(self) -> int:
-        """Order of the matrix."""
-        return self.eigenvectors.shape[-2]
-
-    @property
-    def rank(self) -> int:
-        """Number of eigenpairs kept."""
-        return self.eigenvectors.shape[-1]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape (..., n, n) of the matrix."""
-        return torch.Size((*self.eigenvectors.shape[:-2], self.n, self.n))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the parts."""
-        return self.eigenvectors.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parts."""
-        return self.eigenvectors.device
-
-    def to(self, *args: Any, **kwargs: Any) -> LowRankEigh:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
-        return moved(self, *args, **kwargs)
+    __slots__ = ()
+    _remedy = "brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale"
 
     @without_autocast
     def __matmul__(self, block: Tensor) -> Tensor:
@@ -118,8 +116,12 @@ class LowRankEigh(NamedTuple):
         return [*facts(self, "n"), *extremes("eigenvalues", self.eigenvalues)]
 
 
-@value("brandla.root_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale")
-class LowRankRoot(NamedTuple):
+class _RootParts(NamedTuple):
+    root: Tensor
+    gram: Tensor
+
+
+class LowRankRoot(_Symmetric, _RootParts):
     """M ≈ F Fᵀ, with S = FᵀF beside it: the form that is cheapest to update.
 
     Nothing in it is orthonormal, so nothing can lose orthogonality. M is held to about ε·d₁ (d₁ its largest
@@ -141,26 +143,8 @@ class LowRankRoot(NamedTuple):
     torch.Size([512, 8])
     """
 
-    root: Tensor
-    gram: Tensor
-
-    @classmethod
-    def zeros(
-        cls,
-        n: int,
-        rank: int,
-        *,
-        batch_shape: tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        mesh: DeviceMesh | None = None,
-    ) -> LowRankRoot:
-        """Start a stream from the zero matrix of order ``n``, with room for ``rank`` columns.
-
-        Over a 1-D ``mesh`` F is a DTensor sharded on its rows, on the device of each process.
-        """
-        root = zero_rows("LowRankRoot.zeros", mesh, (*batch_shape, n, rank), dtype, device)
-        return cls(root, torch.zeros(*batch_shape, rank, rank, dtype=dtype, device=root.device))
+    __slots__ = ()
+    _remedy = "brandla.root_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale"
 
     @classmethod
     @without_autocast
@@ -172,35 +156,6 @@ class LowRankRoot(NamedTuple):
         vectors = rows.local(function, "eigh.eigenvectors", eigh.eigenvectors)
         root = vectors * rows.shared(values.sqrt())[..., None, :]
         return cls(rows.tall_result(root), rows.small_result(torch.diag_embed(values)))
-
-    @property
-    def n(self) -> int:
-        """Order of the matrix."""
-        return self.root.shape[-2]
-
-    @property
-    def rank(self) -> int:
-        """Number of columns."""
-        return self.root.shape[-1]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape (..., n, n) of the matrix."""
-        return torch.Size((*self.root.shape[:-2], self.n, self.n))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the parts."""
-        return self.root.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parts."""
-        return self.root.device
-
-    def to(self, *args: Any, **kwargs: Any) -> LowRankRoot:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
-        return moved(self, *args, **kwargs)
 
     @without_autocast
     def __matmul__(self, block: Tensor) -> Tensor:
@@ -248,8 +203,13 @@ class LowRankRoot(NamedTuple):
         return [*facts(self, "n"), *extremes("diagonal of gram", self.gram.diagonal(dim1=-2, dim2=-1))]
 
 
-@value("brandla.svd_update adds L Rᵀ, of another such value L = U * S[..., None, :] and R = Vh.mT; its decay= scales")
-class LowRankSVD(NamedTuple):
+class _SVDParts(NamedTuple):
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+class LowRankSVD(Value, _SVDParts):
     """X ≈ U diag(S) Vh, fields as in ``torch.linalg.svd``.
 
     Parameters
@@ -272,9 +232,10 @@ class LowRankSVD(NamedTuple):
     torch.Size([3, 3])
     """
 
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
+    __slots__ = ()
+    _remedy = (
+        "brandla.svd_update adds L Rᵀ, of another such value L = U * S[..., None, :] and R = Vh.mT; its decay= scales"
+    )
 
     @classmethod
     def zeros(
@@ -306,20 +267,6 @@ class LowRankSVD(NamedTuple):
     def shape(self) -> torch.Size:
         """Shape (..., m, n) of the matrix."""
         return torch.Size((*self.U.shape[:-1], self.Vh.shape[-1]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the parts."""
-        return self.U.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parts."""
-        return self.U.device
-
-    def to(self, *args: Any, **kwargs: Any) -> LowRankSVD:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
-        return moved(self, *args, **kwargs)
 
     @property
     def mT(self) -> LowRankSVD:  # noqa: N802
@@ -426,8 +373,13 @@ def two_numbers(
     return (first.expand(batch), second.expand(batch)) if batch else (first, second)
 
 
-@value("the update functions add columns; their decay= and weight= scale")
-class Tracked(NamedTuple, Generic[Factor]):
+class _TrackedParts(NamedTuple, Generic[Factor]):
+    lowrank: Factor
+    error_bound: Tensor
+    trace: Tensor
+
+
+class Tracked(Value, _TrackedParts[Factor]):
     """A factor together with a running bound on its distance from the matrix it stands for, and that matrix's trace.
 
     Start one with `track`; the update functions take it in place of the factor and return the next one. Both numbers
@@ -452,33 +404,90 @@ class Tracked(NamedTuple, Generic[Factor]):
     (tensor(4.), tensor(14.))
     """
 
-    lowrank: Factor
-    error_bound: Tensor
-    trace: Tensor
+    __slots__ = ()
+    _remedy = "the update functions add columns; their decay= and weight= scale"
 
     @property
     def shape(self) -> torch.Size:
         """Shape (..., n, n) of the matrix."""
         return self.lowrank.shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the parts."""
-        return self.lowrank.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parts."""
-        return self.lowrank.device
-
-    # With a type of its own, self has one that mypy does not see through, as for each kind of factor.
-    def to(self: Any, *args: Any, **kwargs: Any) -> Tracked[Factor]:
-        """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
-        tracked: Tracked[Factor] = moved(self, *args, **kwargs)
-        return tracked
-
     def _facts(self: Any) -> list[str]:
         return [repr(self.lowrank), *number("error bound", self.error_bound), *number("trace", self.trace)]
+
+
+class _CentredParts(NamedTuple):
+    svd: LowRankSVD
+    mean: Tensor
+    weight: Tensor
+    scatter: Tensor
+
+
+class Centred(Value, _CentredParts):
+    """The left half of an SVD of columns less their mean, with the mean: a streaming principal component analysis.
+
+    Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of
+    ``svd.U`` are the principal axes. Right vectors are not kept: a moving mean moves every column seen.
+
+    Parameters
+    ----------
+    svd
+        LowRankSVD with an empty Vh (..., r, 0).
+    mean
+        Shape (..., m), float64: the mean of the columns so far, weighted as decay weights them.
+    weight
+        Tensor of batch shape, float64: the number N of columns so far, weighted in the same way.
+    scatter
+        Tensor of batch shape, float64: Σ‖x − mean‖² of the columns so far, what truncation left out included.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> stream = brandla.centre(brandla.LowRankSVD.zeros(64, 0, rank=8))
+    >>> for batch in torch.randn(4, 64, 32):
+    ...     stream = brandla.svd_append(stream, batch)
+    >>> stream.transform(torch.randn(64, 5)).shape
+    torch.Size([8, 5])
+    """
+
+    __slots__ = ()
+    _remedy = "brandla.merge joins two streams; decay= of brandla.svd_append scales what was seen"
+
+    def to(self, *args: Any, **kwargs: Any) -> Centred:
+        """Return the value on another device, or its decomposition in another dtype: arguments as in `Tensor.to`."""
+        svd = self.svd.to(*args, **kwargs)
+        return Centred(svd, *(part.to(svd.device) for part in self[1:]))
+
+    def explained_variance(self, correction: float = 1) -> Tensor:
+        """Return the variances S²/(N − correction) along the axes, shape (..., r), descending.
+
+        The default divides by N − 1, as ``torch.var`` and scikit-learn do: the unbiased estimate of a sample.
+        ``correction=0`` divides by N. With a decay below 1, N is the sum of the weights, and the estimate is biased.
+        """
+        return (self.svd.S.double().square() / (self.weight - correction)[..., None]).to(self.dtype)
+
+    def explained_variance_ratio(self) -> Tensor:
+        """Return the share of each axis in the total variance, shape (..., r): the same with N and with N − 1."""
+        return (self.svd.S.double().square() / self.scatter[..., None]).to(self.dtype)
+
+    @without_autocast
+    def transform(self, columns: Tensor) -> Tensor:
+        """Return the coordinates Uᵀ(X − mean) of columns X (..., m, k) along the axes, shape (..., r, k)."""
+        columns = _check.columns("Centred.transform", "columns", columns, "svd.U", self.svd.U)
+        return project(self.svd.U, less(columns, self.mean))
+
+    @without_autocast
+    def inverse_transform(self, coordinates: Tensor) -> Tensor:
+        """Return U Z + mean for coordinates Z (..., r, k), shape (..., m, k)."""
+        coordinates = _check.columns("Centred.inverse_transform", "coordinates", coordinates, "svd.U.mT", self.svd.U.mT)
+        return ((self.svd.U @ coordinates).double() + self.mean[..., None]).to(self.dtype)
+
+    def is_finite(self) -> Tensor:
+        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        return torch.isfinite(self.scatter)
+
+    def _facts(self) -> list[str]:
+        return [repr(self.svd), *number("weight", self.weight)]
 
 
 def check_symmetric(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
@@ -493,10 +502,7 @@ def check_symmetric(function: str, name: str, factor: object) -> tuple[Tensor, T
 def track(lowrank: Factor) -> Tracked[Factor]:
     """Attach an error bound of 0 and its own trace to a factor that stands for its matrix exactly.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If ``lowrank`` is no LowRankEigh or LowRankRoot, or its parts do not fit together.
+    Raises a ValueError or a TypeError for what is no LowRankEigh or LowRankRoot, or has parts that do not fit together.
 
     Examples
     --------
@@ -508,6 +514,36 @@ def track(lowrank: Factor) -> Tracked[Factor]:
     check_symmetric("track", "lowrank", lowrank)
     trace = lowrank.trace()
     return Tracked(lowrank, torch.zeros_like(trace), trace)
+
+
+def centre(svd: LowRankSVD) -> Centred:
+    """Start a centred stream from an SVD that has seen no columns, such as ``LowRankSVD.zeros(m, 0, rank)``.
+
+    Raises a ValueError if ``svd`` holds columns: their mean is not known.
+
+    Examples
+    --------
+    >>> import torch, brandla
+    >>> stream = brandla.centre(brandla.LowRankSVD.zeros(5, 0, rank=2))
+    >>> stream = brandla.svd_append(stream, torch.randn(5, 100) + 7)
+    >>> (stream.mean > 6).all()
+    tensor(True)
+    """
+    _check.svd("centre", "svd", svd)
+    if svd.Vh.shape[-1] != 0:
+        rule = "svd must have seen no columns, since their mean is not known"
+        _check.fail_value("centre", f"{rule}; its Vh has {svd.Vh.shape[-1]}; start from LowRankSVD.zeros(m, 0, rank)")
+    rows = rows_of("centre", "svd.U", svd.U, svd.S)
+    left = rows.local("centre", "svd.U", svd.U)
+    mean = rows.tall_result(left.new_zeros(left.shape[:-1], dtype=torch.float64), -1)
+    nothing = left.new_zeros(left.shape[:-2], dtype=torch.float64)
+    return Centred(svd, mean, rows.small_result(nothing), rows.small_result(nothing.clone()))
+
+
+def less(columns: Tensor, mean: Tensor) -> Tensor:
+    """Return columns X (..., m, k) less a float64 mean (..., m), in the dtype of X: what is near it loses no digit."""
+    high = mean.to(columns.dtype)
+    return columns - high[..., None] - (mean - high).to(columns.dtype)[..., None]
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,7 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
-    """Return P′, T and R with Q = P′ T, so that a product Q W costs no more than P′ (T W); see `orthonormalize`.
-
-    Of a list of panels with one number of columns T and R are stacked.
-    """
+    """Return P′, T and R with Q = P′ T, so that Q W costs no more than P′ (T W); of a list, T and R are stacked."""
     dtype = tall.dtype_of(panel)
     panel, transform, first = _first_pass(panel)
     nearly = times(panel, transform.to(dtype))
@@ -105,10 +102,7 @@ def times(panel: Tall, small: Tensor) -> Tall:
 
 
 def spanning(panel: Tensor) -> Tensor:
-    """Return a matrix of the size of P whose columns span what those of P do, and are orthonormal to about √ε.
-
-    One pass of `orthonormalize`, enough between two products. Columns that depend on earlier ones become zero.
-    """
+    """Return columns for those of P with their span, orthonormal to about √ε or zero: enough between two products."""
     panel, transform, _ = _first_pass(panel)
     spanned: Tensor = panel @ transform.to(panel.dtype)
     return spanned
@@ -144,10 +138,8 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
 
 
 def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the transform and the live columns of a Gram matrix H near I, but for zero columns.
-
-    The squared lengths of its columns, near 1 or 0, serve as their lengths, on which the result does not depend.
-    """
+    """Return the transform and the live columns of a Gram matrix H near I, but for zero columns."""
+    # Squared lengths, near 1 or 0, serve as lengths, on which the result does not depend.
     return ops.cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
 
 

@@ -110,9 +110,9 @@ def randomized_eigh(
         values, vectors = leading((dense + dense.mT) / 2, rank, dense.dtype)
         return LowRankEigh(values, vectors)
     if start is None and power_iterations:
-        image = _sketch(function, matrix, width, _seed(matrix, generator))
+        image = _sketch(function, matrix, width, generator)
     else:
-        test = _signs(matrix, n, width, _seed(matrix, generator))
+        test = _signs(matrix, width, generator)
         if start is not None:
             own = torch.where((start == 0).all(-2, keepdim=True), test[..., : start.shape[-1]], start)
             test = torch.cat([own.to(test.dtype), test[..., start.shape[-1] :]], -1)
@@ -178,13 +178,13 @@ def randomized_svd(
     if width == m:
         basis = _identity(matrix, m)
     else:
-        image = _sketch(function, matrix, width, _seed(matrix, generator))
+        image = _sketch(function, matrix, width, generator)
         scale = scale_of(image)
         for _ in range(power_iterations):
-            rows = spanning(adjoint_product(function, matrix, spanning(image / scale)) / scale)
+            rows = spanning(product(function, matrix, spanning(image / scale), adjoint=True) / scale)
             image = product(function, matrix, rows)
         basis, _ = orthonormalize(image / scale)
-    image = adjoint_product(function, matrix, basis)
+    image = product(function, matrix, basis, adjoint=True)
     scale = scale_of(image)
     rows, triangle = orthonormalize(image / scale)
     left, values, right = safe_svd(triangle.mT, triangle.dtype)
@@ -228,13 +228,13 @@ def _seed(matrix: Tensor | LinearOperator, generator: torch.Generator | None) ->
     return torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
 
 
-def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, seed: Tensor) -> Tensor:
+def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, generator: torch.Generator | None) -> Tensor:
     """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
     if width == matrix.shape[-1]:
         return product(function, matrix, _identity(matrix, width))
     if is_dense(matrix):
-        return sketch(cast(Tensor, matrix), seed, width)
-    return product(function, matrix, _signs(matrix, matrix.shape[-1], width, seed))
+        return sketch(cast(Tensor, matrix), _seed(matrix, generator), width)
+    return product(function, matrix, _signs(matrix, width, generator))
 
 
 def _identity(matrix: Tensor | LinearOperator, order: int) -> Tensor:
@@ -242,9 +242,9 @@ def _identity(matrix: Tensor | LinearOperator, order: int) -> Tensor:
     return torch.eye(order, dtype=dtype, device=matrix.device).expand(*matrix.shape[:-2], order, order)
 
 
-def _signs(matrix: Tensor | LinearOperator, rows: int, width: int, seed: Tensor) -> Tensor:
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    return signs(seed, rows, width, batch_shape=matrix.shape[:-2], dtype=dtype)
+def _signs(matrix: Tensor | LinearOperator, width: int, generator: torch.Generator | None) -> Tensor:
+    dtype, (*batch, _, n) = torch.promote_types(matrix.dtype, torch.float32), matrix.shape
+    return signs(_seed(matrix, generator), n, width, batch_shape=tuple(batch), dtype=dtype)
 
 
 def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, int]:
@@ -259,20 +259,16 @@ def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, i
             rule = "matrix must be a plain tensor or a linear operator"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor(), or an operator that holds it")
     else:
-        _check_operator(function, matrix)
+        missing = [name for name in ("shape", "dtype", "device", "__matmul__") if not hasattr(matrix, name)]
+        if missing:
+            rule = "matrix must be a tensor or a linear operator with shape, dtype, device and @"
+            _check.fail_type(function, f"{rule}; {type(matrix).__name__} has no {', '.join(missing)}")
+        if len(matrix.shape) != 2:
+            _check.fail_value(function, f"a linear operator must have shape (m, n); got {tuple(matrix.shape)}")
+        dtype: object = matrix.dtype
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            _check.fail_type(function, f"matrix.dtype must be a real floating-point torch.dtype; got {dtype!r}")
     return int(matrix.shape[-2]), int(matrix.shape[-1])
-
-
-def _check_operator(function: str, matrix: object) -> None:
-    missing = [name for name in ("shape", "dtype", "device", "__matmul__") if not hasattr(matrix, name)]
-    if missing:
-        rule = "matrix must be a tensor or a linear operator with shape, dtype, device and @"
-        _check.fail_type(function, f"{rule}; {type(matrix).__name__} has no {', '.join(missing)}")
-    shape, dtype = getattr(matrix, "shape", ()), getattr(matrix, "dtype", None)
-    if len(shape) != 2:
-        _check.fail_value(function, f"a linear operator must have shape (m, n); got {tuple(shape)}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        _check.fail_type(function, f"matrix.dtype must be a real floating-point torch.dtype; got {dtype!r}")
 
 
 def _sketch_width(function: str, rank: int, oversample: int, most: int, because: str) -> int:
@@ -294,36 +290,28 @@ def _check_start(function: str, matrix: Tensor | LinearOperator, start: Tensor, 
         _check.fail_value(function, f"{rule}; got {tuple(start.shape)}")
 
 
-def product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
-    """Return X V, with long sums in slabs where X is a dense tensor; any other is a linear operator."""
+def product(function: str, matrix: Tensor | LinearOperator, block: Tensor, *, adjoint: bool = False) -> Tensor:
+    """Return X V or XᵀV, with long sums in slabs where X is a dense tensor; any other is a linear operator."""
     if is_dense(matrix):
-        return inner_product(cast(Tensor, matrix).mT.to(block.dtype), block)
-    return _checked_product(function, matrix @ block.to(matrix.dtype), (matrix.shape[0], block.shape[1]), block)
-
-
-def adjoint_product(function: str, matrix: Tensor | LinearOperator, block: Tensor) -> Tensor:
-    """Return XᵀV likewise."""
-    if is_dense(matrix):
-        return inner_product(cast(Tensor, matrix).to(block.dtype), block)
-    data = block.to(matrix.dtype)
+        own = cast(Tensor, matrix)
+        return inner_product((own if adjoint else own.mT).to(block.dtype), block)
     found: object
-    if hasattr(matrix, "mT"):
-        found = matrix.mT @ data
+    if not adjoint:
+        found = matrix @ block.to(matrix.dtype)
+    elif hasattr(matrix, "mT"):
+        found = matrix.mT @ block.to(matrix.dtype)
     elif hasattr(matrix, "__rmatmul__"):
-        found = (data.mT @ cast(Any, matrix)).mT
+        found = (block.to(matrix.dtype).mT @ cast(Any, matrix)).mT
     else:
         rule = "the operator must know its transpose, as attribute mT or by tensor @ operator"
         _check.fail_type(function, f"{rule}; {type(matrix).__name__} has neither")
-    return _checked_product(function, found, (matrix.shape[1], block.shape[1]), block)
+    expected = (matrix.shape[1 if adjoint else 0], block.shape[1])
+    if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        _check.fail_value(function, f"the operator's product must be a tensor of shape {expected}; got {got}")
+    return found.to(block.dtype)
 
 
 def is_dense(matrix: Tensor | LinearOperator) -> bool:
     """Say whether it is a tensor with all its entries, no linear operator and not sparse."""
     return isinstance(matrix, Tensor) and matrix.layout == torch.strided
-
-
-def _checked_product(function: str, product: object, expected: tuple[int, int], block: Tensor) -> Tensor:
-    if not isinstance(product, Tensor) or tuple(product.shape) != expected:
-        got = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
-        _check.fail_value(function, f"the operator's product must be a tensor of shape {expected}; got {got}")
-    return product.to(block.dtype)

@@ -1,4 +1,7 @@
-"""The basis of a stream of wide matrices, refreshed by products: the step of SOAP, KL-Shampoo, COSMOS and Dion."""
+"""Eigenbases brought up to date against a matrix: by products with wide data, or in part by Rayleigh–Ritz.
+
+The first is the step of SOAP, KL-Shampoo, COSMOS and Dion.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
+from brandla._small import safe_eigh
 from brandla.lowrank import LowRankEigh, over, stack_numbers
 from brandla.orthonormal import factorize, times
-from brandla.randomized import LinearOperator, adjoint_product, check_matrix, product, scale_of
+from brandla.randomized import LinearOperator, check_matrix, product, scale_of
 from brandla_kernels import Tall, project, reads_are_free, rotate, tall
 
 
@@ -105,7 +109,7 @@ def check_refresh(
 
 
 class Refresh(NamedTuple):
-    """Arguments of `eigh_refresh` that fit together: of one factor, of a batch, or of a list with d stacked."""
+    """M = U diag(ρd) Uᵀ + w G Gᵀ of `eigh_refresh`: of one factor, of a batch, or of a list with d stacked."""
 
     values: Tensor  # d     (..., r)
     vectors: Tall  # U      (..., n, r)
@@ -116,54 +120,40 @@ class Refresh(NamedTuple):
 
     def one(self) -> tuple[LowRankEigh, Tensor]:
         """Return the factor, or the batch, with its permutation."""
-        values, vectors, order = self._refreshed()
+        values, vectors, order = self.refreshed()
         return LowRankEigh(values, vectors), order
 
-    def each(self) -> list[tuple[LowRankEigh, Tensor]]:
-        """Return the factors of a list, each with its permutation."""
-        return [(LowRankEigh(*own), order) for *own, order in zip(*self._refreshed(), strict=True)]
-
-    def _refreshed(self) -> tuple[Tensor, Tall, Tensor]:
-        kept, weight = (self.values * over(self.decay))[..., None], over(self.weight, 2)
-        average, vectors = _Average(self.vectors, kept, self.matrix, weight), self.vectors
+    def refreshed(self) -> tuple[Tensor, Tall, Tensor]:
+        """Return the new values, vectors and permutations."""
+        # In products ρd stands in place of d, and both as they multiply coefficients.
+        matrix = self._replace(values=(self.values * over(self.decay))[..., None], weight=over(self.weight, 2))
+        vectors = self.vectors
         for _ in range(self.iterations):
-            nearly, transform, _ = factorize(average.image(_begun(vectors)))
+            nearly, transform, _ = factorize(matrix._image(_begun(vectors)))
             vectors = times(nearly, transform)
-        values, order = average.quotients(vectors).sort(dim=-1, descending=True, stable=True)
+        quotients = matrix._quotients(*matrix._coefficients(vectors))
+        values, order = quotients.sort(dim=-1, descending=True, stable=True)
         if isinstance(vectors, list):
             return values, times(nearly, tall.columns_at(transform, order)), order
         return values, tall.columns_at(vectors, order), order
 
-
-class _Average(NamedTuple):
-    """M = U diag(ρd) Uᵀ + w G Gᵀ, in products."""
-
-    vectors: Tall  # U      (..., n, r)
-    values: Tensor  # ρd    (..., r, 1)
-    matrix: Any
-    weight: float | Tensor  # or (..., 1, 1)
-
-    def image(self, block: Tall) -> Tall:
+    def _image(self, block: Tall) -> Tall:
         """Return M X over a power of two: near its largest entry, or of a list, that of diag(XᵀMX)."""
         old, new = self._coefficients(block)
         if isinstance(block, list):
-            scale = scale_of(self._summed(old, new)[..., None, :])
+            scale = scale_of(self._quotients(old, new)[..., None, :])
             return rotate(self.vectors, self.matrix, self.values * old / scale, self.weight * new / scale)
         image = self.vectors @ (self.values * old) + product("eigh_refresh", self.matrix, self.weight * new)
         return image / scale_of(image)
 
-    def quotients(self, block: Tall) -> Tensor:
-        """Return the diagonal of XᵀMX."""
-        return self._summed(*self._coefficients(block))
-
-    def _summed(self, old: Tensor, new: Tensor) -> Tensor:
-        """Return it as sums of squares of the coefficients."""
+    def _quotients(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return the diagonal of XᵀMX as sums of squares of UᵀX and GᵀX."""
         return (self.values * old.square()).sum(-2) + (self.weight * new.square()).sum(-2)
 
     def _coefficients(self, block: Tall) -> tuple[Tensor, Tensor]:
         """Return UᵀX and GᵀX."""
         listed = isinstance(block, list)
-        image = project(self.matrix, block) if listed else adjoint_product("eigh_refresh", self.matrix, block)
+        image = project(self.matrix, block) if listed else product("eigh_refresh", self.matrix, block, adjoint=True)
         return project(self.vectors, block), image
 
 
@@ -173,14 +163,13 @@ def refreshed_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, T
     stacked = torch.stack(values)
     wide = [matrix.to(stacked.dtype) for matrix in matrices]
     numbers = stack_numbers(decays, stacked), stack_numbers(weights, stacked)
-    return Refresh(stacked, list(vectors), wide, *numbers, iterations).each()
+    refreshed = Refresh(stacked, list(vectors), wide, *numbers, iterations).refreshed()
+    return [(LowRankEigh(*own), order) for *own, order in zip(*refreshed, strict=True)]
 
 
 def _begun(vectors: Tall) -> Tall:
-    """Return U with its zero columns begun anew, orthogonal to the others, from cos(i²j): dense and nearly independent.
-
-    What lay in the span of the others would outweigh them in M U, and take their places.
-    """
+    """Return U with its zero columns begun anew, orthogonal to the others, from cos(i²j): dense and independent."""
+    # What lay in the span of the others would outweigh them in M U, and take their places.
     members = vectors if isinstance(vectors, list) else [vectors]
     if reads_are_free(members[0]) and not any((own == 0).all(-2).any().item() for own in members):
         return vectors
@@ -200,3 +189,30 @@ def _begun(vectors: Tall) -> Tall:
     return rotate(
         vectors, begun, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
     )
+
+
+def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:
+    """Replace some eigenpairs by the Ritz pairs of M in the span of their vectors, and sort.
+
+    Rayleigh–Ritz: E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E. The truncation errors that updates left in those
+    directions go. Raises as `brandla.eigh_update` does.
+
+    Parameters
+    ----------
+    eigh
+        d (..., r) and U (..., n, r).
+    matrix
+        M, shape (..., n, n), symmetric positive semi-definite.
+    subset
+        Indices s of the columns to correct, shape (m,), int64.
+    """
+    function = "ritz_correct"
+    _check.eigh(function, "eigh", eigh)
+    matrix = _check.matching_data(function, "matrix", matrix, "eigh", eigh.eigenvectors)
+    _check.shape(function, "matrix", matrix, (*eigh.eigenvalues.shape[:-1], eigh.n, eigh.n), "the order of eigh")
+    chosen = eigh.eigenvectors.index_select(-1, subset)
+    values, rotation = safe_eigh(chosen.mT @ (matrix @ chosen))
+    corrected = eigh.eigenvalues.index_copy(-1, subset, values)
+    vectors = eigh.eigenvectors.index_copy(-1, subset, chosen @ rotation)
+    ordered, order = corrected.sort(descending=True)
+    return LowRankEigh(ordered, tall.columns_at(vectors, order))

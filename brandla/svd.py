@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import leading, safe_svd, signs_of, unit_scaled
-from brandla.centred import Centred, less
-from brandla.lowrank import LowRankSVD, Rank, most_of, over, tolerance_of
+from brandla.lowrank import Centred, LowRankSVD, Rank, less, most_of, over, tolerance_of
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
 from brandla_kernels import gram, without_denormals
@@ -74,17 +74,15 @@ def svd_update(
     tol, rank = tolerance_of(rank), _check.rank(function, most_of(rank), r, most, because)
     values = small.small(function, "svd.S", svd.S)
     left_panel = torch.cat([left_vectors * (values * over(decay))[..., None, :], left], dim=-1)
-    left_side = _factored(left_panel, left_rows)
-    right_side = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
-    core = left_side.triangle @ right_side.triangle.mT
-    rotation, spectrum, right_rotation = _truncated_svd(core, rank, tol, values.dtype)
+    times_left, left_triangle = _factored(left_panel, left_rows)
+    times_right, right_triangle = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
+    rotation, spectrum, right_rotation = _truncated_svd(left_triangle @ right_triangle.mT, rank, tol, values.dtype)
     # The left panel is Q T, with the old vectors in front: products of old vectors with new ones of the same place.
-    turned = signs_of((left_side.triangle[..., :rank] * rotation).sum(-2))[..., None, :]
-    rotation, right_rotation = rotation * turned, right_rotation * turned
+    turned = signs_of((left_triangle[..., :rank] * rotation).sum(-2))[..., None, :]
     return LowRankSVD(
-        left_rows.tall_result(left_side.basis(rotation)),
+        left_rows.tall_result(times_left(rotation * turned)),
         small.small_result(spectrum),
-        right_rows.tall_result(right_side.basis(right_rotation)).mT,
+        right_rows.tall_result(times_right(right_rotation * turned)).mT,
     )
 
 
@@ -103,10 +101,8 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
         mean, as in principal component analysis.
     columns
         A, shape (..., m, k): appended to the right.
-    decay
-        ρ >= 0: a number, or a tensor of batch shape; below 1 it forgets old columns.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r + k), by default the old rank r.
+    decay, rank
+        As in `svd_update`, the rank at most min(m, r + k). A decay below 1 forgets old columns.
 
     Returns
     -------
@@ -134,13 +130,31 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     >>> svd.S, svd.shape
     (tensor([3., 3.]), torch.Size([6, 2]))
     """
+    function = "svd_append"
+    factor: LowRankSVD
     if isinstance(svd, Centred):
-        return _append_centred(svd, columns, decay, rank)
-    append = _check_append(svd, columns, decay, rank)
-    left, values, rotation = _leading_triplets(append)
-    r = append.svd.S.shape[-1]
-    right = torch.cat([append.svd.Vh.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
-    return append.result(left, values, right.mT)
+        _check.centred(function, "svd", svd)
+        factor = svd.svd
+    else:
+        _check.svd(function, "svd", svd)
+        factor = svd
+    rows, vectors, columns = _here(function, ("svd.U", "columns"), factor.U, columns, factor.S)
+    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", factor.U)
+    (m, r), k = factor.U.shape[-2:], columns.shape[-1]
+    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
+    most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
+    old, right = rows.small(function, "svd.S", factor.S), rows.small(function, "svd.Vh", factor.Vh)
+    sums: tuple[Tensor, ...] = ()
+    if isinstance(svd, Centred):
+        columns, sums = _recentred(svd, columns, decay, rows)
+    panel = torch.cat([vectors * (old * over(decay))[..., None, :], columns], dim=-1)
+    left, values, rotation = _leading_triplets(panel, most, tolerance_of(rank), rows)
+    right = rotation[..., :0, :] if sums else torch.cat([right.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
+    joined = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
+    # mypy takes the body once for each kind of argument.
+    found: Any = Centred(joined, *sums) if sums else joined
+    updated: SVD = found
+    return updated
 
 
 @ranged("m,r,n", "m,r,n")
@@ -192,34 +206,6 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
     )
 
 
-class _Append(NamedTuple):
-    """Arguments of `svd_append` that fit together, as far as they are here."""
-
-    svd: LowRankSVD
-    columns: Tensor
-    decay: float | Tensor
-    rank: int
-    tol: float
-    rows: Rows  # which rows of U and of the columns are here
-
-    def result(self, left: Tensor, values: Tensor, right: Tensor) -> LowRankSVD:
-        """Return a decomposition of the kind of the old one."""
-        rows = self.rows
-        return LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right))
-
-
-def _check_append(svd: LowRankSVD, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> _Append:
-    function = "svd_append"
-    _check.svd(function, "svd", svd)
-    rows, vectors, columns = _here(function, ("svd.U", "columns"), svd.U, columns, svd.S)
-    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", svd.U)
-    (m, r), k = svd.U.shape[-2:], columns.shape[-1]
-    because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
-    most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
-    local = LowRankSVD(vectors, rows.small(function, "svd.S", svd.S), rows.small(function, "svd.Vh", svd.Vh))
-    return _Append(local, columns, decay, most, tolerance_of(rank), rows)
-
-
 def _here(
     function: str, names: tuple[str, str], vectors: Tensor, new: Tensor, values: Tensor
 ) -> tuple[Rows, Tensor, Tensor]:
@@ -233,50 +219,29 @@ def _here(
     return rows, rows.local(function, name, vectors), rows.local(function, new_name, new)
 
 
-def _leading_triplets(append: _Append) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V of the panel B = [ρ U diag(S), A]: those of its QR's R in float64, else of BᵀB = V S² Vᵀ.
-
-    A Gram matrix in float64 resolves all that float32 data holds.
-    """
-    svd, dtype = append.svd, append.svd.S.dtype
-    panel = torch.cat([svd.U * (svd.S * over(append.decay))[..., None, :], append.columns], dim=-1)
+def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V of a panel: in float64 by QR. A float64 Gram matrix resolves all that float32 data holds."""
+    dtype = panel.dtype
     if dtype == torch.float64:
-        side = _factored(panel, append.rows)
-        rotation, spectrum, right = _truncated_svd(side.triangle, append.rank, append.tol, dtype)
+        times_basis, triangle = _factored(panel, rows)
+        rotation, spectrum, right = _truncated_svd(triangle, rank, tol, dtype)
         turned = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
-        return side.basis(rotation * turned), spectrum, right * turned
-    noise = max(append.tol, 4 * torch.finfo(dtype).eps) ** 2
-    squares, right = leading(append.rows.total(gram(panel)), append.rank, torch.float64, noise)
+        return times_basis(rotation * turned), spectrum, right * turned
+    noise = max(tol, 4 * torch.finfo(dtype).eps) ** 2
+    squares, right = leading(rows.total(gram(panel)), rank, torch.float64, noise)
     # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    left, squares = polish(panel @ unit_scaled(right, squares).to(dtype), squares, append.rows)
+    left, squares = polish(panel @ unit_scaled(right, squares).to(dtype), squares, rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
 
-class _Factored(NamedTuple):
-    """A panel P = Q T with Q = P′ X orthonormal, or zero columns: Q itself is not formed."""
-
-    panel: Tensor  # P′       [..., n, p]
-    transform: Tensor | None  # X      [..., p, q], float64; None stands for I
-    triangle: Tensor  # T       [..., q, p], float64
-    rows: Rows
-
-    def basis(self, rotation: Tensor) -> Tensor:
-        """Return Q W for W (..., q, s)."""
-        if self.transform is None:
-            return self.panel @ rotation
-        panel: Tensor = self.panel @ (self.transform @ rotation.double()).to(self.panel.dtype)
-        polished: Tensor = polish(panel, panel.new_ones(()), self.rows)[0]
-        return polished
-
-
-def _factored(panel: Tensor, rows: Rows) -> _Factored:
-    """Factor a panel: by QR in float64, else by D PᵀP D = V Λ Vᵀ in float64 with unit columns P D."""
+def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return what multiplies by Q, and T: of a panel P = Q T in float64 by QR, else from the eigenvectors of PᵀP."""
     if panel.dtype == torch.float64:
         basis, triangle = rows.qr(panel)
-        return _Factored(basis, None, triangle, rows)
+        return basis.matmul, triangle
     inner = rows.total(gram(panel))
     lengths = inner.diagonal(dim1=-2, dim2=-1).sqrt()
     shortest = torch.finfo(panel.dtype).tiny / torch.finfo(panel.dtype).eps
@@ -284,21 +249,24 @@ def _factored(panel: Tensor, rows: Rows) -> _Factored:
     noise = (4 * torch.finfo(panel.dtype).eps) ** 2
     values, vectors = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
     transform = unit[..., :, None] * unit_scaled(vectors, values)
-    return _Factored(panel, transform, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :], rows)
+
+    def times_basis(rotation: Tensor) -> Tensor:
+        nearly: Tensor = panel @ (transform @ rotation.double()).to(panel.dtype)
+        polished: Tensor = polish(nearly, panel.new_ones(()), rows)[0]
+        return polished
+
+    return times_basis, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
 
 
-def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank: int | Rank | None) -> Centred:
-    """Append the batch about its own mean, and the distance between the means in the direction this leaves free."""
-    function = "svd_append"
-    svd, mean, weight, scatter = state
-    _check.centred(function, "svd", state)
-    append = _check_append(svd, columns, decay, rank)
-    columns, rows = append.columns, append.rows
+def _recentred(state: Centred, columns: Tensor, decay: float | Tensor, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return a batch about its own mean, with the distance between the means in it, and the new sums of the stream."""
+    function, mean = "svd_append", state.mean
     rows.admit(function, "svd.mean", mean)
     mean = rows.local(function, "svd.mean", mean, -1)
-    weight, scatter = rows.small(function, "svd.weight", weight), rows.small(function, "svd.scatter", scatter)
+    weight = rows.small(function, "svd.weight", state.weight)
+    scatter = rows.small(function, "svd.scatter", state.scatter)
     k = columns.shape[-1]
-    old = weight * append.decay**2
+    old = weight * decay**2
     total = old + k
     share = torch.where(total > 0, k / total, 0.0)
     batch_mean = columns.mean(-1, dtype=torch.float64) if k else mean
@@ -306,13 +274,11 @@ def _append_centred(state: Centred, columns: Tensor, decay: float | Tensor, rank
     # The batch about its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ: no column is added.
     shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
     centred = less(columns, batch_mean - shift)
-    left, values, _ = _leading_triplets(append._replace(columns=centred))
     added = rows.total(torch.linalg.vector_norm(centred, dim=(-2, -1), dtype=torch.float64).square())
     # What is not finite in one entry of the mean reaches all of it.
     mean = mean + (batch_mean - mean) * share[..., None] + 0 * added[..., None]
-    numbers = map(rows.small_result, (total + 0 * added, scatter * append.decay**2 + added))
-    empty = values.new_zeros(*values.shape, 0)
-    return Centred(append.result(left, values, empty), rows.tall_result(mean, -1), *numbers)
+    numbers = map(rows.small_result, (total + 0 * added, scatter * decay**2 + added))
+    return centred, (rows.tall_result(mean, -1), *numbers)
 
 
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

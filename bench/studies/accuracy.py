@@ -23,9 +23,9 @@ from bench.frame import pictures
 from bench.frame.pictures import THEMES, Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu.device import Device
-from brandla.correction import ritz_correct
 from brandla.demo import data
 from brandla.demo.studies import observed
+from brandla.refresh import ritz_correct
 from brandla_kernels import gram_ema_
 from tests.oracles import gaussian, updated
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla.correction import ritz_correct
 from brandla.kfac.systems.brand import BrandForm, sketched
 from brandla.kfac.systems.exact import Randomized
 from brandla.kfac.systems.form import Absorption, DenseForm, State, due
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
+from brandla.refresh import ritz_correct
 
 
 @dataclass(frozen=True)
