@@ -35,15 +35,15 @@ class Given(NamedTuple):
         return tree_map(lambda part: part.to(to, copy=True), self)
 
 
-def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = ()) -> Given:
-    """Return new arguments."""
+def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = (), n: int = N) -> Given:
+    """Return new arguments, of order n in place of N."""
     options: dict[str, Any] = {"dtype": dtype, "batch_shape": batch_shape}
     numbers = torch.arange(1, math.prod(batch_shape) + 1, dtype=dtype) / 8
     return Given(
-        *(make_eigh(N, R, **options), make_root(N, R, **options), make_svd(N, 9, R, **options)),
-        *(make_eigh(N, R, dtype=dtype), make_eigh(9, 3, **options)),
-        *(make_columns(n, k, **options) for n, k in ((N, K), (9, K), (N, 9))),
-        *(symmetrised(make_root(N, R, **options).dense()), numbers.reshape(batch_shape)),
+        *(make_eigh(n, R, **options), make_root(n, R, **options), make_svd(n, 9, R, **options)),
+        *(make_eigh(n, R, dtype=dtype), make_eigh(9, 3, **options)),
+        *(make_columns(rows, k, **options) for rows, k in ((n, K), (9, K), (n, 9))),
+        *(symmetrised(make_root(n, R, **options).dense()), numbers.reshape(batch_shape)),
     )
 
 
