@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from brandla.demo import commands, data, frame, machine, studies, summary
-from brandla.demo.frame import Piece
 from brandla.demo.studies import METHODS, QUICK, Settings, Trainer
 
 TINY = Settings(
@@ -43,26 +42,6 @@ def without_times(tree):
 
 
 # the frame
-
-
-def piece(table, *rows, stop=False):
-    def measure():
-        yield rows[0]
-        if stop:
-            signal.raise_signal(signal.SIGINT)
-        yield from rows[1:]
-
-    return Piece(table, {"piece": str(rows[0]["value"])}, measure)
-
-
-def test_pieces_that_have_rows_are_left_out_and_ctrl_c_keeps_what_is_done():
-    tables = {"a": [{"piece": "1", "value": 1}]}
-    pieces = [piece("a", {"value": 1}), piece("a", {"value": 2}, {"value": 3}, stop=True), piece("b", {"value": 4})]
-    assert frame.run(pieces, tables, quiet()) == "a: piece 2"
-    assert [row["value"] for row in tables["a"]] == [1, 2]
-    assert "b" not in tables
-    assert frame.run(pieces[2:], tables, quiet()) is None
-    assert tables["b"] == [{"piece": "4", "value": 4}]
 
 
 def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):

@@ -24,6 +24,7 @@ from op_cases import (
     VARIANTS,
     assert_grouped,
     assert_op,
+    assert_spoils_its_own,
     eigh_core_operands,
     exact,
     grouped_operands,
@@ -169,14 +170,10 @@ def test_cross_gram_takes_columns_of_any_length(layout, powers, reads):
         assert ((got - wanted).abs() <= 300 * torch.finfo(torch.float32).eps * largest).all()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("spoilt", [0, 1], ids=["root", "columns"])
-def test_cross_gram_shows_what_is_not_finite(dtype, spoilt, value, reads):
-    arguments = operands("cross_gram", 9, 3, 2, "plain", dtype)
-    arguments[spoilt][4, 1] = value
-    cross, gram = OPS["cross_gram"](*arguments)
-    assert not torch.isfinite(gram if spoilt else cross).all()
-    assert cross.isnan().any() if math.isnan(value) else True
+@pytest.mark.usefixtures("reads")
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_finite_spoils_its_own_problem_and_no_other(case):
+    assert_spoils_its_own(case)
 
 
 def test_cross_gram_of_an_empty_root_takes_no_second_look():

@@ -354,7 +354,7 @@ def last_rank_leaves(mode):
     training = replica(Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size()))
     training.backward(distributed.get_rank(), 0, 0)
     if is_last():
-        os._exit(3)
+        os._exit(0)
     return refusal(training.preconditioner.step)
 
 

@@ -38,13 +38,8 @@ def test_sweeps_invert_as_well_as_a_factorisation(order, damping, dtype, device)
 
 def test_a_problem_that_is_not_definite_is_nan_and_alone(device):
     basis, rhs = (torch.ones(5, 20, k, dtype=torch.float64, device=device) for k in (17, 2))
-    gram, values = torch.eye(17).to(basis).repeat(5, 1, 1), basis.new_ones(5, 17)
-    shift = basis.new_full((5,), 0.5), basis.new_zeros(5)
-    sound = OPS["damped_inverse"](*(part[:1] for part in (basis, gram, *shift, rhs)))
+    gram, shift = torch.eye(17).to(basis).repeat(5, 1, 1), (basis.new_full((5,), 0.5), basis.new_zeros(5))
     gram[1:4, 16, 16] = torch.tensor([-0.5, -3.0, torch.nan]).to(basis)
     found = OPS["damped_inverse"](basis, gram, *shift, rhs)
-    assert found[1:4].isnan().all()
-    assert torch.equal(found[[0, 4]], sound.expand(2, -1, -1))
-    values[1, 2] = torch.nan
-    found = OPS["damped_inverse"](basis, values, *shift, rhs)
-    assert found.isnan().flatten(1).all(1).tolist() == [False, True, False, False, False]
+    assert found.isnan().flatten(1).all(1).tolist() == [False, True, True, True, False]
+    assert torch.equal(found[0], found[4])

@@ -11,6 +11,7 @@ from op_cases import (
     LAYOUTS,
     assert_grouped,
     assert_op,
+    assert_spoils_its_own,
     grouped,
     grouped_operands,
     half_precision_data,
@@ -102,6 +103,12 @@ def test_kernel_takes_a_batch_of_no_problems(case, device):
     arguments = mapped(lambda part: part.new_zeros(2, 0, *part.shape), one)
     expected = run(OPS[op_of(case)].torch_form, arguments)
     assert [part.shape for part in run(OPS[op_of(case)], arguments)] == [part.shape for part in expected]
+
+
+@pytest.mark.usefixtures("_overflow_is_meant")
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_finite_spoils_its_own_problem_and_no_other(case, device):
+    assert_spoils_its_own(case, device)
 
 
 @pytest.mark.parametrize("case", ["project", "rotate", "damped_apply"])
