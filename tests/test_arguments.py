@@ -17,12 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 import brandla
 from brandla.kfac import KFAC, Brand
 from builders import (
-    CHOLESKY_UPDATE,
     assert_agree,
     assert_same,
     in_full,
-    make_columns,
-    make_root,
     shares_memory,
     unchanged,
 )
@@ -200,15 +197,3 @@ def test_fake_tensors_give_the_shapes_of_the_result(name):
     with FakeTensorMode() as mode:
         fake = CALLS[name](tree_map(mode.from_tensor, given()))
     assert shapes(fake) == shapes(CALLS[name](given()))
-
-
-@pytest.mark.parametrize("k", [8, 60], ids=["usual", "k above n - r"])
-def test_the_update_by_cholesky_calls_no_decomposition_that_waits(monkeypatch, k):
-    def forbidden(*_, **__):
-        message = "a decomposition that waits for the device"
-        raise AssertionError(message)
-
-    root, columns = make_root(64, 12, dtype=torch.float32), make_columns(64, k, dtype=torch.float32)
-    for name in ["eigh", "eigvalsh", "eig", "svd", "svdvals", "qr", "pinv", "matrix_rank", "lstsq"]:
-        monkeypatch.setattr(torch.linalg, name, forbidden)
-    assert CHOLESKY_UPDATE(brandla.track(root), columns, decay=0.9).lowrank.is_finite()

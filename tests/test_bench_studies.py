@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 from dataclasses import dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -157,16 +156,6 @@ def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name):
             assert len(re.findall(r"\.(?= [A-Z`]|$)", answer)) == 2
             text = "\n".join(report.of_page(name, {"some-machine": found}))
             assert 3 <= text.split("All figures")[0].count("\n| ") <= 12
-
-
-def test_a_quote_is_the_entry_of_the_file():
-    rows = [{"case": "a, n=1", "time": [1538.2, 1, 2]}, {"case": "b", "time": None}]
-    machines = {"toy": {"some-study": {"rows": rows}}}
-    quote = "<!-- some-study.json rows: case={}; time -->"
-    made = partial(report.QUOTE.sub, partial(report.quoted, machines=machines))
-    assert made(f"{quote.format('a, n=1')}7.25 times.") == f"{quote.format('a, n=1')}1540 times."
-    assert made(f"{quote.format('c')}1.0e-08.") == f"{quote.format('c')}–."
-    assert made(f"{quote.format('b')}–") == f"{quote.format('b')}–"
 
 
 def test_a_run_is_short_or_long(tmp_path):

@@ -4,14 +4,18 @@ import io
 import itertools
 import json
 import signal
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from brandla.demo import commands, data, frame, machine, studies, summary
 from brandla.demo.studies import METHODS, QUICK, Settings, Trainer
 
+CURSOR_SHOWN, CURSOR_HIDDEN = "\x1b[?25h", "\x1b[?25l"
 TINY = Settings(
     width=40, batch=16, warmup=1, ranks=(4, 8), headline_rank=8, tracking_steps=10, reference_every=4,
     seeds=(0, 1), steps=6, search_steps=4, trials=2, rank=4, inverse_every=2,
@@ -206,7 +210,7 @@ def test_a_whole_run_leaves_everything(content, tmp_path):
 
 # In the tracking study, in the search, and in the first run of the training study.
 @pytest.mark.parametrize("steps", [3, 12, 10 + 4 * 2 * len(METHODS) + 2])
-def test_interrupted_study_keeps_what_was_measured(steps, monkeypatch, tmp_path):
+def test_interrupted_study_keeps_what_was_measured_and_leaves_a_clean_terminal(steps, monkeypatch, tmp_path):
     batches, count = data.batches, itertools.count(1)
 
     def counted(*about):
@@ -216,13 +220,18 @@ def test_interrupted_study_keeps_what_was_measured(steps, monkeypatch, tmp_path)
             yield batch
 
     monkeypatch.setattr(data, "batches", counted)
-    found = commands.measure(TINY, quiet())
+    monkeypatch.setattr(commands, "QUICK", replace(TINY, seeds=(0,)))
+    monkeypatch.setattr(commands, "Console", partial(Console, force_terminal=True))
+    done = CliRunner().invoke(commands.app, ["--quick", "--device", "cpu", "--output", str(tmp_path)])
+    assert done.exit_code == frame.INTERRUPTED
+    assert "Tracked error" in done.output
+    assert "Interrupted" in done.output
+    assert done.output.rfind(CURSOR_SHOWN) > done.output.rfind(CURSOR_HIDDEN) > -1
+    found = json.loads((tmp_path / "demo.json").read_text())
     assert found["facts"]["interrupted"]
     assert len(summary.tracked(found)) == 4 * min(steps, 10)
     assert len(found.get("trials", [])) == min(max(steps - 10, 0) // 4, 2 * len(METHODS))
-    commands.leave(found, tmp_path, quiet())
-    assert json.loads((tmp_path / "demo.json").read_text())["facts"]["interrupted"]
-    assert (tmp_path / "demo.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])

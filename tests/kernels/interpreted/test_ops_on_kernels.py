@@ -1,4 +1,4 @@
-"""Each kernel against the formula of its op in float64, on every layout and on sizes around the edges of its tiles."""
+"""Each kernel or torch form against the formula of its op in float64, in every layout and around the edges of tiles."""
 
 import pytest
 import torch
@@ -58,9 +58,14 @@ class NoCopies(TorchDispatchMode):
 
 
 def assert_kernel(case, new):
-    """Check an op against its formula, that it leaves its inputs alone, and that it copies none of them."""
+    """Check an op against its formula, that it leaves its inputs alone, and that a kernel copies none of them."""
     tall = max(part.shape[-2:].numel() for part in new() if isinstance(part, Tensor))
-    assert_op(case, new, None if op_of(case).endswith("_") else NoCopies(max(tall, 2)))
+    may_copy = op_of(case).endswith("_") or not is_kernel(case, new()[0].device)
+    assert_op(case, new, None if may_copy else NoCopies(max(tall, 2)))
+
+
+def is_kernel(case, device):
+    return OPS[op_of(case)].implementation(device.type)[0] == "triton"
 
 
 def mapped(change, arguments):
@@ -137,9 +142,10 @@ def test_strides_and_batch_of_small_problems_change_no_bit(case, device):
     expected = run(op, arguments)
     for stride in STRIDES.values():
         assert all(map(torch.equal, run(op, mapped(stride, arguments)), expected))
+    # LAPACK may take other steps for one matrix than for two.
     one_for_two = mapped(lambda part: part[:1, 1:].expand(1, 2, *part.shape[2:]), arguments)
     for part, own in zip(run(op, one_for_two), expected, strict=True):
-        assert torch.equal(part, own[:1, 1:].expand_as(part))
+        assert torch.equal(part, own[:1, 1:].expand_as(part)) or not is_kernel(case, device)
 
 
 @pytest.mark.parametrize("case", [*CASES, *CORES])
