@@ -177,6 +177,13 @@ OTHERS: dict[str, Call] = {
         brandla.kron_damped_power(x.one_eigh, x.small, x.block, x.number, -1),
         brandla.kron_damped_logdet(x.one_eigh, x.small, x.number),
     ],
+    "kron_damped_power, tails": lambda x: [
+        brandla.kron_damped_solve(x.eigh, x.small, x.block, x.number, 0.2, left_tail=x.number / 4, right_tail=x.number),
+        brandla.kron_damped_power(x.root, x.small, x.block, x.number, -1, left_tail=x.number / 4, right_tail=x.number),
+        brandla.kron_damped_logdet(
+            x.eigh, x.small, x.number, values=2 * x.eigh.eigenvalues[..., None] * x.small.eigenvalues[..., None, :]
+        ),
+    ],
     "dense": lambda x: [value.dense() for value in (x.eigh, x.root, x.svd)],
     "products": lambda x: [x.eigh @ x.columns, x.root @ x.columns, x.svd.mT @ x.columns],
     "traces": lambda x: [x.eigh.trace(), x.root.trace(), x.eigh.largest_eigenvalue()],

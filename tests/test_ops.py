@@ -20,7 +20,6 @@ from op_cases import (
     SIZES,
     VARIANTS,
     eigh_core_operands,
-    exact,
     grouped_operands,
     half_precision_data,
     matrix,
@@ -104,38 +103,6 @@ def test_rounded_products_of_a_million_rows_are_good_to_those_of_a_slab(few):
     assert (rounded - expected).abs().max() <= allowed * terms
     terms = root.double().norm(dim=0).max() * terms.sqrt()
     assert (cross - root.double().mT @ columns.double()).abs().max() <= allowed * terms
-
-
-# --- cross_gram at any range
-
-# Powers of ten of the root and of the columns: squares of float32 numbers of 10²⁵ and 10⁻²⁵ are no float32 numbers.
-RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-40, 37), (15, -36)]
-
-
-@pytest.fixture(params=[True, False], ids=["read", "not read"])
-def reads(request, monkeypatch):
-    """Whether a branch may look at values."""
-    module = importlib.import_module("brandla_kernels.cross_gram")
-    monkeypatch.setattr(module, "reads_are_free", lambda tensor: request.param)
-    return bool(request.param)
-
-
-@pytest.mark.parametrize("powers", RANGES, ids=str)
-@pytest.mark.parametrize("layout", ["plain", "batched"])
-def test_cross_gram_takes_columns_of_any_length(layout, powers, reads):
-    root, columns = (
-        (part * 10.0**power).float()
-        for part, power in zip(operands("cross_gram", 300, 5, 3, layout, torch.float64), powers, strict=True)
-    )
-    if layout == "batched":
-        # Beside a problem in range, and one that nothing has come into yet.
-        root[0, 0] /= 10.0 ** powers[0]
-        columns[0, 0] /= 10.0 ** powers[1]
-        root[0, 1] = 0
-    arguments = root, columns
-    for got, wanted in zip(OPS["cross_gram"](*arguments), exact("cross_gram", arguments), strict=True):
-        largest = wanted.abs().amax((-2, -1), keepdim=True)
-        assert ((got - wanted).abs() <= 300 * torch.finfo(torch.float32).eps * largest).all()
 
 
 def test_cross_gram_of_an_empty_root_takes_no_second_look():

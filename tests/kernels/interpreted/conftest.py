@@ -19,7 +19,7 @@ ON_KERNELS = importlib.util.find_spec("triton") is not None and (INTERPRETED or 
 
 if not ON_KERNELS:
     # Triton decides at its import whether it interprets, so these tests need a process of their own: `make interpret`.
-    collect_ignore_glob = ["test_[!o]*.py", "test_offsets.py"]
+    collect_ignore_glob = ["test_[!o]*.py"]
 
 
 @pytest.fixture

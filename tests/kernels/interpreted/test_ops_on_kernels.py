@@ -1,5 +1,7 @@
 """Each kernel or torch form against the formula of its op in float64, in every layout and around the edges of tiles."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from op_cases import (
     assert_grouped,
     assert_op,
     assert_spoils_its_own,
+    exact,
     grouped,
     grouped_operands,
     half_precision_data,
@@ -125,6 +128,25 @@ def test_matrices_of_one_call_lie_in_memory_as_they_please(case, device):
         return tuple(several[position % len(layouts)][position] for position in range(len(several[0])))
 
     assert_kernel(case, new)
+
+
+# Powers of ten of the root and of the columns: squares of float32 numbers of 10²⁵ and 10⁻²⁵ are no float32 numbers.
+RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-36, 36), (15, -36)]
+
+
+@pytest.mark.usefixtures("_overflow_is_meant")
+@pytest.mark.parametrize("powers", RANGES, ids=str)
+@pytest.mark.parametrize("reads", [True, False], ids=["read", "not read"])
+def test_cross_gram_takes_columns_of_any_length(reads, powers, device, monkeypatch):
+    """Beside a problem in range, and one that nothing has come into yet; with branches on values, and without."""
+    monkeypatch.setattr(importlib.import_module("brandla_kernels.cross_gram"), "reads_are_free", lambda tensor: reads)
+    parts = operands("cross_gram", 300, 17, 33, "batched", FLOAT64, device)
+    root, columns = (part * 10.0**power for part, power in zip(parts, powers, strict=True))
+    root[0, 0], root[0, 1], columns[0, 0] = parts[0][0, 0], 0, parts[1][0, 0]
+    arguments = root.float(), columns.float()
+    for got, wanted in zip(OPS["cross_gram"](*arguments), exact("cross_gram", arguments), strict=True):
+        largest = wanted.abs().amax((-2, -1), keepdim=True)
+        assert ((got - wanted).abs() <= 300 * torch.finfo(FLOAT32).eps * largest).all()
 
 
 STRIDES = {
