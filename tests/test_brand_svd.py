@@ -1,6 +1,7 @@
 """svd_update and svd_append: the best truncation of a sum, and of columns that keep arriving."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 import brandla
 import oracles
-from builders import assert_decomposition, dense, make_columns, make_svd
+from builders import assert_decomposition, assert_differentiable, dense, make_columns, make_svd
 from oracles import THRESHOLD
 
 
@@ -227,3 +228,10 @@ def test_many_updates_do_not_drift():
         value = brandla.svd_update(value, lefts[step % 50], rights[step % 50], decay=0.9)
     for side in (value.U, value.Vh.mT):
         assert oracles.orthonormality_defect(side, value.S) <= 200 * torch.finfo(torch.float32).eps
+
+
+@BOTH
+@pytest.mark.parametrize("rank", [8, 5, 3], ids=["whole", "truncated", "lower"])
+@pytest.mark.parametrize("k", [3, 18], ids=["usual", "wider than tall"])
+def test_derivatives_by_every_tensor(operation, k, rank):
+    assert_differentiable(partial(operation, decay=0.9, rank=rank), *operands(20, 16, 5, k))
