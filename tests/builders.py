@@ -256,11 +256,11 @@ class SymmetricUpdate(NamedTuple):
     name: str
     factor: type[Symmetric]
     make: Callable[..., Any]
-    options: dict[str, str]
+    options: dict[str, Any]
     is_exact: bool = True  # best truncation to rounding, and S diagonal; else to some per cent
 
     def __str__(self) -> str:
-        return "-".join([self.name, *self.options.values()])
+        return "-".join([self.name, *map(str, self.options.values())])
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return getattr(brandla, self.name)(*arguments, **self.options, **options)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -35,15 +36,15 @@ class Given(NamedTuple):
         return tree_map(lambda part: part.to(to, copy=True), self)
 
 
-def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = ()) -> Given:
-    """Return new arguments."""
+def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = (), n: int = N) -> Given:
+    """Return new arguments, of order n in place of N."""
     options: dict[str, Any] = {"dtype": dtype, "batch_shape": batch_shape}
     numbers = torch.arange(1, math.prod(batch_shape) + 1, dtype=dtype) / 8
     return Given(
-        *(make_eigh(N, R, **options), make_root(N, R, **options), make_svd(N, 9, R, **options)),
-        *(make_eigh(N, R, dtype=dtype), make_eigh(9, 3, **options)),
-        *(make_columns(n, k, **options) for n, k in ((N, K), (9, K), (N, 9))),
-        *(symmetrised(make_root(N, R, **options).dense()), numbers.reshape(batch_shape)),
+        *(make_eigh(n, R, **options), make_root(n, R, **options), make_svd(n, 9, R, **options)),
+        *(make_eigh(n, R, dtype=dtype), make_eigh(9, 3, **options)),
+        *(make_columns(rows, k, **options) for rows, k in ((n, K), (9, K), (n, 9))),
+        *(symmetrised(make_root(n, R, **options).dense()), numbers.reshape(batch_shape)),
     )
 
 
@@ -176,6 +177,13 @@ OTHERS: dict[str, Call] = {
         brandla.kron_damped_power(x.one_eigh, x.small, x.block, x.number, -1),
         brandla.kron_damped_logdet(x.one_eigh, x.small, x.number),
     ],
+    "kron_damped_power, tails": lambda x: [
+        brandla.kron_damped_solve(x.eigh, x.small, x.block, x.number, 0.2, left_tail=x.number / 4, right_tail=x.number),
+        brandla.kron_damped_power(x.root, x.small, x.block, x.number, -1, left_tail=x.number / 4, right_tail=x.number),
+        brandla.kron_damped_logdet(
+            x.eigh, x.small, x.number, values=2 * x.eigh.eigenvalues[..., None] * x.small.eigenvalues[..., None, :]
+        ),
+    ],
     "dense": lambda x: [value.dense() for value in (x.eigh, x.root, x.svd)],
     "products": lambda x: [x.eigh @ x.columns, x.root @ x.columns, x.svd.mT @ x.columns],
     "traces": lambda x: [x.eigh.trace(), x.root.trace(), x.eigh.largest_eigenvalue()],
@@ -189,3 +197,77 @@ ALL = WITHOUT_WAITING | WAITING | OTHERS
 NOT_COMPARABLE = "eigh_refresh, begun"
 # Calls that overwrite nothing.
 NEW = [name for name in ALL if "_," not in name and not name.endswith("_") and name != NOT_COMPARABLE]
+
+# --- Lists
+
+# n, r, k of each factor of a list. Those of one rank are computed together, those of one order in one stack besides.
+LIST_SIZES = {
+    "different": [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)],
+    "one rank": [(40, 8, 5), (64, 8, 5), (90, 8, 5), (52, 8, 5)],
+    "one order": [(40, 8, 5)] * 4,
+    "some of one rank": [(50, 8, 5), (41, 8, 5), (50, 6, 5), (12, 8, 5)],
+}
+
+
+@cache
+def list_calls(sizes: str, dtype: torch.dtype = torch.float64) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """Return the function, the lists and the options of each call, for factors of these sizes."""
+
+    def every(make: Callable[..., Any]) -> list[Any]:
+        return [make(*size, seed=50 + index, dtype=dtype) for index, size in enumerate(LIST_SIZES[sizes])]
+
+    eighs = every(lambda n, r, k, **options: make_eigh(n, r, **options))
+    roots = every(lambda n, r, k, **options: make_root(n, r, **options))
+    rights = every(lambda n, r, k, **options: make_root(n + 2, min(r, 5), **options))
+    svds = every(lambda n, r, k, **options: make_svd(n, n + 2, r, **options))
+    columns = every(lambda n, r, k, **options: make_columns(n, k, **options))
+    right_columns = every(lambda n, r, k, **options: make_columns(n + 2, k, **options))
+    rhs = every(lambda n, r, k, **options: make_columns(n, 2, **options))
+    widths = [own[:, : index + 1] for index, own in enumerate(columns)]
+    blocks = every(lambda n, r, k, **options: make_columns(n, n + 2, **options))
+    pairs = list(zip(columns, right_columns, strict=True))
+    # A column of zeros, where there is one.
+    eighs[0] = padded(padded(eighs[0], -1), 1)
+    one, other = (make(LIST_SIZES[sizes][index][0]).to(dtype) for make, index in ((torch.ones, 0), (torch.arange, 3)))
+    numbers, tracked = [0.1, torch.tensor(0.2), 0.3, 0.4], partial(map, brandla.track)
+    decays, tails = [0.9, 0.5, 0.1, 1.0], [0.0, "smallest", 0.5, torch.tensor(0.1)]
+    each = {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]}
+    forms = {"rank": [8, brandla.Rank(13, tol=1e-3), 1, 5], "compress": ["eigh", "cholesky", "eigh", "cholesky"]}
+    diagonals = {"tail": "smallest", "diagonal": [one, None, None, other]}
+    fitted = {"left_tail": 0.2, "values": [None, make_columns(8, 5, dtype=dtype).square(), None, None]}
+    both_kinds = [*eighs[:2], *roots[2:]]
+    sides = {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]}
+    # A function, its lists and its options; more than one call of it have a name behind.
+    return {
+        "eigh_update": ([eighs, columns], {}),
+        "eigh_update, one value for all": ([eighs, columns], {"decay": 0.9, "weight": torch.tensor(0.1)}),
+        "eigh_update, one value each": ([eighs, columns], each),
+        "eigh_update, tracked": ([[*tracked(eighs)], columns], {"decay": 0.9}),
+        "root_update": ([roots, columns], {"decay": decays}),
+        "root_update, one value each": ([roots, columns], forms),
+        "root_update, tracked": ([[*tracked(roots)], columns], {"compress": "cholesky"}),
+        "root_update, shrink": ([roots, columns], {"shrink": [True, False, True, True], "decay": 0.9}),
+        "eigh_downdate": ([eighs, columns], {"weight": [0.1, 0.2, 0.3, 0.4]}),
+        "eigh_refresh": ([eighs, blocks], {"decay": [0.5, torch.tensor(0.9), 0.9, 0.9], "weight": 0.1}),
+        "eigh_refresh, twice": ([eighs, blocks], {"decay": 0.9, "iterations": [2, 2, 1, 2]}),
+        "svd_update": ([svds, columns, right_columns], {"decay": 0.5, "rank": [8, 8, 1, 5]}),
+        "svd_append": ([svds, columns], {"decay": decays}),
+        "damped_solve": ([eighs, rhs, numbers], {"tail": tails}),
+        "damped_solve, both kinds": ([both_kinds, rhs, numbers], {"tail": "smallest"}),
+        "damped_solve, one value": ([eighs, rhs, 0.1], {}),
+        "damped_solve, roots": ([roots, widths, 0.1], {}),
+        "damped_solve, vectors": ([roots, [own[:, 0] for own in rhs], 0.1], {}),
+        "damped_solve, diagonal": ([eighs, rhs, numbers], diagonals),
+        "damped_power": ([roots, rhs, numbers, [-1, -0.5, -0.25, 2]], {}),
+        "damped_power, one value": ([eighs, rhs, 0.1, -0.5], {}),
+        "damped_logdet": ([both_kinds, numbers], {"tail": tails}),
+        "damped_logdet, one value": ([eighs, 0.1], {"tail": 0.3}),
+        "damped_logdet, roots": ([roots, numbers], {"tail": "smallest"}),
+        "kron_damped_solve": ([eighs, rights, [*blocks[:2], *pairs[2:]], numbers, numbers], sides),
+        "kron_damped_solve, matrices": ([roots, rights, blocks, 0.1, 0.2], {}),
+        "kron_damped_solve, pairs": ([eighs, rights, pairs, 0.1, 0.2], {}),
+        "kron_damped_power": ([eighs, rights, blocks, 0.1, -0.5], sides),
+        "kron_damped_power, one value each": ([roots, rights, blocks, numbers, [-1, -0.5, 0.5, 1]], fitted),
+        "kron_damped_logdet": ([eighs, rights, 0.3], sides),
+        "kron_damped_logdet, roots": ([roots, rights, numbers], {"left_tail": 0.3, "right_tail": 0.2}),
+    }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -297,6 +298,22 @@ def assert_op(case: str, new: Callable[[], tuple[Any, ...]], around: Any = None)
     with unchanged(arguments[1:] if overwrites else arguments), around or nullcontext():
         results = run(OPS[op_of(case)], arguments)
     assert_computes(case, results, new() if overwrites else arguments)
+
+
+def assert_spoils_its_own(case: str, device: torch.device | str = "cpu") -> None:
+    """Check that what is not finite in one problem of a batch shows in its results, and in those of no other."""
+    op, new = OPS[op_of(case)], partial(operands, case, 9, 3, 2, "batched", torch.float32, device)
+    data = {operand.position for operand in op.signature.operands if operand.kind == "Data"}
+    clean = run(op, new())
+    for position, value in [*((place, torch.inf) for place in data), *enumerate([torch.nan] * len(new()))]:
+        arguments = new()
+        if isinstance(arguments[position], Tensor) and arguments[position].is_floating_point():
+            arguments[position][1, 1].view(-1)[-1] = value
+            results = run(op, arguments)
+            assert not all(part[1, 1].isfinite().all() for part in results)
+            for part, expected in zip(results, clean, strict=True):
+                part[1, 1] = expected[1, 1]
+                torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
 
 
 def grouped_operands(

@@ -4,8 +4,8 @@ import json
 import re
 import shutil
 import signal
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bench import report
 from bench.frame import pictures, results
-from bench.frame.study import INTERRUPTED, Piece, Study, command
+from bench.frame.study import INTERRUPTED, Study, command, each
 from bench.studies import accuracy, defaults, expand_reduce, forms, kfac_images, roofline, scaling, streams
 from brandla_kernels import OPS
 
@@ -63,9 +63,9 @@ def short_runs(tmp_path_factory):
 def test_a_short_run_measures_everything_and_draws_it(short_runs):
     found = results.read(short_runs / "toy")
     assert set(found) == {"scaling", "roofline", "accuracy", "kfac-study"}
-    for each in found.values():
-        assert each["facts"]["quick"]
-        assert each["facts"]["interrupted"] is False
+    for study in found.values():
+        assert study["facts"]["quick"]
+        assert study["facts"]["interrupted"] is False
     assert {row["method"] for row in found["scaling"]["rows"] if row["axis"] == "n"} == set(scaling.METHODS)
     assert {row["op"] for row in found["roofline"]["rows"]} == set(OPS)
     assert all(row["of_ceiling"][0] > 0 for row in found["roofline"]["rows"])
@@ -158,71 +158,56 @@ def test_an_answer_has_two_sentences_and_a_table_ten_rows_at_most(name):
             assert 3 <= text.split("All figures")[0].count("\n| ") <= 12
 
 
-def test_a_quote_is_the_entry_of_the_file():
-    rows = [{"case": "a, n=1", "time": [1538.2, 1, 2]}, {"case": "b", "time": None}]
-    machines = {"toy": {"some-study": {"rows": rows}}}
-    quote = "<!-- some-study.json rows: case={}; time -->"
-    made = partial(report.QUOTE.sub, partial(report.quoted, machines=machines))
-    assert made(f"{quote.format('a, n=1')}7.25 times.") == f"{quote.format('a, n=1')}1540 times."
-    assert made(f"{quote.format('c')}1.0e-08.") == f"{quote.format('c')}–."
-    assert made(f"{quote.format('b')}–") == f"{quote.format('b')}–"
-
-
-def test_an_interrupted_file_is_marked_and_taken_up_again(short_runs, tmp_path):
-    path = tmp_path / "accuracy.json"
-    content = results.read(short_runs / "toy")["accuracy"]
-    whole = [row for row in content["runs"] if row["width"] == accuracy.QUICK.widths[0]]
-    started = [row for row in content["runs"] if row["width"] == accuracy.QUICK.widths[1] and row["step"] == 3]
-    content["runs"] = [*whole, *started]
-    content["facts"]["interrupted"] = f"runs: width {accuracy.QUICK.widths[1]}, seed 0"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    assert "**Interrupted**" in report.PAGES["accuracy"].answered(content)
-    answer = run(accuracy, "--resume", "--out", str(tmp_path))
-    assert answer.exit_code == 0, answer.output
-    taken_up = results.read(tmp_path)["accuracy"]
-    assert taken_up["facts"]["interrupted"] is False
-    assert taken_up["runs"][: len(whole)] == whole
-    assert [row["step"] for row in taken_up["runs"] if row["tracker"] == "B"] == 2 * accuracy.QUICK.measured
-    assert taken_up["trackers"] == content["trackers"]
-
-
-@pytest.mark.parametrize(
-    ("part", "change", "words"),
-    [("settings", {"rank": 7}, "other settings"), ("facts", {"commit": "another"}, "other versions")],
-)
-def test_a_file_of_something_else_is_not_taken_up(part, change, words, short_runs, tmp_path):
-    content = results.read(short_runs / "toy")["accuracy"]
-    content[part] |= change
-    (tmp_path / "accuracy.json").write_text(json.dumps(content), encoding="utf-8")
-    answer = run(accuracy, "--resume", "--out", str(tmp_path))
-    assert answer.exit_code == 2
-    assert words in answer.output
-
-
 def test_a_run_is_short_or_long(tmp_path):
     assert run(scaling, "--full", "--out", str(tmp_path)).exit_code == 2
     assert run(kfac_images, "--only", "cats", "--out", str(tmp_path)).exit_code == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_ends_with_a_file_that_says_so(tmp_path):
-    def stopped(settings, device, tables):
-        def measure():
-            yield {"step": 1}
+@dataclass
+class Toy:
+    seeds: int = 3
+
+
+def toy(measured, stop=None):
+    """Return the command of a study that notes which piece it measures; Ctrl-C comes amid one of them."""
+
+    def measure(seed):
+        measured.append(seed)
+        yield {"step": 1}
+        if seed == stop:
             signal.raise_signal(signal.SIGINT)
+        yield {"step": 2}
 
-        *whole, last = [Piece("runs", {"seed": seed}, lambda: [{"step": 1}]) for seed in range(3)]
-        return [*whole, last._replace(measure=measure)]
+    def pieces(settings, device, tables):
+        return each("runs", ("seed",), [(seed,) for seed in range(settings.seeds)], measure)
 
-    study = Study("toy", {"quick": None}, stopped)
+    return SimpleNamespace(app=command(Study("toy", {"quick": Toy()}, pieces), "A study."))
+
+
+def test_ctrl_c_ends_with_a_file_that_says_so_and_is_taken_up_where_all_is_the_same(tmp_path):
+    def kept():
+        found = results.read(tmp_path)["toy"]
+        return found["facts"]["interrupted"], [(row["seed"], row["step"]) for row in found["runs"]]
+
+    measured, to = [], ("--out", str(tmp_path))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    answer = CliRunner().invoke(command(study, "A study."), ["--quick", "--out", str(tmp_path)])
+    answer = run(toy(measured, stop=1), *to)
     signal.signal(signal.SIGINT, before)
-    assert answer.exit_code == INTERRUPTED
-    assert "--resume goes on" in answer.output
+    assert (answer.exit_code, "--resume goes on" in answer.output) == (INTERRUPTED, True)
+    assert kept() == ("runs: seed 1", [(0, 1), (0, 2), (1, 1)])
+    assert run(toy(measured), "--resume", *to).exit_code == 0
+    assert kept() == (False, [(seed, step) for seed in range(3) for step in (1, 2)])
+    assert measured == [0, 1, 1, 2]
     found = results.read(tmp_path)["toy"]
-    assert found["facts"]["interrupted"] == "runs: seed 2"
-    assert [row["seed"] for row in found["runs"]] == [0, 1, 2]
+    for part, change, words in (
+        ("settings", {"seeds": 7}, "other settings"),
+        ("facts", {"commit": "another"}, "other versions"),
+    ):
+        other = found | {part: found[part] | change}
+        (tmp_path / "toy.json").write_text(json.dumps(other), encoding="utf-8")
+        answer = run(toy(measured), "--resume", *to)
+        assert (answer.exit_code, words in answer.output) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """The command line, as a user meets it."""
 
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
 
@@ -83,50 +80,3 @@ def test_bad_option_is_refused_before_anything_runs(runner, options, words):
     answer = runner.invoke(app, options)
     assert answer.exit_code == 2
     assert words in answer.output
-
-
-def check_what_is_left(output):
-    figures = json.loads((output / "demo.json").read_text())
-    assert figures["facts"]["interrupted"]
-    assert len(figures["tracking"]) >= 1
-    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in output.iterdir()) == ["demo.json", "demo.png"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_interrupt_keeps_what_was_measured_and_leaves_a_clean_terminal(tmp_path):
-    import pty
-
-    ours, theirs = pty.openpty()
-    arguments = [*COMMAND, "demo", "--quick", "--device", "cpu", "--output", str(tmp_path)]
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    # A shell lets what it runs in the background ignore Ctrl-C, and so its children.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
-        signal.signal(signal.SIGINT, before)
-        os.close(theirs)
-        shown = b""
-        # Once a row is there.
-        while not re.search(rb"tracking[^%]*[1-9]\d*%", shown):
-            shown += os.read(ours, 4096)
-        process.send_signal(signal.SIGINT)
-        shown += read_to_the_end(ours)
-    os.close(ours)
-    assert process.returncode == INTERRUPTED
-    assert b"Traceback" not in shown
-    assert b"Tracked error" in shown
-    assert b"Interrupted" in shown
-    assert shown.rfind(CURSOR_SHOWN) > shown.rfind(CURSOR_HIDDEN) > -1
-    check_what_is_left(tmp_path)
-
-
-def read_to_the_end(terminal):
-    """Read a pseudo-terminal until its other end is closed, which Linux reports as an error."""
-    chunks = []
-    try:
-        while chunk := os.read(terminal, 4096):
-            chunks.append(chunk)
-    except OSError:
-        pass
-    return b"".join(chunks)

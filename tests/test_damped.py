@@ -143,37 +143,18 @@ def test_solution_scales_with_the_operator_and_the_right_hand_side(make, scale):
 # Each takes a factor, a right-hand side and λ.
 DERIVED = {
     "solve": brandla.damped_solve,
-    "solve, diagonal": lambda factor, rhs, damping, **tail: brandla.damped_solve(
-        factor, rhs, damping, **tail, diagonal=damping.unsqueeze(-1) * diagonal_of(7)
+    "solve, diagonal": lambda factor, rhs, damping: brandla.damped_solve(
+        factor, rhs, damping, diagonal=damping * diagonal_of(7)
     ),
-    "logdet": lambda factor, _, damping, **tail: brandla.damped_logdet(factor, damping, **tail),
-    "logdet, diagonal": lambda factor, rhs, damping, **tail: brandla.damped_logdet(
-        factor, damping, **tail, diagonal=rhs[..., 0].square()
+    "logdet": lambda factor, _, damping: brandla.damped_logdet(factor, damping),
+    "logdet, diagonal": lambda factor, rhs, damping: brandla.damped_logdet(
+        factor, damping, diagonal=rhs[..., 0].square()
     ),
-    **{
-        f"power {exponent}": lambda *given, exponent=exponent, **tail: brandla.damped_power(*given, exponent, **tail)
-        for exponent in (-1, -0.5, 0.25)
-    },
+    **{f"power {exponent}": partial(brandla.damped_power, exponent=exponent) for exponent in (-1, -0.5, 0.25)},
 }
-# A diagonal S that requires a gradient is treated as any other.
-KINDS = pytest.mark.parametrize("make", [make_eigh, make_root], ids=["LowRankEigh", "LowRankRoot"])
-DERIVATIVES = pytest.mark.parametrize("function", DERIVED.values(), ids=DERIVED)
 
 
-@KINDS
-@DERIVATIVES
-@pytest.mark.parametrize("tail", [0.2, "tensor", "smallest"], ids=str)
-def test_derivatives_by_every_tensor(make, function, tail):
-    factor, rhs = make(7, 3, "slow", batch_shape=(2,)), make_columns(7, 2, batch_shape=(2,))
-    numbers = (torch.full((2,), value, dtype=torch.float64) for value in (0.3, 0.2))
-
-    def call(factor, rhs, damping, number):
-        return function(factor, rhs, damping, tail=number if tail == "tensor" else tail)
-
-    assert_differentiable(call, factor, rhs, *numbers)
-
-
-@DERIVATIVES
+@pytest.mark.parametrize("function", DERIVED.values(), ids=DERIVED)
 @pytest.mark.parametrize("values", [[2, 2, 2], [2, 2, 0.5], [1, 0, 0], [0, 0, 0]], ids=str)
 def test_derivatives_are_right_where_eigenvalues_coincide_or_are_zero(function, values):
     basis, values = oracles.orthonormal(7, 3, seed=1), torch.tensor(values, dtype=torch.float64)
@@ -203,7 +184,8 @@ def clamped(values, bound, below):
     return torch.where(below(values, bound), torch.as_tensor(bound, dtype=values.dtype), values)
 
 
-@KINDS
+# A diagonal S that requires a gradient is treated as any other.
+@pytest.mark.parametrize("make", [make_eigh, make_root], ids=["LowRankEigh", "LowRankRoot"])
 # What clamps have passed on at their bound: the derivative by the values, and, in other versions of torch, nothing.
 @pytest.mark.parametrize(("below", "above"), [(lt, gt), (le, ge)], ids=["values", "bound"])
 @pytest.mark.parametrize("tail", ["smallest", 0.5, "mean"], ids=str)

@@ -4,15 +4,18 @@ import io
 import itertools
 import json
 import signal
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from brandla.demo import commands, data, frame, machine, studies, summary
-from brandla.demo.frame import Piece
 from brandla.demo.studies import METHODS, QUICK, Settings, Trainer
 
+CURSOR_SHOWN, CURSOR_HIDDEN = "\x1b[?25h", "\x1b[?25l"
 TINY = Settings(
     width=40, batch=16, warmup=1, ranks=(4, 8), headline_rank=8, tracking_steps=10, reference_every=4,
     seeds=(0, 1), steps=6, search_steps=4, trials=2, rank=4, inverse_every=2,
@@ -43,26 +46,6 @@ def without_times(tree):
 
 
 # the frame
-
-
-def piece(table, *rows, stop=False):
-    def measure():
-        yield rows[0]
-        if stop:
-            signal.raise_signal(signal.SIGINT)
-        yield from rows[1:]
-
-    return Piece(table, {"piece": str(rows[0]["value"])}, measure)
-
-
-def test_pieces_that_have_rows_are_left_out_and_ctrl_c_keeps_what_is_done():
-    tables = {"a": [{"piece": "1", "value": 1}]}
-    pieces = [piece("a", {"value": 1}), piece("a", {"value": 2}, {"value": 3}, stop=True), piece("b", {"value": 4})]
-    assert frame.run(pieces, tables, quiet()) == "a: piece 2"
-    assert [row["value"] for row in tables["a"]] == [1, 2]
-    assert "b" not in tables
-    assert frame.run(pieces[2:], tables, quiet()) is None
-    assert tables["b"] == [{"piece": "4", "value": 4}]
 
 
 def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):
@@ -227,7 +210,7 @@ def test_a_whole_run_leaves_everything(content, tmp_path):
 
 # In the tracking study, in the search, and in the first run of the training study.
 @pytest.mark.parametrize("steps", [3, 12, 10 + 4 * 2 * len(METHODS) + 2])
-def test_interrupted_study_keeps_what_was_measured(steps, monkeypatch, tmp_path):
+def test_interrupted_study_keeps_what_was_measured_and_leaves_a_clean_terminal(steps, monkeypatch, tmp_path):
     batches, count = data.batches, itertools.count(1)
 
     def counted(*about):
@@ -237,13 +220,18 @@ def test_interrupted_study_keeps_what_was_measured(steps, monkeypatch, tmp_path)
             yield batch
 
     monkeypatch.setattr(data, "batches", counted)
-    found = commands.measure(TINY, quiet())
+    monkeypatch.setattr(commands, "QUICK", replace(TINY, seeds=(0,)))
+    monkeypatch.setattr(commands, "Console", partial(Console, force_terminal=True))
+    done = CliRunner().invoke(commands.app, ["--quick", "--device", "cpu", "--output", str(tmp_path)])
+    assert done.exit_code == frame.INTERRUPTED
+    assert "Tracked error" in done.output
+    assert "Interrupted" in done.output
+    assert done.output.rfind(CURSOR_SHOWN) > done.output.rfind(CURSOR_HIDDEN) > -1
+    found = json.loads((tmp_path / "demo.json").read_text())
     assert found["facts"]["interrupted"]
     assert len(summary.tracked(found)) == 4 * min(steps, 10)
     assert len(found.get("trials", [])) == min(max(steps - 10, 0) // 4, 2 * len(METHODS))
-    commands.leave(found, tmp_path, quiet())
-    assert json.loads((tmp_path / "demo.json").read_text())["facts"]["interrupted"]
-    assert (tmp_path / "demo.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
 
 
 @pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])

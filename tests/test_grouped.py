@@ -1,90 +1,19 @@
 """brandla.grouped: the same functions over lists of factors of different sizes."""
 
-from functools import cache, partial
-
 import pytest
 import torch
 
 import brandla
 import oracles
 from brandla import LowRankEigh, LowRankRoot, Rank, grouped
-from builders import assert_agree, assert_same, defect, make_columns, make_eigh, make_root, make_svd, padded, unchanged
+from builders import assert_agree, assert_same, defect, make_columns, make_eigh, unchanged
+from calls import LIST_SIZES, list_calls
 from oracles import generator, power_law, psd_matrix
 
-# n, r, k of each factor of a list. Those of one rank are computed together, those of one order in one stack besides.
-SIZES = {
-    "different": [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)],
-    "one rank": [(40, 8, 5), (64, 8, 5), (90, 8, 5), (52, 8, 5)],
-    "one order": [(40, 8, 5)] * 4,
-}
-
-
-@cache
-def cases(sizes, dtype=torch.float64):
-    """Return the function, the lists and the options of each call, for factors of these sizes."""
-
-    def every(make):
-        return [make(*size, seed=50 + index, dtype=dtype) for index, size in enumerate(SIZES[sizes])]
-
-    eighs = every(lambda n, r, k, **options: make_eigh(n, r, **options))
-    roots = every(lambda n, r, k, **options: make_root(n, r, **options))
-    rights = every(lambda n, r, k, **options: make_root(n + 2, min(r, 5), **options))
-    svds = every(lambda n, r, k, **options: make_svd(n, n + 2, r, **options))
-    columns = every(lambda n, r, k, **options: make_columns(n, k, **options))
-    right_columns = every(lambda n, r, k, **options: make_columns(n + 2, k, **options))
-    rhs = every(lambda n, r, k, **options: make_columns(n, 2, **options))
-    blocks = every(lambda n, r, k, **options: make_columns(n, n + 2, **options))
-    pairs = list(zip(columns, right_columns, strict=True))
-    # A column of zeros, where there is one.
-    eighs[0] = padded(padded(eighs[0], -1), 1)
-    one, other = (make(SIZES[sizes][index][0]).to(dtype) for make, index in ((torch.ones, 0), (torch.arange, 3)))
-    numbers, tracked = [0.1, torch.tensor(0.2), 0.3, 0.4], partial(map, brandla.track)
-    decays, tails = [0.9, 0.5, 0.1, 1.0], [0.0, "smallest", 0.5, torch.tensor(0.1)]
-    each = {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]}
-    forms = {"rank": [8, Rank(13, tol=1e-3), 1, 5], "compress": ["eigh", "cholesky", "eigh", "cholesky"]}
-    diagonals = {"tail": "smallest", "diagonal": [one, None, None, other]}
-    fitted = {"left_tail": 0.2, "values": [None, make_columns(8, 5, dtype=dtype).square(), None, None]}
-    both_kinds = [*eighs[:2], *roots[2:]]
-    sides = {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]}
-    # A function, its lists and its options; more than one call of it have a name behind.
-    return {
-        "eigh_update": ([eighs, columns], {}),
-        "eigh_update, one value for all": ([eighs, columns], {"decay": 0.9, "weight": torch.tensor(0.1)}),
-        "eigh_update, one value each": ([eighs, columns], each),
-        "eigh_update, tracked": ([[*tracked(eighs)], columns], {"decay": 0.9}),
-        "root_update": ([roots, columns], {"decay": decays}),
-        "root_update, one value each": ([roots, columns], forms),
-        "root_update, tracked": ([[*tracked(roots)], columns], {"compress": "cholesky"}),
-        "root_update, shrink": ([roots, columns], {"shrink": [True, False, True, True], "decay": 0.9}),
-        "eigh_downdate": ([eighs, columns], {"weight": [0.1, 0.2, 0.3, 0.4]}),
-        "eigh_refresh": ([eighs, blocks], {"decay": [0.5, torch.tensor(0.9), 0.9, 0.9], "weight": 0.1}),
-        "eigh_refresh, twice": ([eighs, blocks], {"decay": 0.9, "iterations": [2, 2, 1, 2]}),
-        "svd_update": ([svds, columns, right_columns], {"decay": 0.5, "rank": [8, 8, 1, 5]}),
-        "svd_append": ([svds, columns], {"decay": decays}),
-        "damped_solve": ([eighs, rhs, numbers], {"tail": tails}),
-        "damped_solve, both kinds": ([both_kinds, rhs, numbers], {"tail": "smallest"}),
-        "damped_solve, one value": ([eighs, rhs, 0.1], {}),
-        "damped_solve, roots": ([roots, rhs, 0.1], {}),
-        "damped_solve, diagonal": ([eighs, rhs, numbers], diagonals),
-        "damped_power": ([roots, rhs, numbers, [-1, -0.5, -0.25, 2]], {}),
-        "damped_power, one value": ([eighs, rhs, 0.1, -0.5], {}),
-        "damped_logdet": ([both_kinds, numbers], {"tail": tails}),
-        "damped_logdet, one value": ([eighs, 0.1], {"tail": 0.3}),
-        "damped_logdet, roots": ([roots, numbers], {"tail": "smallest"}),
-        "kron_damped_solve": ([eighs, rights, [*blocks[:2], *pairs[2:]], numbers, numbers], sides),
-        "kron_damped_solve, matrices": ([roots, rights, blocks, 0.1, 0.2], {}),
-        "kron_damped_solve, pairs": ([eighs, rights, pairs, 0.1, 0.2], {}),
-        "kron_damped_power": ([eighs, rights, blocks, 0.1, -0.5], sides),
-        "kron_damped_power, one value each": ([roots, rights, blocks, numbers, [-1, -0.5, 0.5, 1]], fitted),
-        "kron_damped_logdet": ([eighs, rights, 0.3], sides),
-        "kron_damped_logdet, roots": ([roots, rights, numbers], {"left_tail": 0.3, "right_tail": 0.2}),
-    }
-
-
-EIGHS, COLUMNS = cases("different")["eigh_update"][0]
-ROOTS = cases("different")["root_update"][0][0]
-RHS = cases("different")["damped_solve"][0][1]
-MATRICES = [psd_matrix(power_law(1.0)(n), seed=n) for n, *_ in SIZES["different"]]
+EIGHS, COLUMNS = list_calls("different")["eigh_update"][0]
+ROOTS = list_calls("different")["root_update"][0][0]
+RHS = list_calls("different")["damped_solve"][0][1]
+MATRICES = [psd_matrix(power_law(1.0)(n), seed=n) for n, *_ in LIST_SIZES["different"]]
 
 
 def own_of(values, index):
@@ -121,10 +50,10 @@ def assert_equal(results, expected, dtype):
             assert defect(factor) <= oracles.ORTHONORMAL * oracles.epsilon(dtype)
 
 
-@pytest.mark.parametrize("name", cases("different"))
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", list_calls("different"))
+@pytest.mark.parametrize("sizes", LIST_SIZES)
 def test_grouped_call_equals_a_loop(sizes, name, dtype):
-    lists, options = cases(sizes, dtype)[name]
+    lists, options = list_calls(sizes, dtype)[name]
     with unchanged(lists, options):
         results, expected = both(name, lists, options)
     if sizes == "different":
@@ -135,7 +64,7 @@ def test_grouped_call_equals_a_loop(sizes, name, dtype):
 
 @pytest.mark.parametrize("name", ["eigh_update", "root_update", "root_update, tracked", "eigh_refresh"])
 def test_a_factor_that_is_not_finite_spoils_no_other(name):
-    (factors, matrices), options = cases("one rank")[name]
+    (factors, matrices), options = list_calls("one rank")[name]
     matrices = [matrix.clone() for matrix in matrices]
     matrices[1][3, 2] = float("nan")
     results, alone = both(name, [factors, matrices], options)
@@ -178,7 +107,7 @@ def test_lists_may_hold_factors_that_the_update_fills_whole(update, k):
 
 
 def test_the_gradient_of_listed_powers_is_that_of_single_ones():
-    (lefts, rights, matrices, *numbers), _ = cases("one rank")["kron_damped_power"]
+    (lefts, rights, matrices, *numbers), _ = list_calls("one rank")["kron_damped_power"]
     given = [part.clone().requires_grad_() for part in (*matrices, *(left.eigenvalues for left in lefts))]
     factors = [left._replace(eigenvalues=own) for left, own in zip(lefts, given[4:], strict=True)]
     of_listed, of_single = (

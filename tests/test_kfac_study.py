@@ -1,9 +1,8 @@
-"""``make study-kfac``: its data, what each method is, how the search and the runs end, and what the tables state."""
+"""``make study-kfac``: its data, what each method is, and how the search and the runs end."""
 
 import gzip
-import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from bench.frame import samples
-from bench.studies import kfac_images, kfac_page, peers
+from bench.studies import kfac_images, peers
 from bench.studies.kfac_methods import FULL, KINDS, METHODS, QUICK, USUAL, Settings, Task, points
 from brandla.demo.data import Split
 from brandla.kfac import KFAC, Brand, InverseFree
@@ -269,34 +268,3 @@ def test_from_the_second_step_on_every_second_one_renews(monkeypatch):
     (row,) = kfac_images.cost_of(16, BY_NAME["K-FAC"], TINY, "cpu")
     assert row["renewing"] > 0
     assert row["milliseconds"] == pytest.approx(row["renewing"] / 10)
-
-
-def looked(step, method="AdamW", seed=0, failure=None):
-    """Return a run of steps of a quarter of a second."""
-    about = {"task": "toy", "method": method, "seed": seed, "numbers": {"rate": 0.1}, "failure": failure, "score": 0.7}
-    kept = {"factor_bytes": 10, "optimizer_bytes": 0, "milliseconds": 250.0, "steps": step or 6}
-    return about | kept | {"step": step, "seconds": step / 4 if step else None}
-
-
-def test_winners_and_losers_are_stated(tmp_path):
-    runs = [looked(4), looked(2, seed=1), looked(1, "SGD"), looked(None, "SGD", 1), looked(2, "B-KFAC")]
-    runs += [looked(1, "Muon") | {"seconds": 3.0}, looked(None, "SINGD", failure="step 2: so it was")]
-    costs = [{"width": 16, "method": name, "milliseconds": ms} for name, ms in (("SGD", 2.0), ("K-FAC", 5.0))]
-    facts = {"cpu": "toy", "cores": 2, "threads": 2, "versions": {}, "date": "", "quick": False}
-    content = {"facts": facts, "settings": asdict(TINY), "runs": runs, "costs": costs}
-    found = kfac_page.summaries(content)[TASK]
-    assert found.loc["AdamW", ["runs", "reached", "step mean", "step min", "step max"]].tolist() == [2, 2, 3, 2, 4]
-    assert math.isnan(kfac_page.over_base(found, "step")["SGD"])
-    rows = kfac_page.cells_of(found).set_index("method")
-    assert rows.loc["AdamW", ["steps", "seconds × AdamW"]].tolist() == ["3 (2 to 4)", "1.00"]
-    assert rows.loc["SGD", ["reached by", "seconds × AdamW"]].tolist() == ["1 of 2", "–"]
-    (best,) = kfac_page.winners(content).to_dict("records")
-    assert (best["fewest steps"], best["fewest seconds"]) == ("Muon", "B-KFAC")
-    text = kfac_page.answer(content)
-    assert "the fewest steps are those of Muon (on 1), and the fewest seconds are those of B-KFAC (on 1)." in text
-    assert "B-KFAC, the fastest K-FAC, takes 0.67 times the steps of AdamW and 0.67 times its seconds" in text
-    shown = dict(kfac_page.shown(content))
-    assert shown["Runs that failed"].to_numpy().tolist() == [["toy", "SINGD", 0, "step 2: so it was"]]
-    assert shown["A step over SGD's, by width"].to_numpy().tolist() == [["SGD", "1.00"], ["K-FAC", "2.50"]]
-    taken = kfac_page.readme(content).set_index("method")["width 8"]
-    assert taken[["AdamW", "SOAP"]].tolist() == ["3 steps, 0.75 s", "–"]

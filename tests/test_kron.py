@@ -7,7 +7,7 @@ import torch
 
 import brandla
 import oracles
-from builders import assert_differentiable, dense_operator, make_columns, make_eigh, make_root, padded, tracked
+from builders import dense_operator, make_columns, make_eigh, make_root, padded, tracked
 from oracles import THRESHOLD
 
 LEFT_DAMPING, RIGHT_DAMPING, JOINT = 0.2, 0.05, 0.07
@@ -101,30 +101,6 @@ def test_values_stand_for_the_products_where_both_spans_meet():
     plain, other = (brandla.kron_damped_logdet(left, right, JOINT, values=values) for values in (None, fitted))
     expected = ((fitted + JOINT) / (products + JOINT)).log().sum()
     assert abs(other - plain - expected) <= oracles.tolerance(63, torch.float64)
-
-
-def solved(left, right, data, numbers, _):
-    left_damping, right_damping, left_tail, right_tail = numbers
-    options = {"left_tail": left_tail, "right_tail": right_tail}
-    return brandla.kron_damped_solve(left, right, data, left_damping, right_damping, **options)
-
-
-def powered(left, right, matrix, numbers, values):
-    _, damping, *tails = numbers
-    options = dict(zip(SIDES, tails, strict=True))
-    logdet = brandla.kron_damped_logdet(left, right, damping, **options)
-    fitted = brandla.kron_damped_logdet(left, right, damping, left_tail="smallest", values=values.square())
-    return brandla.kron_damped_power(left, right, matrix, damping, -0.5, **options), logdet, fitted
-
-
-@PAIRS_OF_KINDS
-@pytest.mark.parametrize("call", ["solve", "solve of a pair", "power and logdet"])
-def test_every_function_is_differentiable_in_every_tensor(makers, call):
-    data = (make_columns(6, 2), make_columns(5, 2)) if "pair" in call else make_columns(6, 5)
-    numbers = list(torch.tensor([0.3, 0.4, 0.1, 0.2], dtype=torch.float64))
-    left, right = makers[0](6, 2, "slow"), makers[1](5, 3, "slow", seed=4)
-    function = solved if "solve" in call else powered
-    assert_differentiable(function, left, right, data, numbers, make_columns(2, 3))
 
 
 @pytest.mark.parametrize("kind", [brandla.LowRankEigh, brandla.LowRankRoot])

@@ -8,7 +8,6 @@ import torch
 
 import oracles
 from brandla import orthonormalize
-from builders import assert_differentiable
 from oracles import THRESHOLD
 
 N, K = 90, 16
@@ -146,7 +145,3 @@ def test_non_finite_panels_give_nan_and_spoil_no_other_of_a_batch(family, bad, d
     assert r[0].isnan().all()
     for index in range(1, len(panels)):
         assert_factors(q[index], r[index], panels[index])
-
-
-def test_derivatives_are_right():
-    assert_differentiable(orthonormalize, oracles.gaussian(2, 12, 4, seed=3))

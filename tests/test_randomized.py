@@ -101,19 +101,6 @@ def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum, o
 
 
 @BOTH
-def test_slow_spectra_need_power_iterations(kind):
-    n, rank = 200, 10
-    values = oracles.SPECTRA["slow"](n)
-    matrix = matrix_for(kind, values)
-    bare, powered = (
-        oracles.spectral_norm(matrix - dense(decomposed(kind, matrix, rank, 1, oversample=4, power_iterations=powers)))
-        for powers in (0, 4)
-    )
-    assert bare > 1.3 * float(values[rank])
-    assert powered < 1.1 * float(values[rank])
-
-
-@BOTH
 def test_powers_are_orthonormalised_between_products(kind):
     # Bare powers leave only the directions above a root of ε. Nyström resolves √n·ε·‖M‖, and the SVD ε·‖X‖.
     values = torch.logspace(0, -5, 12).double()

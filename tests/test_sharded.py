@@ -30,10 +30,10 @@ def test_streams_of_updates_equal_those_of_the_whole(name, dtype, world_size):
 @pytest.mark.parametrize(
     "check",
     [
-        sharded.other_forms_of_updates,
+        sharded.every_call,
+        sharded.lists_and_poison,
         sharded.grouped_updates,
         sharded.svd_streams,
-        sharded.damped_applications,
         sharded.kron_applications,
     ],
     ids=lambda check: check.__name__,

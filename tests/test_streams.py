@@ -28,6 +28,11 @@ from oracles import ORTHONORMAL
 WITH_A_GAP = [stream for stream in oracles.STREAMS if stream not in ("flat", "switch")]
 
 
+# Frequent directions.
+SHRINKING = ROOT_UPDATE._replace(options={"compress": "eigh", "shrink": True}, is_exact=False)
+
+
+@pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SHRINKING], ids=str)
 @pytest.mark.parametrize("stream", oracles.STREAMS)
 def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream, dtype):
     n, r, k, decay = 48, 12, 8, 0.9
@@ -52,6 +57,11 @@ def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream,
     assert oracles.difference_ratio(error, discarded, torch.float64, scale=peak) <= oracles.THRESHOLD
     # A useful bound: no larger than the trace, which bounds every norm of a semi-definite remainder.
     assert float(tracked.error_bound) <= float(discarded.trace()) + n * slack
+    if update is SHRINKING:
+        # r + 1 directions lose λ at each update, which leaves no more than this for any truncation to rank j.
+        values = oracles.eigh(matrix).eigenvalues
+        assert float(tracked.error_bound) <= min(values[j:].sum() / (r + 1 - j) for j in range(r + 1)) + n * slack
+        return
     # Each of r values counts for no more than what stands for 0 in the form: 8 ε·d₁, or the shift of a Cholesky factor.
     unresolved = r * (8 if update.is_exact else 32) * oracles.epsilon(dtype) * peak
     best = float((matrix - truncated).trace())
@@ -165,30 +175,15 @@ def test_without_the_polish_orthogonality_is_lost(monkeypatch):
     assert not defect_of_a_stream() <= limit
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
-@pytest.mark.parametrize("stream", oracles.STREAMS)
-def test_frequent_directions_keep_their_guarantee(stream, in_place, dtype):
-    n, r, k, count, decay = 48, 10, 8, 30, 0.95
-    held, matrix = brandla.track(brandla.LowRankRoot.zeros(n, r, dtype=dtype)), torch.zeros(n, n).double()
-    largest = 0.0
-    for columns in oracles.batches(stream, n, k, count, dtype=dtype):
-        update = brandla.root_update_ if in_place else brandla.root_update
-        held = update(held, columns, decay=decay, shrink=True)
-        matrix = oracles.updated(matrix, columns, decay)
-        largest = max(largest, oracles.spectral_norm(matrix))
-    slack, bound = oracles.rounding(n, dtype, largest, decay), float(held.error_bound)
-    error = oracles.eigh(matrix - dense(held.lowrank)).eigenvalues
-    assert -slack <= error[-1]
-    assert error[0] <= bound + slack
-    # r + 1 directions lose λ at each update, which leaves no more than this for any truncation to rank j.
-    values = oracles.eigh(matrix).eigenvalues
-    assert bound <= min(float(values[j:].sum()) / (r + 1 - j) for j in range(r + 1)) + n * slack
-    assert abs(float(held.trace) - float(matrix.trace())) <= n * slack
-    assert defect(held.lowrank) <= ORTHONORMAL * oracles.epsilon(dtype)
-
-
 def test_nothing_shrinks_where_nothing_is_left_out():
     root, columns = ROOT_UPDATE.make(30, 6), make_columns(30, 4)
     for options in ({"rank": 10}, {"weight": 0.0}):
         found, expected = (brandla.root_update(root, columns, **options, shrink=shrink) for shrink in (True, False))
         assert oracles.difference_ratio(dense(found), dense(expected), torch.float64) <= oracles.THRESHOLD
+
+
+def test_shrinking_in_place_equals_the_other_form():
+    held, columns = brandla.track(ROOT_UPDATE.make(30, 6)), make_columns(30, 4)
+    expected = SHRINKING(held, columns, decay=0.9)
+    assert SHRINKING.in_place(held, columns, decay=0.9) is held
+    torch.testing.assert_close((dense(held.lowrank), *held[1:]), (dense(expected.lowrank), *expected[1:]))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from brandla.kfac import KFAC, Brand, Exact, Strategy
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     accumulate: int = 1
     options: dict[str, Any] | None = None
     model: Callable[[], nn.Module] = network
+    # "ddp", "static" or "fsdp"; "plain" and "fsdp later" give K-FAC the model before it is wrapped.
     wrap: str = "ddp"
     # The rank and the step of a batch with a NaN in it.
     broken: tuple[int, int] | None = None
@@ -158,12 +160,16 @@ class Training:
         self.preconditioner.load_state_dict(state["kfac"])
 
     def parameters(self):
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
+        return [whole(parameter.detach()).clone() for parameter in self.model.parameters()]
 
     def _preconditioner(self):
         options = {"damping": 0.1, "clip": 0.1, "process_group": self.group, **(self.case.options or {})}
         model = self.model if self.case.wrap == "plain" else self.wrapped
         return KFAC(model, self.case.strategy, distributed=self.case.mode, scaler=self.scaler, **options)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -181,6 +187,11 @@ def unsynchronised(model):
 def replica(case, group=None):
     """Return one process's part of the training of a case."""
     model = case.model()
+    if case.wrap.startswith("fsdp"):
+        training = Training(case, model) if "later" in case.wrap else None
+        for module in (*(layer for layer in model if isinstance(layer, nn.Linear)), model):
+            fully_shard(module)
+        return training or Training(case, model)
     unused = case.model is Branches
     wrapped = DistributedDataParallel(
         model, process_group=group, find_unused_parameters=unused, static_graph=case.wrap == "static"
@@ -205,10 +216,11 @@ def is_last():
 class Outcome(NamedTuple):
     """What a rank found: its parameters, and whether they and all states are those of the others, bit by bit.
 
-    Besides how many steps were skipped, and the last scale of the loss.
+    Besides the state before the last step, how many steps were skipped, and the last scale of the loss.
     """
 
     parameters: list[Tensor]
+    state: dict[str, Any]
     same: bool
     states_same: bool
     continued_same: bool
@@ -238,7 +250,8 @@ def _train(case):
     training.resume(state)
     training.step(STEPS - 1)
     continued = all(map(torch.equal, parameters, training.parameters()))
-    return Outcome(parameters, same, states_same, continued, skipped, scale)
+    state["model"] = {name: whole(weight) for name, weight in state["model"].items()}
+    return Outcome(parameters, state, same, states_same, continued, skipped, scale)
 
 
 def tensors_of(nested):
@@ -254,18 +267,6 @@ def _is_same(tensors):
     everyone = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(everyone, own)
     return all(torch.equal(own.view(torch.int64), other.view(torch.int64)) for other in everyone)
-
-
-def checkpoints(cases):
-    """Return, of each case, the state after some steps, and the parameters after one more."""
-    warnings.simplefilter("ignore")
-    found = []
-    for training in map(replica, cases):
-        training.run()
-        state = training.state()
-        training.step(STEPS)
-        found.append((state, training.parameters()))
-    return found
 
 
 def in_turn(calls):
@@ -323,20 +324,6 @@ def train_alike(mode, options):
     return strategies, [parameter.detach() for parameter in model.parameters()]
 
 
-def train_sharded(before, after):
-    """Train with parameters sharded by FSDP2, the preconditioners of the first cases constructed before they are."""
-    warnings.simplefilter("ignore")
-    results = []
-    for case in before + after:
-        model = case.model()
-        training = Training(case, model) if case in before else None
-        for module in (*(layer for layer in model if isinstance(layer, nn.Linear)), model):
-            fully_shard(module)
-        (training or Training(case, model)).run()
-        results.append([parameter.full_tensor().detach() for parameter in model.parameters()])
-    return results
-
-
 def last_rank_refuses(mode):
     """Have the last rank leave a layer to the optimizer; return which layers are left, and what becomes of gradients.
 
@@ -367,7 +354,7 @@ def last_rank_leaves(mode):
     training = replica(Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size()))
     training.backward(distributed.get_rank(), 0, 0)
     if is_last():
-        os._exit(3)
+        os._exit(0)
     return refusal(training.preconditioner.step)
 
 

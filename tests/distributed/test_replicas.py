@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from brandla.kfac import EKFAC, KBFGS, Brand, ConjugateGradient, Exact, InverseFree, TwoLevel, Woodbury
 from brandla.kfac.processes.exchange import fewer
 from distributed import replicas
-from distributed.processes import launch, run
-from distributed.replicas import Branches, Case, Mixed, alone, error_of
+from distributed.processes import run
+from distributed.replicas import Branches, Case, Mixed, Training, alone, error_of
 from kfac.systems import SYSTEMS
 
 # One process says of some cases what it cannot do for their few samples.
@@ -64,6 +65,13 @@ OF_TWO = {name: ways(strategy, BOTH[index % 2]) for index, (name, strategy) in e
     "drawn, accumulated": ways(Brand(6), "gather", sizes=(2, 1), accumulate=3, options=DRAWN),
     "drawn, mixed layers": ways(CORRECTED, "split", sizes=(4, 3), options=DRAWN, model=Mixed),
     "all": ways(SINGD, *BOTH, sizes=(3, 2), accumulate=2, options=EXACT, **SCALED),
+    "drawn, all": ways(SINGD, "split", sizes=(3, 2), accumulate=2, options=DRAWN, **SCALED),
+    "sharded": ways(Brand(6), "split", sizes=(9, 3), wrap="fsdp"),
+    "sharded, accumulated": ways(
+        Exact(inverse_every=1), "gather", sizes=(3, 2), accumulate=3, options=EXACT, wrap="fsdp"
+    ),
+    "sharded later": ways(Exact(inverse_every=2), "gather", wrap="fsdp later"),
+    "all, sharded later": ways(SINGD, "split", sizes=(3, 2), accumulate=2, options=EXACT, wrap="fsdp later", **SCALED),
 }
 OF_FOUR = {
     "exact": ways(Exact(inverse_every=2), "split", sizes=(3, 3, 3, 3)),
@@ -76,7 +84,7 @@ OF_FOUR = {
 
 @pytest.mark.parametrize(("ranks", "named"), [(2, OF_TWO), (4, OF_FOUR)], ids=["2", "4"])
 def test_equals_one_process_with_all_batches(ranks, named):
-    """To rounding, and bit by bit in all processes; from a checkpoint too.
+    """To rounding, and bit by bit in all processes; from a checkpoint too, which one process takes as well.
 
     Solves of condition 11 a side lose 11² · 31 ε = 8e-13 of a step, and a step hands on what came before times a few.
     """
@@ -90,29 +98,10 @@ def test_equals_one_process_with_all_batches(ranks, named):
             assert outcome.continued_same, f"{name}: continued from a checkpoint"
             assert outcome.skipped == len(case.overflows) + (case.broken is not None), name
             assert outcome.scale == (case.scale or 1.0) / 2 ** len(case.overflows), name
-
-
-def test_one_process_continues_from_a_checkpoint_of_two():
-    scaled = {"scale": 2.0**30, "overflows": ((1, 0),)}
-    cases = [
-        Case(Brand(6), "gather"),
-        Case(Brand(6), "split"),
-        Case(SINGD, "split", (3, 2), 2, EXACT, **scaled),
-        Case(SINGD, "split", (3, 2), 2, DRAWN, **scaled),
-    ]
-    for case, (state, expected) in zip(cases, run(replicas.checkpoints, 2, cases)[0], strict=True):
-        training = replicas.Training(case, replicas.network())
-        training.resume(state)
-        training.step(replicas.STEPS, alone=True)
-        assert error_of(training.parameters(), expected) < 1e-9
-
-
-def test_sharded_parameters_equal_one_process():
-    before = [Case(Exact(inverse_every=2)), Case(SINGD, "split", (3, 2), 2, EXACT, **SCALED)]
-    after = [Case(Brand(6), "split", (9, 3)), Case(Exact(inverse_every=1), "gather", (3, 2), 3, EXACT)]
-    for outcomes in run(replicas.train_sharded, 2, before, after):
-        for case, parameters in zip(before + after, outcomes, strict=True):
-            assert error_of(parameters, alone(case)) < 1e-9
+        one = Training(case, case.model())
+        one.resume(outcomes[0].state)
+        one.step(replicas.STEPS - 1, alone=True)
+        assert error_of(one.parameters(), outcomes[0].parameters) < 1e-9, name
 
 
 def test_groups_train_by_themselves():
@@ -185,23 +174,21 @@ def test_a_rank_that_has_nothing_takes_part():
 
 @pytest.mark.parametrize("mode", BOTH)
 def test_death_of_a_rank_is_an_error_of_the_others(mode):
-    *others, last = launch(replicas.last_rank_leaves, 3, mode, group_timeout=10.0, timeout=40.0)
-    assert last.failure == "died with exit code 3"
-    assert all(other.failure is None and other.result for other in others)
+    *others, last = run(replicas.last_rank_leaves, 3, mode, group_timeout=10.0, timeout=40.0)
+    assert last is None
+    assert all(others)
 
 
 def test_a_rank_that_never_comes_is_an_error_after_the_timeout():
-    first, last = launch(replicas.last_rank_is_late, 2, 2.5, group_timeout=1.0, timeout=40.0)
-    assert last.failure is None
-    assert "imed out" in first.result
+    assert "imed out" in run(replicas.last_rank_is_late, 2, 2.5, group_timeout=1.0, timeout=40.0)[0]
 
 
 def test_what_ranks_raise_or_wait_for_is_reported():
-    with pytest.raises(RuntimeError, match=r"2 of 2 ranks failed\nrank 0: Traceback(.|\n)*ZeroDivisionError"):
+    with pytest.raises(ProcessRaisedException, match=r"Traceback(.|\n)*ZeroDivisionError"):
         run(operator.truediv, 2, 1, 0)
     # The server that forks is up by now, so that the time is that of the ranks.
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 1: still running at the time limit"):
+    with pytest.raises(RuntimeError, match="still running at the time limit"):
         run(time.sleep, 2, 600, timeout=1)
     # The limit, and a few seconds in which a busy machine kills two processes.
     assert time.monotonic() - start < 11

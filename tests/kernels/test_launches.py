@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 import brandla  # noqa: E402
 from bench import launches  # noqa: E402
 from bench.launches import BUDGETS, Counts, counts_of  # noqa: E402
+from calls import WITHOUT_WAITING, given  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has tests of its own")
 
@@ -118,10 +119,13 @@ def test_a_list_asks_for_as_many_kernels_whatever_its_length(name, monkeypatch):
     assert len(found) == 1
 
 
-def test_nothing_waits_where_the_docs_say_so():
-    names = ("root_update, cholesky", "root_update_, cholesky", "damped_solve, eigh", "orthonormalize", "eigh_refresh")
-    for name in names:
-        assert counts_of(launches.call_of(name, "single")).waits == 0
+@pytest.mark.parametrize("name", WITHOUT_WAITING)
+def test_what_promises_never_to_wait_does_not(name):
+    x = given()
+    assert counts_of(lambda: WITHOUT_WAITING[name](x)).waits == 0
+
+
+def test_a_step_of_brand_never_waits():
     step = launches.step_counts(launches.NETWORKS["transformer"](), launches.STRATEGIES["Brand"])
     assert step.waits == 0
 

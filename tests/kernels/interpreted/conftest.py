@@ -1,4 +1,7 @@
-"""Kernel tests that run on a GPU or, with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on a CPU."""
+"""Kernel tests that run on a GPU or, with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on a CPU.
+
+Those of `test_ops_on_kernels.py` hold for torch forms too, and run on these elsewhere.
+"""
 
 import importlib.util
 import os
@@ -12,16 +15,17 @@ from torch import Tensor
 import brandla
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_KERNELS = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
 
-if importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()):
+if not ON_KERNELS:
     # Triton decides at its import whether it interprets, so these tests need a process of their own: `make interpret`.
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["test_[!o]*.py"]
 
 
 @pytest.fixture
 def device():
-    """Where the kernels run."""
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    """Where the kernels run, or the torch forms."""
+    return torch.device("cuda" if ON_KERNELS and not INTERPRETED else "cpu")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -55,6 +59,9 @@ def _interpreter_does_once_what_it_repeats():
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
     """Run every op that has a kernel on it, and small cores in float64 on every GPU, as the torch forms have them."""
+    if not ON_KERNELS:
+        yield
+        return
     monkeypatch.setattr("brandla_kernels._kernels.launch.WEAK_FLOAT64", ())
     with brandla.backend("triton"):
         yield

@@ -1,9 +1,10 @@
 """The public functions on the kernels, for one factor, a batch and a list: as on the torch forms, to rounding."""
 
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import brandla
@@ -11,7 +12,7 @@ from brandla import grouped
 from brandla_kernels import OPS, reads_are_free, sketch
 from brandla_kernels._kernels import plan
 from builders import assert_agree, make_columns, make_eigh, make_root
-from calls import ALL, WAITING, WITHOUT_WAITING, K, N, R, given
+from calls import ALL, WAITING, WITHOUT_WAITING, K, N, R, given, list_calls
 from oracles import tolerance
 
 # These differ from others in what stays on the host, or take the interpreter long.
@@ -25,34 +26,12 @@ LEFT_OUT = {
 CALLS = [name for name in (*WITHOUT_WAITING, *WAITING) if name not in LEFT_OUT] + [
     *("kron_damped_solve, root right", "kron_damped_solve, nothing held", "damped_power, nothing held"),
 ]
-# Two factors of one class, one of another rank, and one with r + k > n.
-SIZES = [(50, 8, 5), (41, 8, 5), (50, 6, 5), (12, 8, 5)]
-FLOAT32 = {"dtype": torch.float32}
-ROOTS = [make_root(n, r, **FLOAT32) for n, r, _ in SIZES]
-EIGHS = [make_eigh(n, r, **FLOAT32) for n, r, _ in SIZES]
-COLUMNS = [make_columns(n, k, **FLOAT32) for n, _, k in SIZES]
-LISTS = {
-    **{"roots": ROOTS, "eighs": EIGHS, "columns": COLUMNS, "vectors": [each[:, 0] for each in COLUMNS]},
-    **{"tracked": list(map(brandla.track, ROOTS)), "widths": [each[:, : i + 1] for i, each in enumerate(COLUMNS)]},
-    "matrices": [make_columns(p[0], q[0], **FLOAT32) for p, q in zip(SIZES, SIZES[::-1], strict=True)],
-    "each": [torch.tensor(number) for number in (0.9, 0.8, 0.7, 0.6)],
-    "pairs": list(zip(COLUMNS, COLUMNS[::-1], strict=True)),
-}
-OF_LISTS = {
-    "root_update": lambda x: grouped.root_update(x.roots, x.columns, decay=x.each, weight=0.1),
-    "root_update, cholesky": lambda x: grouped.root_update(x.tracked, x.columns, decay=0.9, compress="cholesky"),
-    "root_update, both": lambda x: grouped.root_update(x.roots, x.columns, compress=["eigh", "cholesky"] * 2),
-    "eigh_update": lambda x: grouped.eigh_update(x.eighs, x.columns, decay=0.9, weight=x.each),
-    "damped_solve, eigh": lambda x: grouped.damped_solve(x.eighs, x.columns, x.each, tail="smallest"),
-    "damped_solve, root": lambda x: grouped.damped_solve(x.roots, x.widths, 0.1),
-    "damped_solve, both": lambda x: grouped.damped_solve([*x.roots[:2], *x.eighs[2:]], x.columns, 0.1),
-    "damped_solve, vectors": lambda x: grouped.damped_solve(x.roots, x.vectors, 0.1),
-    "damped_power": lambda x: grouped.damped_power(x.roots, x.columns, 0.1, [-1, -0.5, 2, 1]),
-    "kron_damped_solve": lambda x: grouped.kron_damped_solve(x.eighs, x.roots[::-1], x.matrices, 0.1, x.each),
-    "eigh_refresh": lambda x: grouped.eigh_refresh(x.eighs, x.matrices, decay=0.9, weight=x.each),
-    "kron_damped_power": lambda x: grouped.kron_damped_power(x.eighs, x.roots[::-1], x.matrices, x.each, -0.5),
-    "kron_damped_solve, pairs": lambda x: grouped.kron_damped_solve(x.eighs, x.roots[::-1], x.pairs, 0.1, 0.2),
-}
+# Those that launch other kernels, or the same ones otherwise.
+OF_LISTS = [
+    *("root_update", "root_update, one value each", "root_update, tracked", "eigh_update, one value each"),
+    *("damped_solve", "damped_solve, both kinds", "damped_solve, roots", "damped_solve, vectors", "damped_power"),
+    *("kron_damped_solve, matrices", "kron_damped_solve, pairs", "kron_damped_power", "eigh_refresh"),
+]
 UPDATE = {"cross_gram", "eigh_core", "eigh_rotation", "rotate"}
 
 
@@ -70,10 +49,15 @@ def test_function_gives_on_kernels_what_it_gives_on_torch_forms(name, batch, dty
 
 @pytest.mark.parametrize("name", OF_LISTS)
 def test_function_of_lists_gives_on_kernels_what_it_gives_on_torch_forms(name, device):
-    lists = SimpleNamespace(**tree_map(lambda part: part.to(device), LISTS))
-    results = OF_LISTS[name](lists)
+    """Two factors of one class, one of another rank, and one with r + k > n."""
+    lists, options = tree_map(
+        lambda part: part.to(device) if isinstance(part, Tensor) else part,
+        list_calls("some of one rank", torch.float32)[name],
+    )
+    call = partial(getattr(grouped, name.partition(",")[0]), *lists, **options)
+    results = call()
     with brandla.backend("torch"):
-        expected = OF_LISTS[name](lists)
+        expected = call()
     # Sums of length up to n = 50 in float32, in a different order, through three products.
     assert_agree(results, expected, 3e-5)
 

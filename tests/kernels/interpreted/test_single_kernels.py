@@ -1,0 +1,158 @@
+"""What is special to single kernels, beside the formulas of their ops."""
+
+import pytest
+import torch
+
+import oracles
+from brandla_kernels import OPS, signs, sketch
+from brandla_kernels._kernels import configs
+from brandla_kernels._kernels.ahead import target_named
+from brandla_kernels._kernels.launch import recording
+from op_cases import assert_computes, grouped, operands, run
+
+# --- cross_gram: its stretches, and that it is two launches
+
+
+def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_the_bit(device, monkeypatch):
+    monkeypatch.setattr(configs, "STRETCH", 32)
+    arguments = operands("cross_gram", 2 * 32 + 5, 3, 66, "plain", torch.float32, device)
+    cross, gram = OPS["cross_gram"](*arguments)
+    assert_computes("cross_gram", (cross, gram), arguments)
+    assert torch.equal(gram, gram.mT)
+
+
+@pytest.mark.parametrize("rows", [100, 10**6])
+@pytest.mark.parametrize("form", ["single", "grouped", "rounded"])
+def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
+    """And those of a rounded sum are added up in float64."""
+    op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.zeros(rows, 64), torch.zeros(rows, 32))
+    arguments = grouped(op, [problem] * 9) if form == "grouped" else problem[: 1 + (form == "single")]
+    launch = OPS[op].launch
+    assert launch is not None
+    with recording(target_named("sm_90")) as launches:
+        launch(*arguments)
+    product, addition = launches
+    assert addition.name == "sum_parts_kernel"
+    assert rows / product.arguments["SPLITS"] <= configs.STRETCH
+    assert addition.arguments["below_ptr"].dtype == torch.float64
+
+
+# --- damped_inverse: the small problem beside the projection, and what must not spread
+
+
+def negative_inverse(gram, damping, device):
+    """Return Z for S, as Y − V of U = V = I and β = 1."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=device).expand_as(gram)
+    shift = (torch.full(gram.shape[:-2], number, dtype=gram.dtype, device=device) for number in (damping, 1 - damping))
+    return (OPS["damped_inverse"](identity, gram.to(device), *shift, identity) - identity).cpu()
+
+
+# Around the blocks of 16 columns, and the tiles of 64 rows.
+@pytest.mark.parametrize(
+    ("order", "damping", "dtype"),
+    [(order, 1e-7, torch.float64) for order in (1, 15, 17, 65)] + [(40, each, torch.float32) for each in (3e-2, 1e-4)],
+)
+@pytest.mark.usefixtures("_weak_float64")
+def test_sweeps_invert_as_well_as_a_factorisation(order, damping, dtype, device):
+    """Eigenvalues from 1 to 10⁻⁹, then the damping: the error of an inverse is κ ε of its own size."""
+    eps, generator = torch.finfo(dtype).eps, torch.Generator().manual_seed(order)
+    turn = torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64)).Q
+    gram = oracles.symmetrised((turn * torch.logspace(0, -9, order, dtype=torch.float64)) @ turn.mT).to(dtype)
+    damped = gram + damping * torch.eye(order, dtype=torch.float64)
+    expected = -torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    found = negative_inverse(gram, damping, device).double()
+    allowed = 8 * order**0.5 * eps * float(torch.linalg.cond(damped)) * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+    # The residual is that of a backward stable method, not κ times it.
+    residual = torch.linalg.matrix_norm(damped @ found + torch.eye(order, dtype=torch.float64), 2)
+    sizes = torch.linalg.matrix_norm(damped, 2) * torch.linalg.matrix_norm(found, 2)
+    assert residual <= 8 * order**0.5 * eps * sizes
+
+
+def test_a_problem_that_is_not_definite_is_nan_and_alone(device):
+    basis, rhs = (torch.ones(5, 20, k, dtype=torch.float64, device=device) for k in (17, 2))
+    gram, shift = torch.eye(17).to(basis).repeat(5, 1, 1), (basis.new_full((5,), 0.5), basis.new_zeros(5))
+    gram[1:4, 16, 16] = torch.tensor([-0.5, -3.0, torch.nan]).to(basis)
+    found = OPS["damped_inverse"](basis, gram, *shift, rhs)
+    assert found.isnan().flatten(1).all(1).tolist() == [False, True, True, True, False]
+    assert torch.equal(found[0], found[4])
+
+
+# --- sketch: its Ω is that of signs to the bit, and products with it lose nothing of float32 data
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# n, width: blocks have 32 rows and 16 to 128 columns, a call of Philox draws 32 rows of 4 columns.
+SIZES = [(1, 1), (31, 4), (33, 17), (65, 131)]
+
+
+@pytest.fixture
+def seed(device):
+    return torch.tensor([-6148914691236517206], device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sketch_of_the_identity_is_the_test_matrix_of_problem_and_seed_of_now(size, dtype, seed, device):
+    n, width = size
+    for number, problem in ((int(seed), 0), (2, 5)):
+        seed.fill_(number)
+        result = sketch(torch.eye(n, dtype=dtype, device=device), seed, width, problem)
+        expected = signs(seed, n, width, problem=problem, dtype=torch.promote_types(dtype, torch.float32))
+        assert torch.equal(result, expected)
+
+
+def test_no_bit_of_float32_data_is_lost(seed, device):
+    """Integers of 20 bits times a power of two: sums of 16 of them need 24 bits, and every partial sum is exact."""
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randint(-(2**20), 2**20, (70, 16), generator=generator).to(device, torch.float32)
+    for scale in (1.0, 2.0**-80, 2.0**90):
+        matrix = whole * scale
+        exact = matrix.double() @ signs(seed, 16, 8, dtype=torch.float64)
+        assert torch.equal(sketch(matrix, seed, 8).double(), exact)
+
+
+# --- Offsets into a matrix are 64 bits wide: rows may lie further apart than 2³¹ elements reach
+
+ROWS, RANK, COLUMNS = 5, 3, 2
+# The last row starts at 2³¹ elements, or the last column does.
+STRIDE = 2**29
+
+
+@pytest.fixture
+def far_apart(tmp_path, device):
+    """Return a function that lays the rows (dim 0) or the columns (dim 1) of a matrix STRIDE elements apart.
+
+    Memory on a CPU is that of a file with holes, so only the pages that hold an element take any. It begins 2³¹
+    elements before the matrix, where a 32-bit offset that wraps around would read zeros.
+    """
+
+    def place(matrix, dim):
+        size, before = (ROWS - 1) * STRIDE + matrix.numel(), 0
+        if device.type == "cpu":
+            before = 2**31
+            memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=before + size, dtype=matrix.dtype)
+        else:
+            memory = torch.zeros(size, dtype=matrix.dtype, device=device)
+        placed = memory.as_strided(matrix.shape, [STRIDE, 1] if dim == 0 else [1, STRIDE], before)
+        placed.copy_(matrix)
+        return placed
+
+    return place
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
+@pytest.mark.parametrize("case", ["project", "cross_gram", "rotate", "rotate_", "damped_apply"])
+def test_rows_may_lie_further_apart_than_32_bits_reach(case, listed, far_apart, device):
+    basis, *others = operands(case, ROWS, RANK, COLUMNS, "plain", torch.float32, device)
+    expected = run(OPS[case].torch_form, (basis.clone(), *others))
+    arguments = (far_apart(basis, 0), *others)
+    if listed:
+        (result,) = (part[0] for part in run(OPS[case], grouped(case, [arguments]))[:1])
+    else:
+        result = run(OPS[case], arguments)[0]
+    assert_computes(case, (result, *expected[1:]), (basis, *others))
+
+
+def test_columns_may_lie_further_apart_than_32_bits_reach(far_apart, device):
+    basis, columns = operands("project", 3, ROWS, COLUMNS, "plain", torch.float32, device)
+    assert_computes("project", run(OPS["project"], (far_apart(basis, 1), columns)), (basis, columns))
