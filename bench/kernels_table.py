@@ -6,7 +6,8 @@ of warps that are resident where nothing but these three limits it. Exits with 1
 A second table estimates times at the sizes of the roofline study, at the published ceilings of GPUs. A launch takes as
 long as its bytes at the memory's bandwidth, or as its products at the rate of their type, whichever is more, and
 `LAUNCH` on top. Where it has fewer programs than the GPU has multiprocessors, the others add no flops. What follows one
-after another inside a program is not counted, nor are torch's own products between the kernels.
+after another inside a program is not counted, nor are torch's own products between the kernels. A third table has one
+update of the factors of a whole network beside the time of its bytes, also with the serial steps of a core.
 """
 
 import json
@@ -20,6 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
@@ -27,13 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import brandla
 from bench.frame.figures import spelled
 from bench.frame.pages import on_terminal
 from bench.gpu import cases
 from bench.gpu.device import Stub
 from bench.studies.roofline import USUAL
+from brandla import LowRankRoot, grouped
 from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults, target_named
-from brandla_kernels._kernels.launch import Launch
+from brandla_kernels._kernels.launch import Launch, recording
 from brandla_kernels._kernels.shipped import specializations
 
 Facts = dict[str, Any]
@@ -95,6 +99,10 @@ CAPTION = (
 )
 
 
+# The factors of a network, their rank and their new columns; and seconds of a serial step of a core, 400 cycles.
+NETWORK, RANK, NEW, STEP = [int(n) for n in np.linspace(512, 8192, 64)], 128, 64, 400 / 1.7e9
+
+
 class Gpu(NamedTuple):
     """What a vendor publishes of a GPU, and the target that its kernels are compiled for."""
 
@@ -144,6 +152,25 @@ def estimates(sizes: cases.Sizes) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def updates() -> pd.DataFrame:
+    """Return, for each GPU, the time of one update without `eigh` of a network's factors beside that of its bytes."""
+    roots = [LowRankRoot(torch.empty(n, RANK), torch.empty(RANK, RANK)) for n in NETWORK]
+    columns = [torch.empty(n, NEW) for n in NETWORK]
+    # Both are read twice, and the new roots are written.
+    moved = 4 * sum(NETWORK) * (2 * (RANK + NEW) + RANK)
+    # Of two factorisations, and of three rounds that make columns orthonormal.
+    steps = (2 * (RANK + NEW) + 3 * RANK) * STEP
+    rows = []
+    for name, gpu in GPUS.items():
+        with recording(target_named(gpu.target)) as launches, brandla.backend("triton"):
+            grouped.root_update(roots, columns, decay=0.95, weight=0.05, compress="cholesky")
+        parts = [seconds(launch, gpu) for launch in launches]
+        time, least = sum(own["launch"] + max(own["bytes"], own["flops"]) for own in parts), moved / gpu.bytes
+        row = {"GPU": name, "µs": round(1e6 * time), "of its bytes, µs": round(1e6 * least)}
+        rows.append(row | {"ratio": round(time / least, 1), "with serial steps": round((time + steps) / least, 1)})
+    return pd.DataFrame(rows)
+
+
 def _work(launches: list[Launch]) -> Facts:
     moved, flops = sum(launch.work.bytes for launch in launches), Counter[int]()
     for launch in launches:
@@ -181,6 +208,8 @@ def main(
     for table in tables(found):
         console.print(table)
     console.print(on_terminal(estimates(USUAL), CAPTION))
+    of = f"r {RANK}, k {NEW}, n {NETWORK[0]} to {NETWORK[-1]}"
+    console.print(on_terminal(updates(), f"One update of {len(NETWORK)} factors, {of}: estimated as above"))
     if json_file:
         json_file.write_text(json.dumps(found, indent=1) + "\n")
     faulty = sum(bool(facts["faults"]) for facts in found)

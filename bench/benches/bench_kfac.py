@@ -61,6 +61,18 @@ STRATEGIES = {
 BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
 # The rows that targets are for: a step over SGD's.
 HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))
+# Rank and columns of SGD's step with those parts of B-KFAC's alone that no other step could spare.
+FLOORS = {
+    f"only the tall products and eigh of the root form, rank {rank}, {columns} columns": (rank, columns)
+    for rank, columns in ((RANK, BATCH), (LESS, COLUMNS))
+}
+# What torch's operators do, for the profile of a step.
+KINDS = {
+    "aten::_linalg_eigh": "eigendecompositions",
+    **dict.fromkeys(
+        [f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")], "products"
+    ),
+}
 # The same where autograd does not form the gradients of weights.
 PAIR = ', gradient="pair"'
 options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
@@ -90,7 +102,9 @@ class Setting(NamedTuple):
 
 
 def sgd(model: nn.Module, name: str = "SGD") -> Step:
-    """Return SGD's step, with the preconditioner of a name if there is one, curvature at every step."""
+    """Return SGD's step, with the preconditioner of a name if there is one, curvature at every step; or a floor."""
+    if name in FLOORS:
+        return bare(model, *FLOORS[name])
     strategy = STRATEGIES.get(name.removesuffix(PAIR))
     kfac = None if strategy is None else KFAC(model, strategy, **options_of(name))
     return Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step
@@ -165,18 +179,10 @@ def step_of(setting):
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
-@pytest.mark.parametrize("name", [*STRATEGIES, *(name + PAIR for name in HELD_TO)])
+@pytest.mark.parametrize("name", [*STRATEGIES, *(name + PAIR for name in HELD_TO), *FLOORS])
 def test_step_over_sgd(name, step_of, over) -> None:
     limit = HELD_TO.get(name)
     over(name, step_of(name), step_of("SGD"), 6 * PERIOD, ratio=by_period, warm_up=PERIOD, at_most=limit)
-
-
-@pytest.mark.benchmark(group=OVER_SGD)
-@pytest.mark.parametrize(("rank", "columns"), [(RANK, BATCH), (LESS, COLUMNS)])
-def test_floor_of_a_step(rank, columns, setting, step_of, over) -> None:
-    name = f"only the tall products and eigh of the root form, rank {rank}, {columns} columns"
-    floor = setting.stepping(partial(bare, rank=rank, columns=columns))
-    over(name, floor, step_of("SGD"), 6 * PERIOD, ratio=by_period, warm_up=PERIOD)
 
 
 @pytest.mark.benchmark(group="a step by width of the hidden layers and batch / SGD's step")
@@ -203,10 +209,24 @@ def test_calls_of_a_step(name, setting, figures) -> None:
     figures(name, counts[-1], at_most=350, unit="calls")
 
 
+@pytest.mark.benchmark(group="where the time of a step goes, forward and backward passes included")
+@pytest.mark.parametrize("name", HELD_TO)
+def test_parts_of_a_step(name, step_of, figures) -> None:
+    step = step_of(name)
+    for _ in range(PERIOD):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(PERIOD):
+            step()
+    times = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
+    for kind, share in (times.groupby(lambda key: KINDS.get(key, "everything else")).sum() / times.sum()).items():
+        figures(f"{name}: {kind}", share)
+
+
 @pytest.mark.benchmark(group="99th percentile of the step time / its median")
-@pytest.mark.parametrize("name", [*BRAND, "SRE-KFAC", "K-FAC"])
+@pytest.mark.parametrize("name", [*BRAND, "SRE-KFAC", "K-FAC", "SGD", *FLOORS])
 def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
-    seconds = in_turn({name: step_of(name)}, 200 if name in BRAND else 60)[name]
+    seconds = in_turn({name: step_of(name)}, 60 if name in ("SRE-KFAC", "K-FAC") else 200)[name]
     worst = sorted(seconds)[int(0.99 * (len(seconds) - 1))]
     figures(name, worst / median(seconds), at_most=1.3 if name in HELD_TO else None)
 

@@ -102,3 +102,9 @@ def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel():
     launches = rows["launches"]["kron_damped_apply"][:3]
     assert launches.to_dict() == {"damped_project_kernel": 1, "damped_middle_kernel": 1, "tall_product_kernel": 2}
     assert (rows["H200, µs"].str.split().str[1] == "launch").all()
+
+
+def test_an_update_of_a_network_is_estimated_at_no_more_than_three_times_its_bytes():
+    found = kernels_table.updates().set_index("GPU")
+    assert (found["ratio"] <= 3).all()
+    assert (found["with serial steps"] > found["ratio"]).all()
