@@ -220,7 +220,7 @@ def test_parts_of_a_step(name, step_of, figures) -> None:
             step()
     times = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
     for kind, share in (times.groupby(lambda key: KINDS.get(key, "everything else")).sum() / times.sum()).items():
-        figures(f"{name}: {kind}", share)
+        figures(f"{name}: {kind}", share, unit="")
 
 
 @pytest.mark.benchmark(group="99th percentile of the step time / its median")
