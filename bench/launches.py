@@ -37,7 +37,21 @@ from bench.frame import results
 from bench.frame.facts import facts
 from bench.frame.pages import on_terminal
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
-from brandla.kfac import KBFGS, KFAC, Brand, Exact, InverseFree, Randomized, Woodbury
+from brandla.kfac import (
+    EKFAC,
+    KBFGS,
+    KFAC,
+    Brand,
+    BrandCorrected,
+    BrandRandomized,
+    ConjugateGradient,
+    Exact,
+    Foof,
+    InverseFree,
+    Randomized,
+    TwoLevel,
+    Woodbury,
+)
 from brandla_kernels import OPS
 from brandla_kernels._kernels import plan
 from brandla_kernels._kernels.ahead import target_named
@@ -316,9 +330,15 @@ STRATEGIES = {
     "Brand": Brand(8),
     "Brand, by eigh": Brand(8, compress="eigh"),
     "Brand, orthonormal": Brand(8, form="eigh"),
+    "BrandRandomized": BrandRandomized(8, overwrite_every=1),
+    "BrandCorrected": BrandCorrected(8, correct_every=1),
     "Exact": Exact(inverse_every=1),
+    "EKFAC": EKFAC(inverse_every=1),
     "Randomized": Randomized(8, inverse_every=1),
     "InverseFree": InverseFree(),
+    "Foof": Foof(Brand(8)),
+    "ConjugateGradient": ConjugateGradient(),
+    "TwoLevel": TwoLevel(Brand(8)),
     "Woodbury": Woodbury(),
     "KBFGS": KBFGS(),
 }

@@ -159,7 +159,7 @@ def small_spd_kernel(
     gram_ptr, scale_ptr, transform_ptr, live_ptr, weight_ptr, table_ptr,
     k, threshold: tl.float64,
     gram_strides, scale_strides,
-    GRAM_LAYOUT: tl.constexpr, SCALE_LAYOUT: tl.constexpr, FIRST: tl.constexpr,
+    GRAM_LAYOUT: tl.constexpr, SCALE_LAYOUT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """Grid: (problems,). T (k, k), the mask (k) and the weights of rows and columns (k) are contiguous."""
@@ -170,7 +170,7 @@ def small_spd_kernel(
     live = live_ptr + problem * k
     weight = weight_ptr + problem * k
 
-    task = FIRST
+    task = WHOLE
     while task < DONE:
         shift = tl.where(task % 2 == 1, threshold * 0.25, 0.0)
         marked = tl.where(task == MASKED, k, 0)
@@ -219,13 +219,11 @@ def small_spd_kernel(
     _finish(transform, live, weight, k, BLOCK_ROWS, BLOCK_INNER)
 
 
-def cholesky_inverse_core(
-    gram: Tensor, scale: Tensor, threshold: float, *, whole_first: bool = True
-) -> tuple[Tensor, Tensor]:
+def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return T (..., k, k) and the mask (..., k) of its live columns.
 
-    With ``whole_first`` the whole matrix is factored first, as the torch form does on a CPU: one factorisation where
-    all columns of positive scale stand out, and up to one more than otherwise where they do not.
+    The whole matrix is factored first, as the torch form does on a CPU: one factorisation where all columns of positive
+    scale stand out, and up to one more than otherwise where they do not.
     """
     k = gram.shape[-1]
     transform = gram.new_empty(gram.shape)
@@ -235,7 +233,7 @@ def cholesky_inverse_core(
     operands = arrange({"gram": gram, "scale": scale[..., None]})
     arguments = operands.arguments | {
         "transform_ptr": transform, "live_ptr": live, "weight_ptr": gram.new_empty(gram.shape[:-1]),
-        "k": k, "threshold": threshold, "FIRST": WHOLE.value if whole_first else SHIFTED.value,
+        "k": k, "threshold": threshold,
     }  # fmt: skip
     config = configs.small_spd(launch.target_of(gram), k)
     launch.start(small_spd_kernel, (operands.problems,), arguments, config)
