@@ -362,7 +362,7 @@ def step_counts(network: nn.Module, strategy: Any) -> Counts:
     return counts_of(next(run))
 
 
-def step_times(network: nn.Module, strategy: Any, *, rounds: int = 10) -> dict[str, float]:
+def step_times(network: nn.Module, strategy: Any, *, rounds: int = 50) -> dict[str, float]:
     """Return microseconds of a step whose launches are recorded, at the best of some, and Python's calls in it."""
     run, times = steps(network, strategy), []
     with recording(target_named(TARGET)) as launches, brandla.backend("triton"):
