@@ -329,12 +329,12 @@ def answer(content: dict[str, Any]) -> str:
     where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if took else ""
     parts = of_group(content, "where the time").set_index("case")["value"]
     own = parts[parts.index.str.startswith(f"{BRAND[0]}:")]
-    shares = [f"{share:.0%} are {name.rpartition(': ')[2]}" for name, share in own.items()]
+    shares = [f"{share:.0%} {name.rpartition(': ')[2]}" for name, share in own.items()]
     return (
         f"A step with K-FAC takes {spelled(least['value'])} ({least.name}) to {spelled(most['value'])} times"
-        f" ({most.name}) as long as SGD's. "
+        f" ({most.name}) as long as SGD's"
+        + (f"; a step of {BRAND[0]}, is {listed(shares)}. " if shares else ". ")
         + (f"{where}, B-KFAC beside AdamW takes {listed(took)}." if took else "Training was not measured.")
-        + (f" Of the time of a step of {BRAND[0]}, {listed(shares)}." if shares else "")
     )
 
 
