@@ -247,7 +247,8 @@ class Update(NamedTuple):
                 _check.without_gradient(self.function, name, value)
                 if name in written:
                     _check.written(self.function, name, value)
-        return self._replace(tol=tol, in_place=True)
+        # The compiler of torch 2.11 fails on a _replace here.
+        return Update(**self._asdict() | {"tol": tol, "in_place": True})
 
 
 class Updated(NamedTuple):
