@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import wraps
 from operator import methodcaller
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -35,12 +35,12 @@ class Value:
     @property
     def dtype(self: Any) -> torch.dtype:
         """Dtype of the parts; what a `Centred` value sums is float64 beside them."""
-        return self[0].dtype  # type: ignore[no-any-return]
+        return cast(torch.dtype, self[0].dtype)
 
     @property
     def device(self: Any) -> torch.device:
         """Device of the parts."""
-        return self[0].device  # type: ignore[no-any-return]
+        return cast(torch.device, self[0].device)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""

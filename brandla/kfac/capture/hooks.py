@@ -156,6 +156,7 @@ class Capture:
             self.refusal = refusal
         elif output.requires_grad:
             if torch.compiler.is_compiling():
+                # torch leaves Function.apply without annotations.
                 return Tap.apply(output, inputs.detach(), ticket.number)  # type: ignore[no-untyped-call]
             groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
             groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None

@@ -142,7 +142,8 @@ class Brand(BrandForm):
         ``"root"``: M ≈ F Fᵀ by `brandla.root_update`, the cheaper form; right if λ >= 10⁻⁴ d₁ in float32.
         ``"eigh"``: M ≈ U diag(d) Uᵀ by `brandla.eigh_update`, with orthonormal eigenvectors.
     compress
-        As in `brandla.root_update`: ``"cholesky"`` has no eigendecomposition and no host sync. For a root only.
+        As in `brandla.root_update`: ``"cholesky"`` has no eigendecomposition and no host sync, also of factors that are
+        no larger than the rank. For a root only.
         ``"auto"``: that on a GPU, if ``tail`` is 0, and ``"eigh"`` elsewhere, which is the quicker one on a CPU.
     sketch
         A batch A with more columns is first brought down to this many: A Ω for random signs Ω, with A Aᵀ as its

@@ -113,6 +113,7 @@ class FactorForm(ABC):
     def take(self, absorptions: Sequence[Absorption], step: int) -> None:
         """Take new columns into the states of factors of this form."""
 
+    # Most forms have nothing to renew, so it is not abstract.
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:  # noqa: B027
         """Renew the parts that are due at this step; ``seed`` is new at every step and factor."""
 

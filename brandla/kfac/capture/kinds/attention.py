@@ -151,6 +151,7 @@ class AttentionForward(OwnForward):
             joint = self.recorded("in_proj", query, linear(query, weight, bias))
             # Three blocks, as the module makes them.
             return tuple(joint.unflatten(-1, (3, -1)).movedim(-2, 0).contiguous())
+        # A function of torch's own use, which it does not list.
         outputs = functional._in_projection_packed(query, key, value, weight, bias)  # type: ignore[attr-defined]
         if not self.is_watched("in_proj"):
             return tuple(outputs)
