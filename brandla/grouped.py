@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, count
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -371,32 +372,30 @@ _passed: dict[tuple[str, Any], _Passed | None] = {}
 _MOST_LAYOUTS = 256
 
 
-def _laid_out(parts: list[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
+def _laid_out(parts: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
     """Return the different tensors in arguments, and their layout: all that a check looks at outside checked mode.
 
     None where there is more to look at than plain tensors, numbers and words.
     """
-    tensors: list[Tensor] = []
-    known: dict[int, int] = {}
-    layout: list[Any] = []
     if _check.reads_values() or torch.compiler.is_compiling():
         return [], None
-    # What is inside a list or a factor comes after what is beside it.
-    for part in parts:
-        if type(part) is Tensor:
-            place = known.setdefault(id(part), len(tensors))
-            if place < len(tensors):
-                layout.append(place)
-            else:
-                tensors.append(part)
-                layout.append((part.shape, part.dtype, part.device, part.layout))
-        elif isinstance(part, (tuple, list)):
-            layout.append((type(part), len(part)))
-            parts.extend(part)
-        elif isinstance(part, (str, int, float, Rank, type(None))):
-            layout.append((type(part), part))
-        else:
+    tensors: list[Tensor] = []
+    layout: list[Any] = []
+    # What is inside a list or a factor comes after all that is beside it.
+    while parts:
+        own = [part for part in parts if type(part) is Tensor]
+        held = [part for part in parts if isinstance(part, (tuple, list))]
+        rest = [part for part in parts if not (type(part) is Tensor or isinstance(part, (tuple, list)))]
+        if not all(isinstance(part, (str, int, float, Rank, type(None))) for part in rest):
             return [], None
+        layout += [*map(type, parts), *map(len, held), *rest]
+        tensors += own
+        parts = list(chain.from_iterable(held))
+    different = {id(tensor): tensor for tensor in tensors}
+    places = dict(zip(different, count(), strict=False))
+    layout += [places[id(tensor)] for tensor in tensors]
+    tensors = list(different.values())
+    layout += [(tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors]
     return tensors, tuple(layout)
 
 

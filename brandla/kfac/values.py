@@ -183,6 +183,9 @@ def layout(part: Tensor) -> Hashable:
 
 def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]]:
     """Return the items of each kind, in their order."""
+    kinds = list(kinds)
+    if kinds and kinds.count(kinds[0]) == len(kinds):
+        return [list(items)]
     members: dict[Hashable, list[Item]] = {}
     for item, kind in zip(items, kinds, strict=True):
         members.setdefault(kind, []).append(item)

@@ -151,7 +151,7 @@ class Op(Generic[Parameters, Result]):
             if chosen is None or self.signature.writes:
                 check(args)
                 return (launch or torch_form)(*args)
-            tensors, layout = _laid_out(args)
+            tensors, addresses, layout = _laid_out(args)
             plans = passed.get(layout)
             if plans is None:
                 check(args)
@@ -160,7 +160,7 @@ class Op(Generic[Parameters, Result]):
                 plans = passed[layout] = {}
             if launch is None:
                 return torch_form(*args)
-            return _imported("brandla_kernels._kernels.plan").call(plans, launch, args, tensors)
+            return _imported("brandla_kernels._kernels.plan").call(plans, launch, args, tensors, addresses)
 
         _library.define(schema)
         _library.impl(name, partial(run, "torch"), "CompositeExplicitAutograd")
@@ -205,8 +205,8 @@ def _launch(module: str, function: str, *args: Any) -> Any:
     return getattr(_imported(f"brandla_kernels._kernels.{module}"), function)(*args)
 
 
-def _laid_out(arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """Return the tensors of a call, and its layout: all that a launch depends on but where they begin, and entries."""
+def _laid_out(arguments: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[Any, ...]]:
+    """Return the tensors of a call, where they begin, and its layout: all that a launch depends on besides."""
     tensors: list[Tensor] = []
     layout: list[Any] = []
     for one in arguments:
@@ -217,12 +217,10 @@ def _laid_out(arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
             tensors += one
         else:
             layout.append(one)
-    addresses = set()
-    for tensor in tensors:
-        address = tensor.data_ptr()
-        addresses.add(address)
+    addresses = list(map(Tensor.data_ptr, tensors))
+    for tensor, address in zip(tensors, addresses, strict=True):
         layout.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % 16))
-    return tensors, (*layout, len(addresses))
+    return tensors, addresses, (*layout, len(set(addresses)))
 
 
 def _is_differentiated(arguments: Sequence[Any]) -> bool:

@@ -30,10 +30,17 @@ _MEMORY = {torch.ops.aten.empty, torch.ops.aten.new_empty}
 _FREE = {torch.ops.aten.lift_fresh, torch.ops.aten.detach_, torch.ops.aten.promote_types}
 
 
-def call(plans: dict[Target | None, Plan | None], launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Any:
+def call(
+    plans: dict[Target | None, Plan | None],
+    launch: Callable[..., Any],
+    args: Any,
+    given: list[Tensor],
+    addresses: list[int],
+) -> Any:
     """Call an op by the plan for the target, which is made if there is none yet.
 
-    ``plans`` are those of the layout of the arguments, and ``given`` are the tensors among these in their order.
+    ``plans`` are those of the layout of the arguments, and ``given`` are the tensors among these in their order, with
+    their ``addresses``.
     """
     record = record_of()
     target = record and record[0]
@@ -42,16 +49,17 @@ def call(plans: dict[Target | None, Plan | None], launch: Callable[..., Any], ar
     plan = plans[target]
     if plan is None:
         return launch(*args)
-    tensors = [*given, *map(operator.call, plan.memory)]
+    memory = list(map(operator.call, plan.memory))
+    tensors, addresses = [*given, *memory], [*addresses, *map(Tensor.data_ptr, memory)]
     if record is not None:
         for step in plan.steps:
             own = step.launch
-            record[1].append(Launch(own.kernel, own.grid, step.given(tensors, shaped=True), own.config))
+            record[1].append(Launch(own.kernel, own.grid, step.given(tensors, addresses, shaped=True), own.config))
     else:
         shaped = is_profiled()
         with torch.cuda.device_of(given[0]):
             for step in plan.steps:
-                step.compiled = begin(step.launch, step.given(tensors, shaped=shaped), step.compiled)
+                step.compiled = begin(step.launch, step.given(tensors, addresses, shaped=shaped), step.compiled)
     return plan.results(tensors)
 
 
@@ -82,7 +90,7 @@ class _Step:
     table: _Table | None  # of lists
     compiled: Any = None  # by Triton
 
-    def given(self, tensors: Sequence[Tensor], *, shaped: bool) -> dict[str, Any]:
+    def given(self, tensors: Sequence[Tensor], addresses: Sequence[int], *, shaped: bool) -> dict[str, Any]:
         """Return all arguments of the kernel, which reads addresses; ``shaped`` for those who count its work."""
         given = dict(self.launch.arguments)
         for name, place in self.places.items():
@@ -90,23 +98,22 @@ class _Step:
         if shaped:
             given |= {name: given[name].as_strided(*view) for name, view in self.views.items()}
         if self.table is not None:
-            given["table_ptr"] = written(self.table, tensors)
+            given["table_ptr"] = written(self.table, addresses)
         return given
 
 
 class _Table(NamedTuple):
-    """A table of lists, and for each index at which it has an address the place of that tensor."""
+    """A table of lists, with the place of the tensor that each row begins with the address of; −1 for none."""
 
     numbers: array[int]  # with addresses of an earlier call
     shape: torch.Size
-    places: dict[int, int]
+    places: list[int]
 
 
-def written(table: _Table, tensors: Sequence[Tensor]) -> Tensor:
-    """Return a table with the addresses of these tensors, on the host."""
-    numbers = array("q", table.numbers)
-    for index, place in table.places.items():
-        numbers[index] = tensors[place].data_ptr()
+def written(table: _Table, addresses: Sequence[int]) -> Tensor:
+    """Return a table with these addresses, on the host."""
+    numbers, known = array("q", table.numbers), [*addresses, 0]
+    numbers[:: table.shape[-1]] = array("q", [known[place] for place in table.places])
     # In place of torch.tensor, which looks at each number.
     return torch.frombuffer(numbers, dtype=torch.int64).view(table.shape)
 
@@ -161,7 +168,7 @@ def _step(launch: Launch, places: Mapping[int, int], tensors: Sequence[Tensor]) 
     given, written_anew = launch.given, None
     if (table := given.get("table_ptr")) is not None:
         numbers, width = array("q", table.flatten().tolist()), table.shape[-1]
-        addressed = {index: places[numbers[index]] for index in range(0, len(numbers), width) if numbers[index]}
+        addressed = [places[address] if address else -1 for address in numbers[::width]]
         written_anew = _Table(numbers, table.shape, addressed)
     own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not table}
     constants = Launch(launch.kernel, launch.grid, given | dict.fromkeys(own), launch.config)
