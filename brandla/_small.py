@@ -113,7 +113,7 @@ def leading(
     own = core.double()
     one = 1.0 if ops.reads_are_free(own) else own.new_ones(own.shape[:-2])
     nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
-    scaled = ops.eigh_core(own[..., :0, :], own, nothing, one, one)
+    scaled = ops.eigh_core(own[..., :0, :], own, nothing, one, one, rounded=not ops.reads_are_free(own))
     return leading_of(*scaled, rank, dtype, tol, unit, n)[:2]
 
 

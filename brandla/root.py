@@ -179,7 +179,8 @@ class Update(NamedTuple):
         small, measure, r = self.poisoned(self.small), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
             return root_core(small, cross, own, decay, weight, self.rank, self.tol, measure)
-        core, rows, scale = eigh_core(cross, own, small, decay, weight)
+        # On a CPU the decomposition may be in float64.
+        core, rows, scale = eigh_core(cross, own, small, decay, weight, rounded=not reads_are_free(cross))
         n = tall.rows(self.tall)
         values, rotation, left_out = leading_of(core, rows, scale, self.rank, self.dtype, self.tol, unit, n)
         added = None

@@ -4,7 +4,7 @@ From S = FᵀF (..., r, r), C = FᵀA (..., r, k) and G = AᵀA (..., k, k), the
 
     K = [ ρS, √(ρw) C; √(ρw) Cᵀ, wG ].
 
-The op returns K/σ, where σ is a power of two near the largest entry of K; the factors D of rows in
+The op returns K/σ, in float64 or rounded to the dtype of S, where σ is a power of two near the largest entry of K; the factors D of rows in
 K = D [S, C; Cᵀ, G] D, by which rows of eigenvectors V are multiplied to give V₁ and V₂ of B V = F V₁ + A V₂; and σ,
 which counts as a constant in derivatives. S may be the diagonal d of a root F = U √d; then C is UᵀA, and V₁ is for U.
 
@@ -35,13 +35,13 @@ def cost(r: int, k: int, itemsize: int = 4) -> Cost:
 
 
 @op(
-    "eigh_core(Sum[r,k] cross, Sum[k,k] own, Small[r|r,r] gram, Sum[] decay, Sum[] weight)"
-    " -> (Sum[m,m], Sum[m], Sum[])",
+    "eigh_core(Sum[r,k] cross, Sum[k,k] own, Small[r|r,r] gram, Sum[] decay, Sum[] weight, bool rounded=False)"
+    " -> (Small[m,m], Sum[m], Sum[])",
     cost,
     "eigh_core.eigh_core",
 )
 def eigh_core(
-    cross: Tensor, own: Tensor, gram: Tensor, decay: float | Tensor, weight: float | Tensor
+    cross: Tensor, own: Tensor, gram: Tensor, decay: float | Tensor, weight: float | Tensor, rounded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return K/σ (..., m, m), the factors of its rows (..., m), and σ (...,), in float64.
 
@@ -53,14 +53,17 @@ def eigh_core(
         S (..., r, r), or d (..., r), float32 or float64.
     decay, weight
         ρ and w of each problem, >= 0, float64. The torch form also takes numbers.
+    rounded
+        K/σ is of the dtype of S, as an eigendecomposition in that dtype wants it.
     """
     core, rows = assembled(gram, cross, own, decay, weight)
+    dtype = gram.dtype if rounded else core.dtype
     diagonal, limits = core.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
     largest = diagonal.detach().amax(-1) if core.shape[-1] else diagonal.sum(-1)
     near = _power_of_two(largest)
     if _is_plain(core, diagonal, limits):
         divisor = near[..., None, None]
-        return core / divisor if core.requires_grad else core.div_(divisor), rows, near
+        return (core / divisor if core.requires_grad else core.div_(divisor)).to(dtype), rows, near
     # No comparison with NaN holds.
     finite = torch.isfinite(core.sum((-2, -1))) & (diagonal.detach().sum(-1) <= limits.max)
     holds = finite & (largest >= TINY)
@@ -68,7 +71,7 @@ def eigh_core(
     scale = torch.where(holds, near, 1)
     core = torch.where(holds[..., None, None], core, 0) / scale[..., None, None] + torch.diag_embed(EMPTY * empty)
     scale = torch.where(finite, scale, math.nan)
-    return core, rows + 0 * scale[..., None], scale
+    return core.to(dtype), rows + 0 * scale[..., None], scale
 
 
 def assembled(

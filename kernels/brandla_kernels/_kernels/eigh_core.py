@@ -128,10 +128,13 @@ def eigh_rotation_kernel(
             tl.store(left_out_ptr + problem, tl.max(most, 0) * scale)
 
 
-def eigh_core(cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def eigh_core(
+    cross: Tensor, own: Tensor, gram: Tensor, decay: Tensor, weight: Tensor, rounded: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return K/σ, the factors of its rows, and σ."""
     batch, (r, k), limits = own.shape[:-2], cross.shape[-2:], torch.finfo(gram.dtype)
-    core, rows, scale = own.new_empty(*batch, r + k, r + k), own.new_empty(*batch, r + k), own.new_empty(batch)
+    core = (gram if rounded else own).new_empty(*batch, r + k, r + k)
+    rows, scale = own.new_empty(*batch, r + k), own.new_empty(batch)
     diagonal = gram.ndim < own.ndim
     operands = arrange(
         {

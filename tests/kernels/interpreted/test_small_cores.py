@@ -191,12 +191,14 @@ def assert_same(results, expected, dtype):
 
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["root", "eigenvalues"])
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("size", ORDERS, ids=str)
-def test_core_is_that_of_the_torch_form(size, diagonal, dtype, device):
+def test_core_is_that_of_the_torch_form(size, rounded, diagonal, dtype, device):
     several = [products_of(*size, dtype, diagonal=diagonal, seed=seed) for seed in range(2)]
     for arguments in (several[0], tuple(map(torch.stack, zip(*several, strict=True)))):
-        results = eigh_kernels.eigh_core(*(part.to(device) for part in arguments))
-        assert_same(results, CORE(*arguments), torch.float64)
+        results = eigh_kernels.eigh_core(*(part.to(device) for part in arguments), rounded)
+        assert_same(results, CORE(*arguments, rounded), dtype if rounded else torch.float64)
+        assert results[0].dtype == (dtype if rounded else torch.float64)
 
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["root", "eigenvalues"])
