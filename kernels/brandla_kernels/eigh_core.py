@@ -4,9 +4,10 @@ From S = FᵀF (..., r, r), C = FᵀA (..., r, k) and G = AᵀA (..., k, k), the
 
     K = [ ρS, √(ρw) C; √(ρw) Cᵀ, wG ].
 
-The op returns K/σ, in float64 or rounded to the dtype of S, where σ is a power of two near the largest entry of K; the factors D of rows in
-K = D [S, C; Cᵀ, G] D, by which rows of eigenvectors V are multiplied to give V₁ and V₂ of B V = F V₁ + A V₂; and σ,
-which counts as a constant in derivatives. S may be the diagonal d of a root F = U √d; then C is UᵀA, and V₁ is for U.
+The op returns K/σ, in float64 or rounded to the dtype of S, where σ is a power of two near the largest entry of K; the
+factors D of rows in K = D [S, C; Cᵀ, G] D, by which rows of eigenvectors V are multiplied to give V₁ and V₂ of
+B V = F V₁ + A V₂; and σ, which counts as a constant in derivatives. S may be the diagonal d of a root F = U √d; then C
+is UᵀA, and V₁ is for U.
 
 A coordinate with a diagonal entry of 0 is empty: it gets `EMPTY` there, as far from the values of the others as these
 are from 0, so that no rounding mixes it into their eigenvectors, and no farther, since what LAPACK rounds is relative

@@ -47,8 +47,10 @@ def sizes_in_bytes(launch):
     given = {name: one for name, one in launch.arguments.items() if isinstance(one, Tensor)}
     if launch.name == "symmetric_product_kernel" and launch.arguments["SPLITS"] > 1:
         del given["m_ptr"]
-    times = {name: 1 + (launch.name.startswith("symmetric") and name == "m_ptr") for name in given}
-    return {one.data_ptr(): times[name] * one.numel() * one.itemsize for name, one in given.items()}
+    overwritten = {"m_ptr"}
+    if launch.name == "tall_product_kernel" and given["x1_ptr"].data_ptr() == given["out_ptr"].data_ptr():
+        overwritten = {"x1_ptr"}
+    return {one.data_ptr(): (1 + (name in overwritten)) * one.numel() * one.itemsize for name, one in given.items()}
 
 
 def matrices_in_bytes(launches):

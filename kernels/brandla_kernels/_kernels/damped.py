@@ -59,6 +59,6 @@ def _apply(*halves: Half) -> list[Matrices]:
 
 def _apply_both(left: Half, right: Half) -> Matrices:
     (rows, left_scale), (columns, right_scale), both, turned = project_both(left, right)
-    inner = tall_product([Term(both, turned)], add=rows, as_wide_as=rows)
+    inner = tall_product([Term(both, turned)], add=rows)
     terms = [Term(left.basis, inner), Term(columns, turned)]
     return tall_product(terms, add=left.rhs, scales=(left_scale, right_scale))

@@ -2,7 +2,8 @@
 
 OUT and A are (n, s), Xᵢ is (n, rᵢ), Yᵢ is (rᵢ, s), with one or two terms. `rotate` (U W₁ + P W₂), `damped_apply`
 (β (V + U C)) and `kron_damped_apply` are calls of this kernel. A program computes a tile of BLOCK_N rows and BLOCK_S
-columns of OUT.
+columns of OUT. If a tile is as wide as OUT, OUT may lie where X₁ does: no other program reads those rows of it, and
+what a program stores comes after all that it loads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import counted, products_in, start, target_of
+from brandla_kernels._kernels.launch import Launch, counted, products_in, start, target_of
 from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, store_tile
 from brandla_kernels._signature import Matrices
 from brandla_kernels.rotate import ROWS_AT_A_TIME, cost
@@ -39,7 +40,12 @@ def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
     return cost(n, r1, r2, s).flops + (0 if given["scale_ptr"] is None else 2 * n * s)
 
 
-@counted("n s r1 r2", _flops)
+def _times(given: Mapping[str, Any]) -> dict[str, int]:
+    """Return how often X₁ is moved: twice where OUT lies in its place."""
+    return {"x1_ptr": 2 if given["x1_ptr"].data_ptr() == given["out_ptr"].data_ptr() else 1}
+
+
+@counted("n s r1 r2", _flops, _times)
 @triton.jit
 def tall_product_kernel(
     out_ptr, add_ptr, x1_ptr, y1_ptr, x2_ptr, y2_ptr, scale_ptr, other_scale_ptr, table_ptr,
@@ -75,24 +81,26 @@ def tall_product_kernel(
             if other_scale_ptr is not None:
                 scale *= tl.load(other_scale_ptr + problem)
             total *= scale.to(total.dtype)
+        # OUT may be X₁, of which other threads have loaded their part by now.
+        tl.debug_barrier()
         store_tile(out, row, column, total)
 
 
-def tall_product(
-    terms: list[Term],
-    *,
-    add: Matrices | None = None,
-    scales: tuple[Tensor, ...] = (),
-    as_wide_as: Matrices | None = None,
-) -> Matrices:
+def tall_product(terms: list[Term], *, add: Matrices | None = None, scales: tuple[Tensor, ...] = ()) -> Matrices:
     """Return β (A + Σ X Y), in the dtype of the first X.
 
     β is the product of ``scales``, at most two, each one number a problem.
 
-    For lists, each OUT has as many columns as its A, or its matrix of ``as_wide_as``, or the stack of Y.
+    For lists, each OUT has as many columns as its A or, without it, the stack of Y.
     """
+    out = _new_out(terms, add)
+    start(*_launch(terms, out, add, scales))
+    return out
+
+
+def _launch(terms: list[Term], out: Matrices, add: Matrices | None = None, scales: tuple[Tensor, ...] = ()) -> Launch:
+    """Return the launch that writes the product to OUT."""
     (x1, y1), (x2, y2) = terms[0], terms[1] if len(terms) == 2 else (None, None)
-    out = _new_out(terms, add if as_wide_as is None else as_wide_as)
     operands = arrange({"out": out, "add": add, "x1": x1, "y1": y1, "x2": x2, "y2": y2})
     n, s, dtype, target = rows(out), columns(out), dtype_of(out), target_of(out)
     config = configs.tall_product(target, dtype, s, operands.aligned, len(scales))
@@ -102,8 +110,7 @@ def tall_product(
         "scale_ptr": scales[0] if scales else None, "other_scale_ptr": scales[1] if len(scales) == 2 else None,
         "n": n, "s": s, "r1": columns(x1), "r2": 0 if x2 is None else columns(x2), "TERMS": len(terms),
     }  # fmt: skip
-    start(tall_product_kernel, (operands.problems * tiles,), arguments, config)
-    return out
+    return Launch(tall_product_kernel, (operands.problems * tiles,), arguments, config)
 
 
 def _new_out(terms: list[Term], like: Matrices | None) -> Matrices:
@@ -123,14 +130,17 @@ def rotate(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rotat
 
 
 def rotate_(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rotation: Tensor) -> None:
-    """Overwrite U with U W₁ + P W₂: a list at once, a matrix in slabs of rows."""
-    if isinstance(basis, list):
-        rotated = tall_product([Term(basis, basis_rotation), Term(panel, panel_rotation)], as_wide_as=basis)
+    """Overwrite U with U W₁ + P W₂: in place where a tile is as wide as U, else a list at once, a matrix in slabs."""
+    terms = [Term(basis, basis_rotation), Term(panel, panel_rotation)]
+    in_place = _launch(terms, basis)
+    if in_place.config.blocks["BLOCK_S"] >= columns(basis):
+        start(*in_place)
+    elif isinstance(basis, list):
+        rotated = _new_out(terms, basis)
+        start(*_launch(terms, rotated))
         torch._foreach_copy_(basis, list(rotated))
-        return
-    assert isinstance(panel, Tensor)
-    slab = max(ROWS_AT_A_TIME, configs.tiles(basis.shape[-2], _SLABS))
-    for old, new in zip(basis.split(slab, dim=-2), panel.split(slab, dim=-2), strict=True):
-        rotated = rotate(old, new, basis_rotation, panel_rotation)
-        assert isinstance(rotated, Tensor)
-        old.copy_(rotated)
+    else:
+        assert isinstance(panel, Tensor)
+        slab = max(ROWS_AT_A_TIME, configs.tiles(basis.shape[-2], _SLABS))
+        for old, new in zip(basis.split(slab, dim=-2), panel.split(slab, dim=-2), strict=True):
+            old.copy_(tall_product([Term(old, basis_rotation), Term(new, panel_rotation)]))  # type: ignore[arg-type]
