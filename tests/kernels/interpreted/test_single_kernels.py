@@ -140,6 +140,14 @@ def far_apart(tmp_path, device):
     return place
 
 
+@pytest.mark.parametrize("rank", [128, 129], ids=["as wide as a tile", "wider"])
+def test_a_list_is_overwritten_whatever_its_width(rank, device):
+    problems = [operands("rotate_", n, rank, COLUMNS, "plain", torch.float32, device) for n in (130, 3)]
+    expected = [run(OPS["rotate_"].torch_form, (basis.clone(), *others))[0] for basis, *others in problems]
+    for result, one in zip(run(OPS["rotate_"], grouped("rotate_", problems))[0], expected, strict=True):
+        torch.testing.assert_close(result.cpu(), one.cpu(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
 @pytest.mark.parametrize("case", ["project", "cross_gram", "rotate", "rotate_", "damped_apply"])
 def test_rows_may_lie_further_apart_than_32_bits_reach(case, listed, far_apart, device):
