@@ -386,7 +386,7 @@ def _laid_out(parts: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...] | Non
         own = [part for part in parts if type(part) is Tensor]
         held = [part for part in parts if isinstance(part, (tuple, list))]
         rest = [part for part in parts if not (type(part) is Tensor or isinstance(part, (tuple, list)))]
-        if not all(isinstance(part, (str, int, float, Rank, type(None))) for part in rest):
+        if not all(issubclass(kind, (str, int, float, Rank, type(None))) for kind in set(map(type, rest))):
             return [], None
         layout += [*map(type, parts), *map(len, held), *rest]
         tensors += own

@@ -272,6 +272,9 @@ class Updated(NamedTuple):
 
     def as_list(self, rows: Sequence[Rows]) -> list[Any]:
         """Return the factors of a list, of which these rows are here."""
+        if self.rows is WHOLE:
+            factors = [of_parts(self.kind, *parts) for parts in zip(self.small, self.tall, strict=True)]
+            return factors if self.tracked is None else list(map(Tracked, factors, *self.tracked))
         tracked = list(zip(*self.tracked, strict=True)) if self.tracked else [None] * len(self.small)
         members = zip(self.small, self.tall, tracked, rows, strict=True)
         return [Updated(self.kind, *member).as_new() for member in members]

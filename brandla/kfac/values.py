@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import attrgetter
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 from weakref import ref
 
@@ -176,9 +177,8 @@ def scaled(part: Gradient, factor: Tensor | float) -> Gradient:
     return part * factor if isinstance(part, Tensor) else (part[0] * factor, part[1])
 
 
-def layout(part: Tensor) -> Hashable:
-    """Return what tensors that can be stacked have in common."""
-    return part.shape, part.dtype, part.device
+# What tensors that can be stacked have in common.
+layout: Callable[[Tensor], Hashable] = attrgetter("shape", "dtype", "device")
 
 
 def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]]:

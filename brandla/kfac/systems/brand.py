@@ -66,7 +66,7 @@ class BrandForm(FactorStrategy):
             lowrank = factor
             if isinstance(factor, Tracked):
                 lowrank, state["error_bound"], state["trace"] = factor
-            state.update(lowrank._asdict())
+            state.update(zip(lowrank._fields, lowrank, strict=True))
 
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
         """Give factors whose root and Gram matrix are no smaller than n × n to Exact, at every step."""

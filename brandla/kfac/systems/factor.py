@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.form import Absorption, FactorForm, State, restored, tensors_of
-from brandla.kfac.values import Damping, Now, Shape, alike
+from brandla.kfac.values import Damping, Now, Shape, alike, by_kind
 
 # Parts of states whose last dimensions are the rank, which may change from step to step.
 _RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
@@ -54,7 +55,11 @@ class Factor:
     @property
     def rank(self) -> int | None:
         """The columns of what `lowrank` returns, and None where that is None."""
-        return next((self.state[name].shape[-1] for name in _RANKED if name in self.state), None)
+        for name in _RANKED:
+            if name in self.state:
+                columns: int = self.state[name].shape[-1]
+                return columns
+        return None
 
     def operand(self) -> LowRank | None:
         return self.strategy.operand(self.state)
@@ -93,7 +98,7 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
     no columns belongs to another process, and is left as it is. Factors that began together have one tensor for the sum
     of their weights, which is computed once.
     """
-    members: dict[FactorForm, list[Absorption]] = {}
+    absorptions: list[Absorption] = []
     factors = {}
     first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     # By the identity of the old sum, which is kept here so that no other tensor can get it.
@@ -115,10 +120,11 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
         absorption = Absorption(
             factor.state, columns, now.decay, (1 - now.decay) * scale, now.finite, decayed, now.replays
         )
-        members.setdefault(factor.strategy, []).append(absorption)
+        absorptions.append(absorption)
         factors[index] = factor
-    for strategy, absorptions in members.items():
-        strategy.take(absorptions, now.step)
+    strategies = [factor.strategy for factor in factors.values()]
+    for members in by_kind(zip(strategies, absorptions, strict=True), strategies):
+        members[0][0].take([absorption for _, absorption in members], now.step)
     for index, factor in factors.items():
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
@@ -138,7 +144,7 @@ def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
     def largest(members: list[Factor]) -> list[Tensor]:
         return members[0].strategy.largest_of_each([own.state for own in members])
 
-    return damping.of_each(alike(factors, lambda own: own.strategy, largest))
+    return damping.of_each(alike(factors, attrgetter("strategy"), largest))
 
 
 def damped_solves(factors: Sequence[Factor | None], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
