@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from brandla_kernels._kernels import configs
-from brandla_kernels._kernels.launch import Target, counted, products_in, start, target_of, triton_dtype
+from brandla_kernels._kernels.launch import counted, products_in, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
 from brandla_kernels._signature import Matrices
 from brandla_kernels.gram_ema import cost
@@ -151,7 +151,10 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     """Overwrite M with ``decay`` M + ``weight`` A Aᵀ, M symmetric, A = ``added``."""
     operands, target = arrange({"m": matrix, "a": added}), target_of(matrix)
     n, k, total = rows(matrix), columns(added), dtype_of(matrix)
-    compute = _product_dtype(target, total, dtype_of(added))
+    # Half-precision data under a float32 M go to the matrix units as they are: their products are exact in float32.
+    # But arithmetic on bfloat16 is wrong in the interpreter.
+    native = total == torch.float32 and dtype_of(added).itemsize == 2 and target.backend != "interpreter"
+    compute = dtype_of(added) if native else total
     config = configs.symmetric_product(target, compute, n, aligned(matrix) and aligned(added))
     block = config.blocks["BLOCK_N"]
     across = configs.tiles(n, block)
@@ -166,10 +169,3 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     if splits > 1:
         update = {name: common[name] for name in symmetric_update_kernel.arg_names if name in common}
         start(symmetric_update_kernel, (operands.problems * tiles,), update, configs.symmetric_update(target, block))
-
-
-def _product_dtype(target: Target, total: torch.dtype, data: torch.dtype) -> torch.dtype:
-    """Half-precision data under a float32 M go to the matrix units as they are: their products are exact in float32."""
-    # Arithmetic on bfloat16 is wrong in the interpreter.
-    native = total == torch.float32 and data.itemsize == 2 and target.backend != "interpreter"
-    return data if native else total
