@@ -84,6 +84,8 @@ class Call:
     # What gives the input, until it has been fetched.
     fetch: Callable[[], Tensor] | None
     _: KW_ONLY
+    # Whether the call is inside a graph of torch.compile.
+    compiled: bool = False
     # Whether autograd does not form the weight's gradient in this call.
     left_out: bool = False
     # Where several rows of the inputs are one sample.
@@ -112,17 +114,6 @@ class Call:
         kept = [pair for pair in zip(self.tasks, self.gradients["loss"], strict=True) if pair[0] in tasks]
         self.tasks = [task for task, _ in kept]
         self.gradients["loss"] = [gradient for _, gradient in kept]
-
-    def forget(self, but: Terms | None = None) -> None:
-        """Forget all gradients but those of the curvature of these terms; the graph may be gone through again."""
-        self.keep(())
-        if but is None or self.terms["curvature"] is not but:
-            self.gradients["curvature"] = []
-
-    @property
-    def released(self) -> bool:
-        """Whether the call has been forgotten: a graph that is still alive holds it, but not its data."""
-        return self.fetch is None and self.inputs is None
 
     def release(self) -> int:
         """Forget all data, and return its size in bytes."""

@@ -182,17 +182,12 @@ class Layer:
     def comparison(self, scale: Tensor | None) -> Tensor | None:
         """Return ‖P Qᵀ‖², ⟨P Qᵀ, ∂W⟩, ‖∂W‖², N Σ |γ|² and N of a Linear, where P Qᵀ may be its gradient."""
         calls = self._calls("loss")
-        if not (calls and self.kind.leaves_out and self._may_be_pairs):
+        if not (calls and self.kind.leaves_out and self.capture.gradient_is_pairs()) or self.capture.left_out:
             return None
         rows = self._whole(None, calls, scale)
         product, gradient = self._product(rows), self.kind.matrix(self.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
-
-    @property
-    def _may_be_pairs(self) -> bool:
-        """Whether the gradient that autograd has formed is that of the captured calls, as far as history tells."""
-        return not self.capture.left_out and self.capture.gradient_is_pairs()
 
     @property
     def checked_by_rows(self) -> bool:
@@ -278,8 +273,8 @@ class Layer:
         kind, shape = self.kind, self.shape
         if self.linear is False or kind.one_hot or kind.single or (self.has_bias and self.bias is None):
             return self._paired
-        calls = self._calls("loss")
-        if calls and (self.unformed is not None or self._may_be_pairs):
+        calls, left_out = self._calls("loss"), self.capture.left_out
+        if calls and (self.unformed is not None or (not left_out and self.capture.gradient_is_pairs())):
             widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
             numbers = sum([gradient.numel() for call in calls for gradient in call.gradients["loss"]])
             if widest is not None and numbers // (math.prod(shape.groups) * shape.d_out) <= widest:

@@ -30,12 +30,6 @@ class Ticket:
         self.collect = collect
         _tickets[number] = self
 
-    def refusal(self, kind: Kind) -> str:
-        """Say why a call inside a compiled graph cannot be told of; an empty string if it can."""
-        if not torch.compiler.is_compiling() or kind is self.kind or type(kind).of_call is not Kind.of_call:
-            return ""
-        return "torch.compile: its inputs are not one tensor"
-
 
 @torch.library.custom_op("brandla_kfac::collect", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def collect(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
