@@ -17,8 +17,6 @@ from brandla.kfac.systems.strategy import Strategy
 
 # The name of the layer where the model itself is one.
 ROOT = "(model)"
-_FUSED = ": its time steps are one fused call; brandla.kfac.register(torch.nn.{}, like='unrolled') has them in sight"
-_HINTS: dict[type[nn.Module], str] = {kind: _FUSED.format(kind.__name__) for kind in (nn.LSTM, nn.GRU, nn.RNN)}
 
 
 def find_layers(
@@ -69,21 +67,20 @@ def _find(model: nn.Module) -> tuple[list[list[Kind]], dict[str, str]]:
             found.setdefault((id(kind.weight), kind.index), []).append(kind)
     left: dict[str, str] = {}
     for name, (module, kinds) in known.items():
-        left |= _left_of(name, module, kinds, covered)
+        own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
+        others = [key for key in own if id(getattr(module, key)) not in covered]
+        kind = type(module).__name__
+        if isinstance(kinds, str):
+            left |= {name or ROOT: kinds} if others or not own else {}
+        elif kinds is None and is_leaf(module) and others:
+            remedy = f"; brandla.kfac.register(torch.nn.{kind}, like='unrolled') has them in sight"
+            is_fused = type(module) in (nn.LSTM, nn.GRU, nn.RNN)
+            fused = f": its time steps are one fused call{remedy}" if is_fused else ""
+            left[name or ROOT] = f"{kind} is not known{fused}"
+        else:
+            reason = f"{kind} uses it by itself" if kinds is None else "it belongs to no known weight"
+            left |= {f"{name}.{key}".lstrip("."): reason for key in others}
     return list(found.values()), left
-
-
-def _left_of(name: str, module: nn.Module, kinds: list[Kind] | str | None, covered: set[int]) -> dict[str, str]:
-    """Say why a module, or parameters of it, are left: those that no weight found in the model covers."""
-    own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
-    others = [key for key in own if id(getattr(module, key)) not in covered]
-    if isinstance(kinds, str):
-        return {name or ROOT: kinds} if others or not own else {}
-    kind = type(module).__name__
-    if kinds is None and is_leaf(module):
-        return {name or ROOT: f"{kind} is not known{_HINTS.get(type(module), '')}"} if others else {}
-    reason = f"{kind} uses it by itself" if kinds is None else "it belongs to no known weight"
-    return {f"{name}.{key}".lstrip("."): reason for key in others}
 
 
 def _with_turned(group: list[Kind]) -> list[Kind]:

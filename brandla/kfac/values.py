@@ -71,11 +71,6 @@ class Rows(NamedTuple):
         gradients = self.gradients / divisor
         return self._replace(inputs=gradients if self.single else self.inputs, gradients=gradients, counted=True)
 
-    def of_loss_terms(self, number: Tensor | float) -> Rows:
-        """Have N Σ γ γᵀ be M Σ γ γᵀ for a loss that is a mean of M terms, padding or not."""
-        uses: Tensor | float = self.uses if self.share is None else self.uses * self.share
-        return self.of_terms((uses / number) ** 0.5)
-
 
 class Damping(NamedTuple):
     """λ, relative to each factor's largest eigenvalue or absolute."""

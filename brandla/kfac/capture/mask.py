@@ -73,10 +73,6 @@ class Mask:
         finite = _all_within(found)
         return cls(finite, reads_are_free(finite) and bool(finite))
 
-    def agreed(self, finite: bool) -> Mask:
-        """Return the mask of a step that several processes take together."""
-        return Mask(torch.full_like(self.finite, finite), finite)
-
     def rows(self, own: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
         """Return the rows, or zeros."""
         if self.known_finite:
