@@ -37,11 +37,6 @@ class _Keep(torch.autograd.Function):
         ctx.save_for_backward(tensor)
         return torch.empty(0)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        # Nothing comes after what this returned: it is kept for its saved tensor alone.
-        raise NotImplementedError
-
 
 @dataclass(eq=False)
 class Terms:
@@ -57,23 +52,26 @@ class Groups:
     index: Tensor
     count: int
 
-    def reduced(self, uses: Uses, valid: Tensor | None) -> tuple[Uses, Tensor | None]:
-        """Average the inputs and sum the gradients of each group: (rows, positions, d) to (groups, 1, d).
 
-        Rows of padding are 0, and ``valid`` (rows, positions) says which are not; then what comes back is (groups, 1).
-        """
-        mask = uses.gradients.new_ones(uses.gradients.shape[:-1]) if valid is None else valid
-        counts = self._summed(mask[..., None], uses.gradients)
-        inputs = self._summed(uses.inputs, uses.gradients) / counts.clamp_min(1)
-        gradients = self._summed(uses.gradients, uses.gradients)
-        if valid is None:
-            return Uses(inputs, gradients), None
-        return Uses(inputs, gradients, (counts > 0).to(inputs.dtype)), counts[..., 0] > 0
+def averaged(uses: Uses, valid: Tensor | None, groups: Groups | None) -> tuple[Uses, Tensor | None]:
+    """Average the inputs and sum the gradients of each sample or group: (rows, positions, d) to (samples, 1, d).
 
-    def _summed(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Sum rows (rows, positions, d) over positions and the rows of each group."""
-        sums = like.new_zeros(self.count, rows.shape[-1])
-        return sums.index_add_(0, self.index.to(like.device), rows.to(like.dtype).sum(-2))[:, None]
+    Rows of padding are 0, and ``valid`` (rows, positions) says which are not; then what comes back is (samples, 1).
+    """
+
+    def summed(part: Tensor) -> Tensor:
+        sums = part.sum(-2, keepdim=True, dtype=uses.gradients.dtype)
+        if groups is None:
+            return sums
+        return sums.new_zeros(groups.count, *sums.shape[1:]).index_add_(0, groups.index.to(sums.device), sums)
+
+    mask = torch.ones_like(uses.gradients[..., 0]) if valid is None else valid
+    counts = summed(mask[..., None])
+    inputs, gradients = summed(uses.inputs) / counts.clamp_min(1), summed(uses.gradients)
+    if valid is None:
+        return Uses(inputs, gradients), None
+    ones = (counts > 0).to(inputs.dtype).expand(*inputs.shape[:-1], 1)
+    return Uses(inputs, gradients, ones), counts[..., 0] > 0
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import everywhere
-from brandla.kfac.capture.calls import Call, Pass, Recorder
+from brandla.kfac.capture.calls import Call, Pass, Recorder, averaged
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds.kind import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
@@ -318,22 +318,28 @@ class Layer:
         return self._without_padding(rows, valid, of) if valid else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
-        """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
+        """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding.
+
+        A call may have all positions of all samples in one dimension, in the layer's order; then each is a sample.
+        """
         kind, inputs, reduce = call.kind, call.inputs, self.sharing == "reduce" and not whole
         # The dimensions of a use's output.
         own = self.kind.weight.ndim if self.kind.single else 1
         if (kind.positions_first or not self.batch_first) and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
         groups = call.groups if reduce and kind.is_averaged and not self.shape.groups else None
-        by_sample = reduce and groups is None
-        valid = None if whole else call.valid
+        valid = call.valid if not whole and (kind.may_lead or kind.positions_first) else None
+        if valid is not None and not (inputs.shape[:2] == gradient.shape[:2] == valid.shape and gradient.ndim > 2):
+            # Of a call of another shape nothing is known.
+            is_flat = inputs.shape[:1] == gradient.shape[:1] == (valid.numel(),) and gradient.ndim == 2
+            valid = (valid if self.batch_first else valid.T).reshape(-1, 1) if is_flat else None
         if valid is not None:
-            valid = kind.fitting(valid, inputs, gradient, batch_first=self.batch_first)
-        if valid is None:
-            uses = (kind.reduced if by_sample else kind.uses)(inputs, gradient)
+            uses, valid = kind.uses_where(valid, inputs, gradient)
+        elif reduce and groups is None:
+            return kind.reduced(inputs, gradient), None
         else:
-            uses, valid = kind.uses_where(valid, inputs, gradient, reduce=by_sample)
-        return (uses, valid) if groups is None else groups.reduced(uses, valid)
+            uses = kind.uses(inputs, gradient)
+        return averaged(uses, valid, groups) if reduce and kind.is_averaged else (uses, valid)
 
     def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
         """Scale rows so that means over their number are those over the rows that are no padding.
