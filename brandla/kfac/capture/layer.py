@@ -106,9 +106,8 @@ class Layer:
     @property
     def is_unseen(self) -> bool:
         """Whether there is a gradient, and no data at all to precondition it with, though it was waited for."""
-        if self.capture.calls or not self.capture.wanted:
-            return False
-        return not (self.curvature.started or self.kind.was_seen)
+        was_awaited = bool(self.capture.wanted) and not self.capture.calls
+        return was_awaited and not (self.curvature.started or self.kind.was_seen)
 
     def follow(self, *, thaws: bool = False) -> None:
         """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew.
@@ -176,7 +175,14 @@ class Layer:
         rows = self._whole(rows, calls, scale)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
-            self.linear = self._is_gradient(*pair)
+            # Once in a layer's life: a weight used elsewhere in the loss shows here.
+            norm, gradient, dtype = torch.linalg.vector_norm, self.gradient(), self.shape.dtype
+            of_call = calls[0].inputs, calls[0].gradients["loss"][0], self.weight
+            # In half precision rows are rounded independently of each other, and the gradient once more.
+            lengths = 2 * norm(norm(pair[0], dim=-2) * norm(pair[1], dim=-2)) + norm(gradient) / 2
+            bound = max(torch.finfo(part.dtype).eps for part in of_call) * lengths
+            bound += 8 * torch.finfo(dtype).eps * norm(pair[0]) * norm(pair[1])
+            self.linear = bool(norm(pair[0] @ pair[1].mT - gradient) <= bound)
         return pair if self.linear else None
 
     def comparison(self, scale: Tensor | None) -> Tensor | None:
@@ -370,16 +376,6 @@ class Layer:
             else:
                 inputs = torch.cat([inputs, uses.ones.to(self.shape.dtype)], dim=-1)
         return inputs.flatten(-3, -2)
-
-    def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
-        """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
-        norm, gradient = torch.linalg.vector_norm, self.gradient()
-        call = next(call for call in self.capture.calls if call.gradients["loss"])
-        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.weight))
-        # In half precision rows are rounded independently of each other, and the gradient once more.
-        bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
-        bound += 8 * torch.finfo(self.shape.dtype).eps * norm(first) * norm(second)
-        return bool(norm(first @ second.mT - gradient) <= bound)
 
 
 def _with_turned(rows: Rows, turned: Rows) -> Rows:
