@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import attrgetter
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 from weakref import ref
 
@@ -16,6 +17,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Scale = Literal["relative", "absolute"]
 Side = Literal["input", "output"]
+# What tensors that can be stacked have in common; no call of Python's.
+layout = attrgetter("shape", "dtype", "device")
 # The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
 Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -169,11 +172,6 @@ def plus(one: Gradient, factor: Tensor | float, other: Gradient) -> Gradient:
 def scaled(part: Gradient, factor: Tensor | float) -> Gradient:
     """``factor · part``."""
     return part * factor if isinstance(part, Tensor) else (part[0] * factor, part[1])
-
-
-def layout(part: Tensor) -> Hashable:
-    """Return what tensors that can be stacked have in common."""
-    return part.shape, part.dtype, part.device
 
 
 def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]]:

@@ -137,13 +137,10 @@ class Capture:
     def record(self, ticket: Ticket, kind: Kind, inputs: Any, output: Any) -> Any:
         """Watch the output of a call, and return the output to go on with."""
         weight = kind.weight
-        if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
+        if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()) or _is_functional():
             return output
         # A functional call has put a tensor of its own in the parameter's place.
-        is_lent = not isinstance(weight, nn.Parameter) and any(
-            weight is own for own in kind.module._parameters.values()
-        )
-        if is_lent or _is_functional():
+        if not isinstance(weight, nn.Parameter) and any(weight is own for own in kind.module._parameters.values()):
             return output
         refusal, compiles = kind.refusal(inputs, output), torch.compiler.is_compiling()
         if compiles and not refusal and kind is not ticket.kind and type(kind).of_call is Kind.of_call:
@@ -186,10 +183,9 @@ class Capture:
             return
         if recorder.draw:
             # Gradients come in the same order in each pass through a graph: this one is of the first call without it.
-            own = [
-                call for call in self.calls if call.compiled and call.terms["curvature"] is recorder.terms["curvature"]
-            ]
-            call = next(call for call in own if len(call.gradients["curvature"]) == recorder.draw)
+            terms = recorder.terms["curvature"]
+            of_run = [call for call in self.calls if call.compiled and call.terms["curvature"] is terms]
+            call = next(call for call in of_run if len(call.gradients["curvature"]) == recorder.draw)
         else:
             copy = inputs.clone()
             call = Call(kind.of_call(), lambda: copy, compiled=True, valid=recorder.valid)

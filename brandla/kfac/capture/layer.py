@@ -114,7 +114,7 @@ class Layer:
 
         That of a frozen weight stays as it is, unless it ``thaws``.
         """
-        weight = self.kind.weight
+        weight = self.kind.weight if self.weight is None else self.weight
         layout = weight.shape, weight.dtype, weight.device, self.kind.transposed
         if layout == self._layout or (self.is_frozen and not thaws):
             return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from brandla.kfac.capture.layer import Layer
 from brandla.kfac.values import Rows, alike, by_kind
 from brandla_kernels import reads_are_free
 
+# What tensors of one kernel have in common.
+_kind = attrgetter("dtype", "device")
 # Integers of so many bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,7 +95,8 @@ class Mask:
             return
         plain: list[Tensor] = []
         for gradient in _gradients(model):
-            if gradient.is_floating_point() and not gradient.is_neg() and not is_dtensor(gradient):
+            is_whole = type(gradient) is Tensor or not is_dtensor(gradient)
+            if is_whole and gradient.is_floating_point() and not gradient.is_neg():
                 plain.append(gradient)
             else:
                 gradient.masked_fill_(~self.finite.to(gradient.device), 0)
@@ -113,7 +117,7 @@ class Mask:
 def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Say whether all entries of each part are less than its bound in size."""
     within: list[Tensor] = []
-    for members in by_kind(parts, [_kind(part) for part, _ in parts]):
+    for members in by_kind(parts, map(_kind, [part for part, _ in parts])):
         own, bounds = [part for part, _ in members], [bound for _, bound in members]
         if reads_are_free(own[0]):
             # A norm of order infinity takes many times as long on a CPU. A NaN is the least and the greatest.
@@ -124,10 +128,6 @@ def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
         # NaN, and infinity over an infinite bound, are not less than 1.
         within.append((torch.stack(torch._foreach_div(extremes, bounds)) < 1).all())
     return within[0] if len(within) == 1 else torch.stack([part.to(within[0].device) for part in within]).all()
-
-
-def _kind(part: Tensor) -> Hashable:
-    return part.dtype, part.device
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

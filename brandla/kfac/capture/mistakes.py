@@ -110,11 +110,11 @@ class Mistakes:
             _UNSEEN: {layer.name: "" for layer in unseen if not layer.capture.refusal},
         }
         for what, about in topics.items():
-            new = {name: reason for name, reason in about.items() if (what, name) not in self._named}
-            self._named.update((what, name) for name in new)
-            told = [f"{name}: {reason}" if reason else name for name, reason in new.items()]
-            more = f"; and {len(told) - _MOST_NAMED} more, see report()" if len(told) > _MOST_NAMED else ""
+            new = [name for name in about if (what, name) not in self._named]
             if new:
+                self._named |= {(what, name) for name in new}
+                told = [f"{name}: {about[name]}" if about[name] else name for name in new]
+                more = f"; and {len(told) - _MOST_NAMED} more, see report()" if len(told) > _MOST_NAMED else ""
                 self._tell(f"{what}: {'; '.join(told[:_MOST_NAMED])}{more}")
 
     def _send(self, layers: Sequence[Layer], numbers: Tensor) -> None:
