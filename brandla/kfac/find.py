@@ -69,16 +69,16 @@ def _find(model: nn.Module) -> tuple[list[list[Kind]], dict[str, str]]:
     for name, (module, kinds) in known.items():
         own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
         others = [key for key in own if id(getattr(module, key)) not in covered]
-        kind = type(module).__name__
+        of_type = type(module).__name__
         if isinstance(kinds, str):
             left |= {name or ROOT: kinds} if others or not own else {}
         elif kinds is None and is_leaf(module) and others:
-            remedy = f"; brandla.kfac.register(torch.nn.{kind}, like='unrolled') has them in sight"
+            remedy = f"; brandla.kfac.register(torch.nn.{of_type}, like='unrolled') has them in sight"
             is_fused = type(module) in (nn.LSTM, nn.GRU, nn.RNN)
             fused = f": its time steps are one fused call{remedy}" if is_fused else ""
-            left[name or ROOT] = f"{kind} is not known{fused}"
+            left[name or ROOT] = f"{of_type} is not known{fused}"
         else:
-            reason = f"{kind} uses it by itself" if kinds is None else "it belongs to no known weight"
+            reason = f"{of_type} uses it by itself" if kinds is None else "it belongs to no known weight"
             left |= {f"{name}.{key}".lstrip("."): reason for key in others}
     return list(found.values()), left
 

@@ -188,7 +188,7 @@ class Split(Gather):
         costs: dict[Unit, float] = {}
         for part in parts:
             is_pair = isinstance(part.layer.curvature, Kronecker)
-            unit = self._index[part.layer], SIDES[part.name] if is_pair else ""
+            unit: Unit = self._index[part.layer], SIDES[part.name] if is_pair else ""
             units.append(None if part.layer.strategy.reads_rows else unit)
             if units[-1] is not None and unit not in self._owners:
                 costs[unit] = costs.get(unit, 0.0) + self._cost(unit, part)

@@ -64,7 +64,8 @@ class Ranks:
         arrived = iter(
             [part for each, own in zip(found, buffers, strict=True) for part in _unpacked(own, _tensors(each))]
         )
-        return tree_map_only(Tensor, lambda _: next(arrived), found)
+        filled: list[dict[Any, Any]] = tree_map_only(Tensor, lambda _: next(arrived), found)
+        return filled
 
     def _gathered(self, own: Tensor) -> Tensor:
         """Return the vectors of all processes as rows; torch 2.13 has another name for it than earlier versions."""
