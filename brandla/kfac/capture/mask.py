@@ -85,8 +85,7 @@ class Mask:
         masked = alike(found, _kind, lambda members: self._times(torch._foreach_mul, members))
         parts |= {id(part): new.view(part.dtype) for part, new in zip(found, masked, strict=True)}
         return {
-            key: rows._replace(inputs=parts[id(rows.inputs)], gradients=parts[id(rows.gradients)])
-            for key, rows in own.items()
+            layer: Rows(parts[id(rows.inputs)], parts[id(rows.gradients)], *rows[2:]) for layer, rows in own.items()
         }
 
     def clear(self, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ matrices is summed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -61,9 +62,8 @@ class Ranks:
                 pending.append(distributed.broadcast(buffer, group=self._group, group_src=rank, async_op=True))
         for work in pending:
             work.wait()
-        arrived = iter(
-            [part for each, own in zip(found, buffers, strict=True) for part in _unpacked(own, _tensors(each))]
-        )
+        parts = [_unpacked(buffer, _tensors(each)) for buffer, each in zip(buffers, found, strict=True)]
+        arrived = chain(*parts)
         filled: list[dict[Any, Any]] = tree_map_only(Tensor, lambda _: next(arrived), found)
         return filled
 
