@@ -8,13 +8,20 @@ from torch import nn
 
 from brandla import _check
 from brandla.kfac.capture.calls import Recorder
-from brandla.kfac.capture.kinds import kinds_of
-from brandla.kfac.capture.kinds.kind import Kind, is_leaf
-from brandla.kfac.capture.kinds.linear import EmbeddingKind, LinearKind, TurnedEmbeddingKind
+from brandla.kfac.capture.kinds.attention import AttentionKind
+from brandla.kfac.capture.kinds.conv import ConvKind, ConvTransposeKind
+from brandla.kfac.capture.kinds.inside import used_inside
+from brandla.kfac.capture.kinds.kind import Kind, is_leaf, own_forward
+from brandla.kfac.capture.kinds.like import of_map, registered
+from brandla.kfac.capture.kinds.linear import BagKind, BilinearKind, EmbeddingKind, LinearKind, TurnedEmbeddingKind
+from brandla.kfac.capture.kinds.norm import NormKind
+from brandla.kfac.capture.kinds.recurrent import CellKind
 from brandla.kfac.capture.layer import Layer, Sharing
 from brandla.kfac.options import named_modules, of_module
 from brandla.kfac.systems.strategy import Strategy
 
+_FAMILIES: list[type[Kind]] = [LinearKind, ConvKind, ConvTransposeKind, EmbeddingKind, AttentionKind]
+_FAMILIES += [NormKind, BilinearKind, BagKind, CellKind]
 # The name of the layer where the model itself is one.
 ROOT = "(model)"
 
@@ -59,7 +66,7 @@ def _find(model: nn.Module) -> tuple[list[list[Kind]], dict[str, str]]:
     known: dict[str, tuple[nn.Module, list[Kind] | str | None]] = {}
     covered: set[int] = set()
     for name, module in named_modules(model):
-        kinds = kinds_of(module)
+        kinds = _kinds_of(module)
         known[name] = module, kinds
         for kind in kinds if isinstance(kinds, list) else []:
             covered |= {id(kind.weight), id(kind.bias)}
@@ -81,6 +88,19 @@ def _find(model: nn.Module) -> tuple[list[list[Kind]], dict[str, str]]:
             reason = f"{of_type} uses it by itself" if kinds is None else "it belongs to no known weight"
             left |= {f"{name}.{key}".lstrip("."): reason for key in others}
     return list(found.values()), left
+
+
+def _kinds_of(module: nn.Module) -> list[Kind] | str | None:
+    """Return the weights of a module, or why they are left to the optimizer; None if nothing is known of it.
+
+    What a user has registered comes first, then the types of torch; of others it is found out what they compute.
+    """
+    found = registered(module)
+    for family in _FAMILIES:
+        found = family.of(module) if found is None else found
+    if found is not None and found != own_forward(module):
+        return found
+    return of_map(module) or used_inside(module) or found
 
 
 def _with_turned(group: list[Kind]) -> list[Kind]:
