@@ -1,4 +1,4 @@
-"""One use of a weight: its input, kept where autograd keeps its own, and the gradients of its output."""
+"""One use of a weight: its input, and the gradients of its output."""
 
 from __future__ import annotations
 
@@ -15,27 +15,6 @@ from brandla.kfac.capture.kinds.kind import Kind, Uses
 
 # Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
 Pass = Literal["loss", "curvature"]
-_LEAF = torch.zeros((), device="cpu", requires_grad=True)
-
-
-def kept(tensor: Tensor) -> Callable[[], Tensor]:
-    """Let autograd keep a tensor, and return a function that fetches it in a backward pass, once.
-
-    It is outside the model's graph: an activation checkpoint drops it and computes it again, and
-    ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
-    """
-    # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
-    result: Any = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
-    return lambda: result.grad_fn.saved_tensors[0]
-
-
-class _Keep(torch.autograd.Function):
-    """Save a tensor; the result is of no use but for its node. It has no part in any backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return torch.empty(0)
 
 
 @dataclass(eq=False)

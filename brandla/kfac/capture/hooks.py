@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
-from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms, kept
+from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms
 from brandla.kfac.capture.kinds.kind import Kind, OwnHook
-from brandla.kfac.capture.tap import Tap, Ticket
+from brandla.kfac.capture.tap import LEAF, Keep, Tap, Ticket
 from brandla.kfac.values import Noted
 
 
@@ -195,7 +195,11 @@ class Capture:
         """Collect the gradient of a call's output, also where that is overwritten."""
         groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
         groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
-        call = Call(kind, kept(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
+        # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
+        keeping: Any = Keep.apply(LEAF, inputs.detach())  # type: ignore[no-untyped-call]
+        call = Call(
+            kind, lambda: keeping.grad_fn.saved_tensors[0], left_out=self._is_leaving, groups=groups, valid=valid
+        )
         value, base, shape = output, output._base, output.shape
         # A Linear gives three dimensions as a view of two. Where an activation overwrites the view, autograd gives that
         # a new history, with no hook in it, and leaves the one of the values behind it.

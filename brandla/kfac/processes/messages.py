@@ -7,13 +7,17 @@ matrices is summed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from brandla.kfac.systems.form import tensors_of
+
+_outline = partial(torch.empty_like, device="meta")
 # Tensors start at multiples of this in a buffer, so that each can be read there.
 _ALIGNMENT = 8
 
@@ -56,13 +60,13 @@ class Ranks:
         distributed.all_gather_object(found, tree_map_only(Tensor, _outline, own), group=self._group)
         buffers, pending = [], []
         for rank, each in enumerate(found):
-            buffer = self._packed(_tensors(own)) if rank == self.rank else self._buffer(_bytes(_tensors(each)))
+            buffer = self._packed(tensors_of(own)) if rank == self.rank else self._buffer(_bytes(tensors_of(each)))
             buffers.append(buffer)
             if len(buffer):
                 pending.append(distributed.broadcast(buffer, group=self._group, group_src=rank, async_op=True))
         for work in pending:
             work.wait()
-        parts = [_unpacked(buffer, _tensors(each)) for buffer, each in zip(buffers, found, strict=True)]
+        parts = [_unpacked(buffer, tensors_of(each)) for buffer, each in zip(buffers, found, strict=True)]
         arrived = chain(*parts)
         filled: list[dict[Any, Any]] = tree_map_only(Tensor, lambda _: next(arrived), found)
         return filled
@@ -82,14 +86,6 @@ class Ranks:
         for view, tensor in zip(_views(buffer, list(map(_outline, tensors))), tensors, strict=True):
             view.copy_(tensor)
         return buffer
-
-
-def _outline(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [part for part in tree_leaves(tree) if isinstance(part, Tensor)]
 
 
 def _bytes(outline: Sequence[Tensor]) -> int:

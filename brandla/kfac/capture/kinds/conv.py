@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, own_forward
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype
 
 
 class ConvKind(Kind):
@@ -19,11 +19,6 @@ class ConvKind(Kind):
     """
 
     types: ClassVar[tuple[type[Any], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-    @classmethod
-    def left(cls, module: Any) -> str:
-        """Say so where what the forward pass calls is not the type's own."""
-        return own_forward(module, *cls.types, method="_conv_forward")
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:

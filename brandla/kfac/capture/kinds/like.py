@@ -89,9 +89,7 @@ class ScaleKind(NormKind):
     x̂ is what the module itself gives with weights 1, less what it gives with weights 0.
     """
 
-    def __init__(self, module: nn.Module, weight: str, bias: str) -> None:
-        super().__init__(module, weight, bias)
-        self.may_lead = True
+    may_lead = True
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         if output.shape != inputs.shape or inputs.shape[-1:] != self.weight.shape:

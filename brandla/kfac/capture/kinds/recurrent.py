@@ -150,15 +150,10 @@ def _gru(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Te
     return (1 - kept) * new + kept * h, c
 
 
-def _rnn(activation: Callable[[Tensor], Tensor], *of_call: Tensor) -> tuple[Tensor, Tensor]:
-    made, hidden, _, c = of_call
-    return activation(made + hidden), c
-
-
 # By torch's names: what makes the next h and c of the products with the input and with h, and of h and c.
 _CELLS: dict[str, _Cell] = {
     "lstm": _lstm,
     "gru": _gru,
-    "rnn_tanh": partial(_rnn, torch.tanh),
-    "rnn_relu": partial(_rnn, torch.relu),
+    "rnn_tanh": lambda made, hidden, _, c: ((made + hidden).tanh(), c),
+    "rnn_relu": lambda made, hidden, _, c: ((made + hidden).relu(), c),
 }
