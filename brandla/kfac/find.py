@@ -8,17 +8,22 @@ from torch import nn
 
 from brandla import _check
 from brandla.kfac.capture.calls import Recorder
-from brandla.kfac.capture.kinds import kinds_of
-from brandla.kfac.capture.kinds.kind import Kind, is_leaf
-from brandla.kfac.capture.kinds.linear import EmbeddingKind, LinearKind, TurnedEmbeddingKind
+from brandla.kfac.capture.kinds.attention import AttentionKind
+from brandla.kfac.capture.kinds.conv import ConvKind, ConvTransposeKind
+from brandla.kfac.capture.kinds.inside import used_inside
+from brandla.kfac.capture.kinds.kind import Kind, is_leaf, own_forward
+from brandla.kfac.capture.kinds.like import of_map, registered
+from brandla.kfac.capture.kinds.linear import BagKind, BilinearKind, EmbeddingKind, LinearKind, TurnedEmbeddingKind
+from brandla.kfac.capture.kinds.norm import NormKind
+from brandla.kfac.capture.kinds.recurrent import CellKind
 from brandla.kfac.capture.layer import Layer, Sharing
 from brandla.kfac.options import named_modules, of_module
 from brandla.kfac.systems.strategy import Strategy
 
+_FAMILIES: list[type[Kind]] = [LinearKind, ConvKind, ConvTransposeKind, EmbeddingKind, AttentionKind]
+_FAMILIES += [NormKind, BilinearKind, BagKind, CellKind]
 # The name of the layer where the model itself is one.
 ROOT = "(model)"
-_FUSED = ": its time steps are one fused call; brandla.kfac.register(torch.nn.{}, like='unrolled') has them in sight"
-_HINTS: dict[type[nn.Module], str] = {kind: _FUSED.format(kind.__name__) for kind in (nn.LSTM, nn.GRU, nn.RNN)}
 
 
 def find_layers(
@@ -61,7 +66,7 @@ def _find(model: nn.Module) -> tuple[list[list[Kind]], dict[str, str]]:
     known: dict[str, tuple[nn.Module, list[Kind] | str | None]] = {}
     covered: set[int] = set()
     for name, module in named_modules(model):
-        kinds = kinds_of(module)
+        kinds = _kinds_of(module)
         known[name] = module, kinds
         for kind in kinds if isinstance(kinds, list) else []:
             covered |= {id(kind.weight), id(kind.bias)}
@@ -69,21 +74,33 @@ def _find(model: nn.Module) -> tuple[list[list[Kind]], dict[str, str]]:
             found.setdefault((id(kind.weight), kind.index), []).append(kind)
     left: dict[str, str] = {}
     for name, (module, kinds) in known.items():
-        left |= _left_of(name, module, kinds, covered)
+        own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
+        others = [key for key in own if id(getattr(module, key)) not in covered]
+        of_type = type(module).__name__
+        if isinstance(kinds, str):
+            left |= {name or ROOT: kinds} if others or not own else {}
+        elif kinds is None and is_leaf(module) and others:
+            remedy = f"; brandla.kfac.register(torch.nn.{of_type}, like='unrolled') has them in sight"
+            is_fused = type(module) in (nn.LSTM, nn.GRU, nn.RNN)
+            fused = f": its time steps are one fused call{remedy}" if is_fused else ""
+            left[name or ROOT] = f"{of_type} is not known{fused}"
+        else:
+            reason = f"{of_type} uses it by itself" if kinds is None else "it belongs to no known weight"
+            left |= {f"{name}.{key}".lstrip("."): reason for key in others}
     return list(found.values()), left
 
 
-def _left_of(name: str, module: nn.Module, kinds: list[Kind] | str | None, covered: set[int]) -> dict[str, str]:
-    """Say why a module, or parameters of it, are left: those that no weight found in the model covers."""
-    own = [key for key, part in module.named_parameters(recurse=False) if part.requires_grad]
-    others = [key for key in own if id(getattr(module, key)) not in covered]
-    if isinstance(kinds, str):
-        return {name or ROOT: kinds} if others or not own else {}
-    kind = type(module).__name__
-    if kinds is None and is_leaf(module):
-        return {name or ROOT: f"{kind} is not known{_HINTS.get(type(module), '')}"} if others else {}
-    reason = f"{kind} uses it by itself" if kinds is None else "it belongs to no known weight"
-    return {f"{name}.{key}".lstrip("."): reason for key in others}
+def _kinds_of(module: nn.Module) -> list[Kind] | str | None:
+    """Return the weights of a module, or why they are left to the optimizer; None if nothing is known of it.
+
+    What a user has registered comes first, then the types of torch; of others it is found out what they compute.
+    """
+    found = registered(module)
+    for family in _FAMILIES:
+        found = family.of(module) if found is None else found
+    if found is not None and found != own_forward(module):
+        return found
+    return of_map(module) or used_inside(module) or found
 
 
 def _with_turned(group: list[Kind]) -> list[Kind]:

@@ -128,18 +128,15 @@ def set_order(model: nn.Module, batch_first: ByModule[bool | None], layers: Iter
     modules = dict(named_modules(model))
     for layer in layers:
         if layer.kind.may_lead:
-            layer.batch_first, why = _layout(rule, modules, layer.name)
+            holder = layer.name
+            first = of_module(rule, holder if holder in modules else holder.rpartition(".")[0])
+            why = "as batch_first says"
+            if first is None:
+                while (first := _said(modules.get(holder))) is None and holder:
+                    holder = holder.rpartition(".")[0]
+                why = "assumed" if first is None else f"as {holder or 'the model'} says"
+            layer.batch_first = first is not False
             layer.order = f"{'samples' if layer.batch_first else 'positions'} first, {why}"
-
-
-def _layout(rule: Mapping[str, bool | None], modules: Mapping[str, nn.Module], name: str) -> tuple[bool, str]:
-    asked = of_module(rule, name if name in modules else name.rpartition(".")[0])
-    if asked is not None:
-        return asked, "as batch_first says"
-    holder = name
-    while (said := _said(modules.get(holder))) is None and holder:
-        holder = holder.rpartition(".")[0]
-    return (True, "assumed") if said is None else (said, f"as {holder or 'the model'} says")
 
 
 def _said(module: Any) -> bool | None:

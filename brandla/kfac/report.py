@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,9 +82,13 @@ class Report:
         return sum(factor.dense_bytes for factor in self.factors)
 
     def __str__(self) -> str:
-        header = ("layer", "side", "n", "strategy", "rank", "error bound / d₁", "memory", "dense", "note")
-        rows = [header, *(_cells(factor) for factor in self.factors)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        rows = [("layer", "side", "n", "strategy", "rank", "error bound / d₁", "memory", "dense", "note")]
+        for own in self.factors:
+            rank = "-" if own.rank is None else str(own.rank)
+            bound = "-" if own.relative_error_bound is None else f"{own.relative_error_bound:.2e}"
+            of_factor = own.layer, own.side, str(own.n), own.strategy.partition("(")[0]
+            rows.append((*of_factor, rank, bound, _size(own.bytes), _size(own.dense_bytes), own.reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(
             f"factors: {_size(self.bytes)}, dense: {_size(self.dense_bytes)};"
@@ -105,16 +109,18 @@ def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, cap
     """Read every factor; waits for the device."""
     refused = {layer.name: "frozen" for layer in layers if layer.is_frozen and not layer.curvature.started}
     refused |= {layer.name: layer.capture.refusal for layer in layers if layer.capture.refusal}
-    active = [layer for layer in layers if layer.name not in refused]
-    parts = [(layer.name, str(layer.strategy), layer.shape, layer.curvature) for layer in active]
-    rows = [row for own in parts for row in rows_of(*own)]
+    rows: list[FactorReport] = []
+    for layer in layers:
+        if layer.name not in refused:
+            rows += rows_of(layer.name, str(layer.strategy), layer.shape, layer.curvature)
     orders = {layer.name: layer.order for layer in layers if layer.order}
     return Report(rows, unsupported | refused, skipped, captured_bytes, orders)
 
 
-def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> Iterator[FactorReport]:
+def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> list[FactorReport]:
     """Describe the factors of a layer, and what its curvature keeps beside them."""
     started = "" if curvature.started else "no data yet"
+    of_one = math.prod(shape.groups) * shape.dtype.itemsize
     rows: list[FactorReport] = []
     for side, factor in curvature.factors():
         bounds: tuple[float | None, float | None] = (None, None)
@@ -123,36 +129,21 @@ def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> It
             relative = torch.where(absolute == 0, 0, absolute / factor.largest())
             bounds = float(absolute.max()), float(relative.max())
         note = factor.reason if factor.started else "no data yet"
-        memory = _bytes(factor.tensors()), math.prod(shape.groups) * factor.n**2 * shape.dtype.itemsize
+        memory = _bytes(factor.tensors()), of_one * factor.n**2
         rows.append(FactorReport(layer, side, factor.n, str(factor.strategy), note, factor.rank, *bounds, *memory))
     for side, remark, tensors in curvature.kept():
         n = shape.d_in if side == "input" else shape.d_out
-        dense = math.prod(shape.groups) * n**2 * shape.dtype.itemsize
-        own = side, n, strategy, started or remark, None, None, None, _bytes(tensors), dense
-        rows.append(FactorReport(layer, *own))
-    yield from rows
+        memory = _bytes(tensors), of_one * n**2
+        rows.append(FactorReport(layer, side, n, strategy, started or remark, None, None, None, *memory))
     beside = _bytes(curvature.tensors()) - sum(row.bytes for row in rows)
     if beside > 0 or not rows:
         n = math.prod(shape.groups) * shape.d_out * shape.d_in
-        yield FactorReport(layer, "beside", n, strategy, started, None, None, None, beside, 0)
-
-
-def _cells(factor: FactorReport) -> tuple[str, ...]:
-    return (
-        factor.layer,
-        factor.side,
-        str(factor.n),
-        factor.strategy.partition("(")[0],
-        "-" if factor.rank is None else str(factor.rank),
-        "-" if factor.relative_error_bound is None else f"{factor.relative_error_bound:.2e}",
-        _size(factor.bytes),
-        _size(factor.dense_bytes),
-        factor.reason,
-    )
+        rows.append(FactorReport(layer, "beside", n, strategy, started, None, None, None, beside, 0))
+    return rows
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(part.numel() * part.element_size() for part in tensors)
+    return sum(part.nbytes for part in tensors)
 
 
 def _size(count: int) -> str:

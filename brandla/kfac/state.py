@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
 
 from brandla import _check
 from brandla.kfac.capture.layer import Layer
@@ -128,10 +129,7 @@ def _with_empty(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str,
     return {**state, **{key: _with_empty(state.get(key, {}), part) for key, part in inner.items()}}
 
 
-def _tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _tensors(state: Mapping[str, Any]) -> list[str]:
     """Name all tensors of nested mappings."""
-    for key, part in state.items():
-        if isinstance(part, Mapping):
-            yield from _tensors(part, f"{prefix}{key}.")
-        elif isinstance(part, Tensor):
-            yield f"{prefix}{key}"
+    parts: list[tuple[Any, Any]] = tree_flatten_with_path(state)[0]
+    return [".".join(str(own.key) for own in path) for path, part in parts if isinstance(part, Tensor)]

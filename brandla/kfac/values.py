@@ -17,6 +17,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Scale = Literal["relative", "absolute"]
 Side = Literal["input", "output"]
+# What tensors that can be stacked have in common; no call of Python's.
+layout = attrgetter("shape", "dtype", "device")
 # The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
 Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -71,11 +73,6 @@ class Rows(NamedTuple):
         """Divide γ by what makes the rows those of terms; of single layers it is in both places."""
         gradients = self.gradients / divisor
         return self._replace(inputs=gradients if self.single else self.inputs, gradients=gradients, counted=True)
-
-    def of_loss_terms(self, number: Tensor | float) -> Rows:
-        """Have N Σ γ γᵀ be M Σ γ γᵀ for a loss that is a mean of M terms, padding or not."""
-        uses: Tensor | float = self.uses if self.share is None else self.uses * self.share
-        return self.of_terms((uses / number) ** 0.5)
 
 
 class Damping(NamedTuple):
@@ -175,10 +172,6 @@ def plus(one: Gradient, factor: Tensor | float, other: Gradient) -> Gradient:
 def scaled(part: Gradient, factor: Tensor | float) -> Gradient:
     """``factor · part``."""
     return part * factor if isinstance(part, Tensor) else (part[0] * factor, part[1])
-
-
-# What tensors that can be stacked have in common.
-layout: Callable[[Tensor], Hashable] = attrgetter("shape", "dtype", "device")
 
 
 def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]]:

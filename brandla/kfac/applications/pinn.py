@@ -141,7 +141,10 @@ class PINN:
                 curvature.absorb(inside, now)
                 curvature.absorb(outside, now, "boundary")
             else:
-                curvature.absorb(_both(inside, outside), now)
+                # ½ (A_Ω + A_∂) and B_Ω + B_∂
+                inputs = torch.cat([rows.inputs / (2 * rows.uses) ** 0.5 for rows in (inside, outside)])
+                gradients = torch.cat([rows.gradients * rows.uses**0.5 for rows in (inside, outside)])
+                curvature.absorb(Rows(inputs, gradients, 1), now)
             step = dense(curvature.solve(own + other, now)).to(linear.weight.dtype)
             linear.weight.grad = step[:, : linear.in_features].clone()
             if linear.bias is not None:
@@ -233,12 +236,6 @@ def _terms(residuals: Tensor, points: Tensor, uses: forward.Uses, finite: Tensor
         rows = Rows(z, g / (len(z) * len(points)) ** 0.5, len(z))
         found.append((rows, (g * of_points[:, None]).mT @ z / len(points)))
     return found
-
-
-def _both(inside: Rows, outside: Rows) -> Rows:
-    """Return rows with ½ (A_Ω + A_∂) and B_Ω + B_∂."""
-    inputs = [rows.inputs / (2 * rows.uses) ** 0.5 for rows in (inside, outside)]
-    return Rows(torch.cat(inputs), torch.cat([rows.gradients * rows.uses**0.5 for rows in (inside, outside)]), 1)
 
 
 def _loss(inside: Tensor, outside: Tensor) -> Tensor:

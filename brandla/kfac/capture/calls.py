@@ -1,4 +1,4 @@
-"""One use of a weight: its input, kept where autograd keeps its own, and the gradients of its output."""
+"""One use of a weight: its input, and the gradients of its output."""
 
 from __future__ import annotations
 
@@ -15,32 +15,6 @@ from brandla.kfac.capture.kinds.kind import Kind, Uses
 
 # Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
 Pass = Literal["loss", "curvature"]
-_LEAF = torch.zeros((), device="cpu", requires_grad=True)
-
-
-def kept(tensor: Tensor) -> Callable[[], Tensor]:
-    """Let autograd keep a tensor, and return a function that fetches it in a backward pass, once.
-
-    It is outside the model's graph: an activation checkpoint drops it and computes it again, and
-    ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
-    """
-    # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
-    result: Any = _Keep.apply(_LEAF, tensor.detach())  # type: ignore[no-untyped-call]
-    return lambda: result.grad_fn.saved_tensors[0]
-
-
-class _Keep(torch.autograd.Function):
-    """Save a tensor; the result is of no use but for its node. It has no part in any backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        # Nothing comes after what this returned: it is kept for its saved tensor alone.
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -57,23 +31,26 @@ class Groups:
     index: Tensor
     count: int
 
-    def reduced(self, uses: Uses, valid: Tensor | None) -> tuple[Uses, Tensor | None]:
-        """Average the inputs and sum the gradients of each group: (rows, positions, d) to (groups, 1, d).
 
-        Rows of padding are 0, and ``valid`` (rows, positions) says which are not; then what comes back is (groups, 1).
-        """
-        mask = uses.gradients.new_ones(uses.gradients.shape[:-1]) if valid is None else valid
-        counts = self._summed(mask[..., None], uses.gradients)
-        inputs = self._summed(uses.inputs, uses.gradients) / counts.clamp_min(1)
-        gradients = self._summed(uses.gradients, uses.gradients)
-        if valid is None:
-            return Uses(inputs, gradients), None
-        return Uses(inputs, gradients, (counts > 0).to(inputs.dtype)), counts[..., 0] > 0
+def averaged(uses: Uses, valid: Tensor | None, groups: Groups | None) -> tuple[Uses, Tensor | None]:
+    """Average the inputs and sum the gradients of each sample or group: (rows, positions, d) to (samples, 1, d).
 
-    def _summed(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Sum rows (rows, positions, d) over positions and the rows of each group."""
-        sums = like.new_zeros(self.count, rows.shape[-1])
-        return sums.index_add_(0, self.index.to(like.device), rows.to(like.dtype).sum(-2))[:, None]
+    Rows of padding are 0, and ``valid`` (rows, positions) says which are not; then what comes back is (samples, 1).
+    """
+
+    def summed(part: Tensor) -> Tensor:
+        sums = part.sum(-2, keepdim=True, dtype=uses.gradients.dtype)
+        if groups is None:
+            return sums
+        return sums.new_zeros(groups.count, *sums.shape[1:]).index_add_(0, groups.index.to(sums.device), sums)
+
+    mask = torch.ones_like(uses.gradients[..., 0]) if valid is None else valid
+    counts = summed(mask[..., None])
+    inputs, gradients = summed(uses.inputs) / counts.clamp_min(1), summed(uses.gradients)
+    if valid is None:
+        return Uses(inputs, gradients), None
+    ones = (counts > 0).to(inputs.dtype).expand(*inputs.shape[:-1], 1)
+    return Uses(inputs, gradients, ones), counts[..., 0] > 0
 
 
 @dataclass(eq=False)
@@ -84,6 +61,8 @@ class Call:
     # What gives the input, until it has been fetched.
     fetch: Callable[[], Tensor] | None
     _: KW_ONLY
+    # Whether the call is inside a graph of torch.compile.
+    compiled: bool = False
     # Whether autograd does not form the weight's gradient in this call.
     left_out: bool = False
     # Where several rows of the inputs are one sample.
@@ -112,17 +91,6 @@ class Call:
         kept = [pair for pair in zip(self.tasks, self.gradients["loss"], strict=True) if pair[0] in tasks]
         self.tasks = [task for task, _ in kept]
         self.gradients["loss"] = [gradient for _, gradient in kept]
-
-    def forget(self, but: Terms | None = None) -> None:
-        """Forget all gradients but those of the curvature of these terms; the graph may be gone through again."""
-        self.keep(())
-        if but is None or self.terms["curvature"] is not but:
-            self.gradients["curvature"] = []
-
-    @property
-    def released(self) -> bool:
-        """Whether the call has been forgotten: a graph that is still alive holds it, but not its data."""
-        return self.fetch is None and self.inputs is None
 
     def release(self) -> int:
         """Forget all data, and return its size in bytes."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
-from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms, kept
+from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms
 from brandla.kfac.capture.kinds.kind import Kind, OwnHook
-from brandla.kfac.capture.tap import Tap, Ticket
+from brandla.kfac.capture.tap import LEAF, Keep, Tap, Ticket
 from brandla.kfac.values import Noted
 
 
@@ -33,30 +33,17 @@ class Capture:
         self.enabled = True
         self.wanted: frozenset[Pass] = frozenset(("loss", "curvature"))
         self.calls: list[Call] = []
-        self.edges: list[Any] = []
         self.refusal = ""
-        # Whether autograd has left the weight's gradient out of a backward pass since the last step.
-        self.left_out = False
         self._kind = kind
         self._recorder = recorder
         # The weight between steps, which may be sharded later and freed.
         self._lasting = ref(kind.weight)
-        self._fresh = False
-        # The gradient as autograd has left it.
-        self._accumulated: Noted | None = None
-        # The weight at the last backward pass, and its version then.
-        self._seen: tuple[Tensor, int] | None = None
-        # The backward passes, by autograd's numbers, that have added to the weight's gradient.
-        self._reached: set[int] = set()
         self._handles: list[Any] = []
         # The weight whose gradient is noted, and the hook that does it.
         self._noting: tuple[Tensor, Any] | None = None
         # Whether autograd does not form the weight's gradient in the last call.
         self._is_leaving = False
-        # The calls of a compiled graph, in the order of their gradients: the same in each pass through that graph.
-        self._of_first_draw: list[Call] = []
-        self._task: tuple[int, int] = (-1, -1)
-        self._index = 0
+        self.clear()
         self.attach(kind)
 
     def attach(self, kind: Kind) -> None:
@@ -104,7 +91,8 @@ class Capture:
         It was empty before the first of them, and nobody has written to it since autograd did. GradScaler.unscale_ does
         not count as writing.
         """
-        return self._fresh and self._is_as_noted()
+        noted = self._accumulated
+        return self._fresh and noted is not None and noted.is_still(self._witness.grad)
 
     def is_overtaken(self) -> bool:
         """Say whether somebody has written to the weight since the last backward pass."""
@@ -117,13 +105,17 @@ class Capture:
         """Forget all calls, and return how many bytes they have held."""
         held = sum(map(Call.release, self.calls))
         self.calls = []
-        self.edges = []
-        self._of_first_draw = []
-        self._task = (-1, -1)
+        self.edges: list[Any] = []
+        # Whether autograd has left the weight's gradient out of a backward pass since the last step.
         self.left_out = False
+        # Whether the weight had no gradient before the first of the calls, and autograd alone has written to it since.
         self._fresh = False
-        self._accumulated = self._seen = None
-        self._reached = set()
+        # The gradient as autograd has left it.
+        self._accumulated: Noted | None = None
+        # The weight at the last backward pass, and its version then.
+        self._seen: tuple[Tensor, int] | None = None
+        # The backward passes, by autograd's numbers, that have added to the weight's gradient.
+        self._reached: set[int] = set()
         return held
 
     def keep_reached(self) -> None:
@@ -134,7 +126,7 @@ class Capture:
         for call in self.calls:
             if self._reached and not self._reached.issuperset(call.tasks):
                 call.keep(self._reached)
-                self._drop_empty()
+                self.calls = [own for own in self.calls if any(own.gradients.values())]
 
     def forget_discarded(self, of: Pass) -> None:
         """Forget the calls if the weight's gradient is None again: the step they were for has been given up."""
@@ -145,40 +137,40 @@ class Capture:
     def record(self, ticket: Ticket, kind: Kind, inputs: Any, output: Any) -> Any:
         """Watch the output of a call, and return the output to go on with."""
         weight = kind.weight
-        if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()):
+        if not (self.enabled and weight.requires_grad and torch.is_grad_enabled()) or _is_functional():
             return output
-        if _is_lent(weight, kind) or _is_functional():
+        # A functional call has put a tensor of its own in the parameter's place.
+        if not isinstance(weight, nn.Parameter) and any(weight is own for own in kind.module._parameters.values()):
             return output
-        if refusal := kind.refusal(inputs, output) or ticket.refusal(kind):
+        refusal, compiles = kind.refusal(inputs, output), torch.compiler.is_compiling()
+        if compiles and not refusal and kind is not ticket.kind and type(kind).of_call is Kind.of_call:
+            refusal = "torch.compile: its inputs are not one tensor"
+        if refusal:
             if self._is_leaving:
                 message = f"KFAC: gradient must be 'autograd' for this {type(kind.module).__name__}: {refusal}"
                 raise RuntimeError(message)
             self.refusal = refusal
+        elif output.requires_grad and compiles:
+            # torch leaves Function.apply without annotations.
+            return Tap.apply(output, inputs.detach(), ticket.number)  # type: ignore[no-untyped-call]
         elif output.requires_grad:
-            if torch.compiler.is_compiling():
-                # torch leaves Function.apply without annotations.
-                return Tap.apply(output, inputs.detach(), ticket.number)  # type: ignore[no-untyped-call]
-            groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
-            groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
-            call = Call(kind, kept(inputs), left_out=self._is_leaving, groups=groups, valid=valid)
-            self._watch(call, output)
+            self._watch(kind, inputs, output)
         return output
 
     def collect(self, call: Call, gradient: Tensor) -> None:
         """Take in the gradient of a call's output."""
         # What autograd has left out must be taken in, whatever is wanted by now.
         owed = call.left_out and self._recorder.running == "loss" and bool(self._handles)
-        if self.refusal or call.released or not (owed or self._recorder.running in self.wanted):
+        # A graph that is still alive holds a call that has been forgotten, but not its data.
+        forgotten = call.fetch is None and call.inputs is None
+        if self.refusal or forgotten or not (owed or self._recorder.running in self.wanted):
             return
         self.left_out |= call.left_out
         if self._recorder.running == "loss":
             self._seen = self._kind.weight, self._kind.weight._version
             if self._reached and self._gradient_is_gone():
                 self._forget_passes(but=self._recorder.terms["curvature"])
-            if not self._reached:
-                self._fresh = self._witness.grad is None
-            elif not self._is_as_noted():
-                self._fresh = False
+            self._fresh = self.gradient_is_pairs() if self._reached else self._witness.grad is None
             self._note_gradients_of(self._witness)
         if call not in self.calls:
             self.calls.append(call)
@@ -186,29 +178,33 @@ class Capture:
 
     def collect_compiled(self, kind: Kind, inputs: Tensor, gradient: Tensor) -> None:
         """Take in input and output gradient of a call inside a compiled graph, whose memory may be used again."""
-        if self.refusal or self._recorder.running not in self.wanted:
+        recorder = self._recorder
+        if self.refusal or recorder.running not in self.wanted:
             return
-        task = (torch._C._current_graph_task_id(), self._recorder.draw)
-        if task != self._task:
-            self._task, self._index = task, 0
-
-        def new() -> Call:
-            copy = inputs.clone()
-            return Call(kind.of_call(), lambda: copy, valid=self._recorder.valid)
-
-        if self._recorder.running == "loss":
-            call = new()
+        if recorder.draw:
+            # Gradients come in the same order in each pass through a graph: this one is of the first call without it.
+            terms = recorder.terms["curvature"]
+            of_run = [call for call in self.calls if call.compiled and call.terms["curvature"] is terms]
+            call = next(call for call in of_run if len(call.gradients["curvature"]) == recorder.draw)
         else:
-            if self._recorder.draw == 0:
-                if self._index == 0:
-                    self._of_first_draw = []
-                self._of_first_draw.append(new())
-            call = self._of_first_draw[self._index]
-            self._index += 1
+            copy = inputs.clone()
+            call = Call(kind.of_call(), lambda: copy, compiled=True, valid=recorder.valid)
         self.collect(call, gradient.clone())
 
-    def _watch(self, call: Call, output: Tensor) -> None:
-        value, shape = _own_value(output), output.shape
+    def _watch(self, kind: Kind, inputs: Tensor, output: Tensor) -> None:
+        """Collect the gradient of a call's output, also where that is overwritten."""
+        groups, valid = self._recorder.groups, self._recorder.valid if kind.valid is None else kind.valid
+        groups = groups if groups is not None and groups.index.shape == inputs.shape[:1] else None
+        # A node of Python's lives no longer than the results it made, whoever else holds it (torch up to 2.12).
+        keeping: Any = Keep.apply(LEAF, inputs.detach())  # type: ignore[no-untyped-call]
+        call = Call(
+            kind, lambda: keeping.grad_fn.saved_tensors[0], left_out=self._is_leaving, groups=groups, valid=valid
+        )
+        value, base, shape = output, output._base, output.shape
+        # A Linear gives three dimensions as a view of two. Where an activation overwrites the view, autograd gives that
+        # a new history, with no hook in it, and leaves the one of the values behind it.
+        if base is not None and base.requires_grad and base.numel() == output.numel():
+            value = base if base.is_contiguous() and output.is_contiguous() else output
         # Inside a backward pass an activation checkpoint computes again what has been watched already.
         if torch._C._current_graph_task_id() == -1:
             self.forget_discarded("loss")
@@ -221,24 +217,20 @@ class Capture:
 
     def _switch_off(self, *_: Any) -> None:
         """Leave the gradient out of the call that comes, if that is captured and nobody else waits for it."""
-        self._is_leaving = self._may_leave_out()
-        if self._is_leaving:
-            self._kind.weight.requires_grad_(False)
+        self._is_leaving = False
+        if torch.compiler.is_compiling() or _is_functional() or not torch.is_grad_enabled():
+            return
+        weight, bias = self._kind.weight, self._kind.bias
+        parts_are_plain = all(isinstance(part, nn.Parameter) and not is_dtensor(part) for part in (weight, bias))
+        if weight.requires_grad and parts_are_plain and self.enabled and "loss" in self.wanted:
+            own = self._noting is not None and self._noting[0] is weight
+            hooks = (*(weight._backward_hooks or ()), *(weight._post_accumulate_grad_hooks or ()))
+            self._is_leaving = len(hooks) == own
+            weight.requires_grad_(not self._is_leaving)
 
     def _switch_on(self, *_: Any) -> None:
         if self._is_leaving:
             self._kind.weight.requires_grad_(True)
-
-    def _may_leave_out(self) -> bool:
-        if torch.compiler.is_compiling() or _is_functional() or not torch.is_grad_enabled():
-            return False
-        weight, bias = self._kind.weight, self._kind.bias
-        parts_are_plain = all(isinstance(part, nn.Parameter) and not is_dtensor(part) for part in (weight, bias))
-        if not (weight.requires_grad and parts_are_plain):
-            return False
-        own = self._noting is not None and self._noting[0] is weight
-        hooks = (*(weight._backward_hooks or ()), *(weight._post_accumulate_grad_hooks or ()))
-        return self.enabled and "loss" in self.wanted and len(hooks) == own
 
     @property
     def _witness(self) -> Any:
@@ -258,19 +250,15 @@ class Capture:
             return True
         return weight is self._lasting() and not is_dtensor(weight) and weight.grad is None
 
-    def _is_as_noted(self) -> bool:
-        """Say whether nobody has written to the gradient since autograd last did."""
-        return self._accumulated is not None and self._accumulated.is_still(self._witness.grad)
-
     def _forget_passes(self, but: Terms | None = None) -> None:
         """Forget all backward passes so far but those for the curvature of these terms."""
         for call in self.calls:
-            call.forget(but)
-        self._drop_empty()
-        self._reached = set()
-
-    def _drop_empty(self) -> None:
+            call.keep(())
+            # The graph may be gone through again.
+            if but is None or call.terms["curvature"] is not but:
+                call.gradients["curvature"] = []
         self.calls = [call for call in self.calls if any(call.gradients.values())]
+        self._reached = set()
 
     def _note_gradients_of(self, weight: Tensor) -> None:
         """Have the gradient of a weight noted, once it is trainable: a frozen one takes no such hook."""
@@ -294,20 +282,3 @@ def _is_functional() -> bool:
     """Say whether torch.func is differentiating: no gradient gets to a weight then."""
     # The compiler takes None for an object here, but not for one of the type.
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-
-
-def _is_lent(weight: Tensor, kind: Kind) -> bool:
-    """Say whether a functional call has put a tensor of its own in the parameter's place."""
-    return not isinstance(weight, nn.Parameter) and any(weight is own for own in kind.module._parameters.values())
-
-
-def _own_value(output: Tensor) -> Tensor:
-    """Return the tensor to watch, so that the gradient is seen even where the output is overwritten.
-
-    A Linear gives three dimensions as a view of two. Where an activation overwrites the view, autograd gives the view a
-    new history, with no hook in it, and leaves that of the values behind it.
-    """
-    base = output._base
-    if base is None or not base.requires_grad or base.numel() != output.numel():
-        return output
-    return base if base.is_contiguous() and output.is_contiguous() else output

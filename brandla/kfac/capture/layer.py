@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from brandla._sharded import everywhere
-from brandla.kfac.capture.calls import Call, Pass, Recorder
+from brandla.kfac.capture.calls import Call, Pass, Recorder, averaged
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds.kind import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
@@ -106,16 +106,15 @@ class Layer:
     @property
     def is_unseen(self) -> bool:
         """Whether there is a gradient, and no data at all to precondition it with, though it was waited for."""
-        if self.capture.calls or not self.capture.wanted:
-            return False
-        return not (self.curvature.started or self.kind.was_seen)
+        was_awaited = bool(self.capture.wanted) and not self.capture.calls
+        return was_awaited and not (self.curvature.started or self.kind.was_seen)
 
     def follow(self, *, thaws: bool = False) -> None:
         """Move the curvature to the dtype and device that the weight has now; where its size is another, start anew.
 
         That of a frozen weight stays as it is, unless it ``thaws``.
         """
-        weight = self.kind.weight
+        weight = self.kind.weight if self.weight is None else self.weight
         layout = weight.shape, weight.dtype, weight.device, self.kind.transposed
         if layout == self._layout or (self.is_frozen and not thaws):
             return
@@ -176,23 +175,25 @@ class Layer:
         rows = self._whole(rows, calls, scale)
         pair = rows.gradients.mT, rows.inputs.mT
         if self.linear is None:
-            self.linear = self._is_gradient(*pair)
+            # Once in a layer's life: a weight used elsewhere in the loss shows here.
+            norm, gradient, dtype = torch.linalg.vector_norm, self.gradient(), self.shape.dtype
+            of_call = calls[0].inputs, calls[0].gradients["loss"][0], self.weight
+            # In half precision rows are rounded independently of each other, and the gradient once more.
+            lengths = 2 * norm(norm(pair[0], dim=-2) * norm(pair[1], dim=-2)) + norm(gradient) / 2
+            bound = max(torch.finfo(part.dtype).eps for part in of_call) * lengths
+            bound += 8 * torch.finfo(dtype).eps * norm(pair[0]) * norm(pair[1])
+            self.linear = bool(norm(pair[0] @ pair[1].mT - gradient) <= bound)
         return pair if self.linear else None
 
     def comparison(self, scale: Tensor | None) -> Tensor | None:
         """Return ‖P Qᵀ‖², ⟨P Qᵀ, ∂W⟩, ‖∂W‖², N Σ |γ|² and N of a Linear, where P Qᵀ may be its gradient."""
         calls = self._calls("loss")
-        if not (calls and self.kind.leaves_out and self._may_be_pairs):
+        if not (calls and self.kind.leaves_out and self.capture.gradient_is_pairs()) or self.capture.left_out:
             return None
         rows = self._whole(None, calls, scale)
         product, gradient = self._product(rows), self.kind.matrix(self.weight.grad.to(self.shape.dtype))
         sums = [(product * product).sum(), (product * gradient).sum(), (gradient * gradient).sum()]
         return torch.stack([*sums, rows.uses * rows.gradients.square().sum(), gradient.new_tensor(float(rows.uses))])
-
-    @property
-    def _may_be_pairs(self) -> bool:
-        """Whether the gradient that autograd has formed is that of the captured calls, as far as history tells."""
-        return not self.capture.left_out and self.capture.gradient_is_pairs()
 
     @property
     def checked_by_rows(self) -> bool:
@@ -278,8 +279,8 @@ class Layer:
         kind, shape = self.kind, self.shape
         if self.linear is False or kind.one_hot or kind.single or (self.has_bias and self.bias is None):
             return self._paired
-        calls = self._calls("loss")
-        if calls and (self.unformed is not None or self._may_be_pairs):
+        calls, left_out = self._calls("loss"), self.capture.left_out
+        if calls and (self.unformed is not None or (not left_out and self.capture.gradient_is_pairs())):
             widest = self.curvature.widest_pair(shape.d_out * shape.d_in)
             numbers = sum([gradient.numel() for call in calls for gradient in call.gradients["loss"]])
             if widest is not None and numbers // (math.prod(shape.groups) * shape.d_out) <= widest:
@@ -323,22 +324,28 @@ class Layer:
         return self._without_padding(rows, valid, of) if valid else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
-        """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding."""
+        """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding.
+
+        A call may have all positions of all samples in one dimension, in the layer's order; then each is a sample.
+        """
         kind, inputs, reduce = call.kind, call.inputs, self.sharing == "reduce" and not whole
         # The dimensions of a use's output.
         own = self.kind.weight.ndim if self.kind.single else 1
         if (kind.positions_first or not self.batch_first) and gradient.ndim > 1 + own:
             inputs, gradient = inputs.transpose(0, 1), gradient.transpose(0, 1)
         groups = call.groups if reduce and kind.is_averaged and not self.shape.groups else None
-        by_sample = reduce and groups is None
-        valid = None if whole else call.valid
+        valid = call.valid if not whole and (kind.may_lead or kind.positions_first) else None
+        if valid is not None and not (inputs.shape[:2] == gradient.shape[:2] == valid.shape and gradient.ndim > 2):
+            # Of a call of another shape nothing is known.
+            is_flat = inputs.shape[:1] == gradient.shape[:1] == (valid.numel(),) and gradient.ndim == 2
+            valid = (valid if self.batch_first else valid.T).reshape(-1, 1) if is_flat else None
         if valid is not None:
-            valid = kind.fitting(valid, inputs, gradient, batch_first=self.batch_first)
-        if valid is None:
-            uses = (kind.reduced if by_sample else kind.uses)(inputs, gradient)
+            uses, valid = kind.uses_where(valid, inputs, gradient)
+        elif reduce and groups is None:
+            return kind.reduced(inputs, gradient), None
         else:
-            uses, valid = kind.uses_where(valid, inputs, gradient, reduce=by_sample)
-        return (uses, valid) if groups is None else groups.reduced(uses, valid)
+            uses = kind.uses(inputs, gradient)
+        return averaged(uses, valid, groups) if reduce and kind.is_averaged else (uses, valid)
 
     def _without_padding(self, rows: Rows, valid: list[Tensor], of: Pass) -> Rows:
         """Scale rows so that means over their number are those over the rows that are no padding.
@@ -369,16 +376,6 @@ class Layer:
             else:
                 inputs = torch.cat([inputs, uses.ones.to(self.shape.dtype)], dim=-1)
         return inputs.flatten(-3, -2)
-
-    def _is_gradient(self, first: Tensor, second: Tensor) -> bool:
-        """Compare P Qᵀ with the gradient, once in a layer's life: a weight used elsewhere in the loss shows here."""
-        norm, gradient = torch.linalg.vector_norm, self.gradient()
-        call = next(call for call in self.capture.calls if call.gradients["loss"])
-        eps = max(torch.finfo(part.dtype).eps for part in (call.inputs, call.gradients["loss"][0], self.weight))
-        # In half precision rows are rounded independently of each other, and the gradient once more.
-        bound = eps * (2 * norm(norm(first, dim=-2) * norm(second, dim=-2)) + norm(gradient) / 2)
-        bound += 8 * torch.finfo(self.shape.dtype).eps * norm(first) * norm(second)
-        return bool(norm(first @ second.mT - gradient) <= bound)
 
 
 def _with_turned(rows: Rows, turned: Rows) -> Rows:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from brandla.kfac.capture.layer import Layer
 from brandla.kfac.values import Rows, alike, by_kind
 from brandla_kernels import reads_are_free
 
+# What tensors of one kernel have in common.
+_kind = attrgetter("dtype", "device")
 # Integers of so many bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -73,10 +76,6 @@ class Mask:
         finite = _all_within(found)
         return cls(finite, reads_are_free(finite) and bool(finite))
 
-    def agreed(self, finite: bool) -> Mask:
-        """Return the mask of a step that several processes take together."""
-        return Mask(torch.full_like(self.finite, finite), finite)
-
     def rows(self, own: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
         """Return the rows, or zeros."""
         if self.known_finite:
@@ -86,8 +85,7 @@ class Mask:
         masked = alike(found, _kind, lambda members: self._times(torch._foreach_mul, members))
         parts |= {id(part): new.view(part.dtype) for part, new in zip(found, masked, strict=True)}
         return {
-            key: rows._replace(inputs=parts[id(rows.inputs)], gradients=parts[id(rows.gradients)])
-            for key, rows in own.items()
+            layer: Rows(parts[id(rows.inputs)], parts[id(rows.gradients)], *rows[2:]) for layer, rows in own.items()
         }
 
     def clear(self, model: nn.Module) -> None:
@@ -96,7 +94,8 @@ class Mask:
             return
         plain: list[Tensor] = []
         for gradient in _gradients(model):
-            if gradient.is_floating_point() and not gradient.is_neg() and not is_dtensor(gradient):
+            is_whole = type(gradient) is Tensor or not is_dtensor(gradient)
+            if is_whole and gradient.is_floating_point() and not gradient.is_neg():
                 plain.append(gradient)
             else:
                 gradient.masked_fill_(~self.finite.to(gradient.device), 0)
@@ -117,7 +116,7 @@ class Mask:
 def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Say whether all entries of each part are less than its bound in size."""
     within: list[Tensor] = []
-    for members in by_kind(parts, [_kind(part) for part, _ in parts]):
+    for members in by_kind(parts, map(_kind, [part for part, _ in parts])):
         own, bounds = [part for part, _ in members], [bound for _, bound in members]
         if reads_are_free(own[0]):
             # A norm of order infinity takes many times as long on a CPU. A NaN is the least and the greatest.
@@ -128,10 +127,6 @@ def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
         # NaN, and infinity over an infinite bound, are not less than 1.
         within.append((torch.stack(torch._foreach_div(extremes, bounds)) < 1).all())
     return within[0] if len(within) == 1 else torch.stack([part.to(within[0].device) for part in within]).all()
-
-
-def _kind(part: Tensor) -> Hashable:
-    return part.dtype, part.device
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

@@ -22,24 +22,10 @@ _MOST_EMPTY = 3
 # Steps between two copies of the number of skipped batches.
 _COPIED_EVERY = 32
 
-_TWO = (
-    "the model has hooks of another KFAC, which goes on capturing, and the step would be preconditioned twice: call its"
-    " remove() first"
-)
-_EMPTY = (
-    f"step() found no gradient {_MOST_EMPTY} times in a row: call it after loss.backward(), before zero_grad() and"
-    " optimizer.step()"
-)
-_MOVED = (
-    "weights were written to between the backward pass and step(): call preconditioner.step() before optimizer.step(),"
-    " which else takes the plain gradient"
-)
 _NOT_FINITE = (
     "a batch was skipped, since a value that was captured, or a gradient, is not finite; all that follow are skipped"
     " without a word, and report().skipped counts them"
 )
-_REFUSED = "layers are left to the optimizer from now on"
-_REPLACED = "some factors are too small for the strategy and got another, see report()"
 # Layers that a warning names; the report has all.
 _MOST_NAMED = 2
 _UNSEEN = (
@@ -67,15 +53,25 @@ class Mistakes:
         """Tell of hooks that another preconditioner has left."""
         hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
         if any(isinstance(hook, OwnHook) for hook in hooks):
-            self._tell(_TWO, outside=4)
+            message = (
+                "the model has hooks of another KFAC, which goes on capturing, and the step would be preconditioned"
+                " twice: call its remove() first"
+            )
+            self._tell(message, outside=4)
 
     def look_before(self, layers: Sequence[Layer], *, alone: bool) -> None:
         """Tell of steps with nothing to do, and of those that come too late."""
         self._empty = 0 if layers or not alone else self._empty + 1
         if self._empty == _MOST_EMPTY:
-            self._tell(_EMPTY)
+            self._tell(
+                f"step() found no gradient {_MOST_EMPTY} times in a row: call it after loss.backward(), before"
+                " zero_grad() and optimizer.step()"
+            )
         if alone and [layer for layer in layers if layer.capture.is_overtaken()]:
-            self._tell(_MOVED)
+            self._tell(
+                "weights were written to between the backward pass and step(): call preconditioner.step() before"
+                " optimizer.step(), which else takes the plain gradient"
+            )
 
     def look_at_rows(self, layers: Iterable[Layer], scale: Tensor | None) -> None:
         """Compare the rows of Linear layers with their gradients, as far as both are there."""
@@ -105,16 +101,20 @@ class Mistakes:
         self._begun |= {layer: layer.curvature for layer in begun}
         factors = [(layer, side, factor) for layer in begun for side, factor in layer.curvature.factors()]
         topics = {
-            _REFUSED: {layer.name: layer.capture.refusal for layer in layers if layer.capture.refusal},
-            _REPLACED: {f"{layer.name} ({side})": factor.reason for layer, side, factor in factors if factor.reason},
+            "layers are left to the optimizer from now on": {
+                layer.name: layer.capture.refusal for layer in layers if layer.capture.refusal
+            },
+            "some factors are too small for the strategy and got another, see report()": {
+                f"{layer.name} ({side})": factor.reason for layer, side, factor in factors if factor.reason
+            },
             _UNSEEN: {layer.name: "" for layer in unseen if not layer.capture.refusal},
         }
         for what, about in topics.items():
-            new = {name: reason for name, reason in about.items() if (what, name) not in self._named}
-            self._named.update((what, name) for name in new)
-            told = [f"{name}: {reason}" if reason else name for name, reason in new.items()]
-            more = f"; and {len(told) - _MOST_NAMED} more, see report()" if len(told) > _MOST_NAMED else ""
+            new = [name for name in about if (what, name) not in self._named]
             if new:
+                self._named |= {(what, name) for name in new}
+                told = [f"{name}: {about[name]}" if about[name] else name for name in new]
+                more = f"; and {len(told) - _MOST_NAMED} more, see report()" if len(told) > _MOST_NAMED else ""
                 self._tell(f"{what}: {'; '.join(told[:_MOST_NAMED])}{more}")
 
     def _send(self, layers: Sequence[Layer], numbers: Tensor) -> None:

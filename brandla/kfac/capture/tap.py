@@ -1,4 +1,4 @@
-"""Capture inside graphs of ``torch.compile``: an op of its own hands over the gradient, with no break in the graph."""
+"""What autograd holds for a capture: inputs, and the taps that hand over gradients inside compiled graphs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,22 @@ from torch import Tensor
 
 from brandla.kfac.capture.kinds.kind import Kind
 
+LEAF = torch.zeros((), device="cpu", requires_grad=True)
 _numbers = itertools.count()
 _tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
+
+
+class Keep(torch.autograd.Function):
+    """Save a tensor, applied to `LEAF` and that: the result is of no use but for its node, which gives it back once.
+
+    It is outside the model's graph, in no backward pass: an activation checkpoint drops it and computes it again, and
+    ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return torch.empty(0)
 
 
 class Ticket:
@@ -29,12 +43,6 @@ class Ticket:
         self.kind = kind
         self.collect = collect
         _tickets[number] = self
-
-    def refusal(self, kind: Kind) -> str:
-        """Say why a call inside a compiled graph cannot be told of; an empty string if it can."""
-        if not torch.compiler.is_compiling() or kind is self.kind or type(kind).of_call is not Kind.of_call:
-            return ""
-        return "torch.compile: its inputs are not one tensor"
 
 
 @torch.library.custom_op("brandla_kfac::collect", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -52,7 +60,10 @@ def _(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
 
 
 class Tap(torch.autograd.Function):
-    """The identity; a copy, since an activation may overwrite it. The compiler fuses it with what comes next."""
+    """The identity, whose backward pass hands over the gradient with no break in the graph.
+
+    It is a copy, since an activation may overwrite it. The compiler fuses it with what comes next.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor, ticket: Tensor) -> Tensor:

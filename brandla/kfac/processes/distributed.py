@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, distributed
 
 from brandla.kfac.capture.layer import Layer, by_strategy
 from brandla.kfac.capture.mask import Mask
-from brandla.kfac.processes.exchange import SIDES, Part, Share, assembled, outgoing, parts_of, uses_of
+from brandla.kfac.processes.exchange import SIDES, Part, Share, assembled, outgoing, parts_of
 from brandla.kfac.processes.messages import Ranks
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.kronecker import Kronecker
@@ -77,17 +79,14 @@ class Gather(Replicas):
     ) -> tuple[Mask, dict[Layer, Rows]]:
         """Count the rows and terms of all processes, then send the rows to where they are taken in."""
         finite, of_all, shares = self._census(own, mask.finite, told)
-        mask = mask.agreed(finite)
-        clean = {
-            layer: _of_terms(layer, rows, of_all * rows.uses / uses_of(shares[layer]))
-            for layer, rows in mask.rows(own).items()
-            if layer in shares
-        }
-        parts = [
-            part
-            for layer, of_ranks in shares.items()
-            for part in parts_of(layer, of_ranks, self._most, of_terms=self._of_terms)
-        ]
+        mask = Mask(torch.full_like(mask.finite, finite), finite)
+        clean: dict[Layer, Rows] = {}
+        for layer, found in mask.rows(own).items():
+            if layer in shares:
+                uses = sum(share.uses for share in shares[layer])
+                clean[layer] = _of_terms(layer, found, of_all * found.uses / uses)
+        by_layer = [parts_of(layer, each, self._most, of_terms=self._of_terms) for layer, each in shares.items()]
+        parts = list(chain(*by_layer))
         if not parts:
             return mask, {}
         rows = assembled(shares, parts, self._sent(parts, clean, seed), seed)
@@ -121,7 +120,8 @@ class Gather(Replicas):
     def _sent(self, parts: Sequence[Part], own: Mapping[Layer, Rows], seed: int) -> list[list[Tensor] | None]:
         """Send the parts, and return those received from every process; None for a part taken in elsewhere."""
         sent = [outgoing(part, own.get(part.layer), self.rank, seed) for part in parts]
-        by_rank = self._ranks.to_all(sent, [[part.outline(rank) for part in parts] for rank in range(self.world)])
+        outlines = [[part.empty(part.sent[rank], "meta") for part in parts] for rank in range(self.world)]
+        by_rank = self._ranks.to_all(sent, outlines)
         return [list(pieces) for pieces in zip(*by_rank, strict=True)]
 
 
@@ -148,7 +148,7 @@ class Split(Gather):
                 strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
                 continue
             for index, layer in enumerate(members):
-                if isinstance(layer.curvature, Kronecker) or self._is_here((self._index[layer], "")):
+                if isinstance(layer.curvature, Kronecker) or self._owners.get((self._index[layer], "")) == self.rank:
                     strategy.absorb([layer.curvature], [rows[layer]], now._replace(seed=now.seed + index))
         if rows:
             self._publish(rows)
@@ -158,7 +158,7 @@ class Split(Gather):
         """Hold all of every curvature: all processes must come here, and have the memory."""
         factors = {unit: factor for unit in self._owners if (factor := self._factor(unit)) is not None}
         kept = {unit: factor.state for unit, factor in factors.items()}
-        own = {unit: dict(state) for unit, state in kept.items() if self._is_here(unit)}
+        own = {unit: dict(state) for unit, state in kept.items() if self._owners[unit] == self.rank}
         try:
             for published in self._ranks.publish(own):
                 for unit, state in published.items():
@@ -177,17 +177,20 @@ class Split(Gather):
         sent = {id(part): outgoing(part, own.get(part.layer), self.rank, seed) for part in parts}
         by_rank = self._ranks.to_each(
             [[sent[id(part)] for part in those] for those in wanted],
-            [[part.outline(rank) for part in wanted[self.rank]] for rank in range(self.world)],
+            [[part.empty(part.sent[rank], "meta") for part in wanted[self.rank]] for rank in range(self.world)],
         )
         received = dict(zip(map(id, wanted[self.rank]), map(list, zip(*by_rank, strict=True)), strict=True))
         return [received.get(id(part)) for part in parts]
 
     def _owners_of(self, parts: Sequence[Part]) -> list[int | None]:
         """Give units that are new their owners, and return those of the parts; None stands for all processes."""
-        units = [self._unit(part) for part in parts]
+        units: list[Unit | None] = []
         costs: dict[Unit, float] = {}
-        for unit, part in zip(units, parts, strict=True):
-            if unit is not None and unit not in self._owners:
+        for part in parts:
+            is_pair = isinstance(part.layer.curvature, Kronecker)
+            unit: Unit = self._index[part.layer], SIDES[part.name] if is_pair else ""
+            units.append(None if part.layer.strategy.reads_rows else unit)
+            if units[-1] is not None and unit not in self._owners:
                 costs[unit] = costs.get(unit, 0.0) + self._cost(unit, part)
         for unit in sorted(costs, key=lambda unit: (-costs[unit], unit)):
             owner = self._loads.index(min(self._loads))
@@ -211,11 +214,19 @@ class Split(Gather):
         )
 
     def _publish(self, rows: Mapping[Layer, Rows]) -> None:
-        """Send the changes of this process's units to all, and store those that come in."""
+        """Send the changes of this process's units to all, and store those that come in.
+
+        Of a factor they are the tensors that were replaced or written to.
+        """
         due = {self._index[layer] for layer in rows}
-        own = {
-            unit: self._changed(unit) for unit, owner in self._owners.items() if unit[0] in due and owner == self.rank
-        }
+        own: dict[Unit, dict[str, Any]] = {}
+        for unit in (unit for unit, owner in self._owners.items() if unit[0] in due and owner == self.rank):
+            factor, known = self._factor(unit), self._published.get(unit, {})
+            if factor is None:
+                own[unit] = self._layers[unit[0]].curvature.state_dict()
+            else:
+                found = factor.strategy.solving(factor.state).items()
+                own[unit] = {name: part for name, part in found if not (name in known and known[name].is_still(part))}
         for published in self._ranks.publish(own):
             for unit, state in published.items():
                 layer, factor = self._layers[unit[0]], self._factor(unit)
@@ -223,37 +234,14 @@ class Split(Gather):
                     layer.curvature = layer.curvature.loaded(state, layer.name)
                 else:
                     factor.state.update(state)
-                    if self._is_here(unit):
+                    if self._owners[unit] == self.rank:
                         sent = factor.strategy.solving(factor.state).items()
                         self._published[unit] = {key: Noted(part) for key, part in sent if isinstance(part, Tensor)}
-
-    def _changed(self, unit: Unit) -> dict[str, Any]:
-        """Return the parts that others do not have yet: for a factor, tensors that were replaced or written to."""
-        factor = self._factor(unit)
-        if factor is None:
-            return self._layers[unit[0]].curvature.state_dict()
-        known = self._published.get(unit, {})
-        return {
-            name: part
-            for name, part in factor.strategy.solving(factor.state).items()
-            if not (isinstance(part, Tensor) and name in known and known[name].is_still(part))
-        }
-
-    def _unit(self, part: Part) -> Unit | None:
-        """Return the unit that takes a part in; None for all processes."""
-        if part.layer.strategy.reads_rows:
-            return None
-        if not isinstance(part.layer.curvature, Kronecker):
-            return self._index[part.layer], ""
-        return self._index[part.layer], SIDES[part.name]
 
     def _factor(self, unit: Unit) -> Factor | None:
         index, side = unit
         # mypy does not see that a side that is named is one of the two.
         return dict(self._layers[index].curvature.factors())[side] if side else None  # type: ignore[index]
-
-    def _is_here(self, unit: Unit) -> bool:
-        return self._owners.get(unit) == self.rank
 
 
 def replicas(
@@ -271,6 +259,11 @@ def replicas(
 
 
 def _of_terms(layer: Layer, rows: Rows, number: Tensor | float) -> Rows:
-    """Give rows the scale of so many terms, where that is told; second passes compare γ as they are."""
-    untold = not isinstance(number, Tensor) and number == 0
-    return rows if untold or layer.strategy.takes_second_pass else rows.of_loss_terms(number)
+    """Have N Σ γ γᵀ be M Σ γ γᵀ for a mean of M terms, padding or not, where M is told.
+
+    Second passes compare γ as they are.
+    """
+    if layer.strategy.takes_second_pass or (not isinstance(number, Tensor) and number == 0):
+        return rows
+    uses = rows.uses if rows.share is None else rows.uses * rows.share
+    return rows.of_terms((uses / number) ** 0.5)

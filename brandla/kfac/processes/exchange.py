@@ -35,11 +35,6 @@ class Share(NamedTuple):
         return cls(inputs, rows.gradients.shape[-2], rows.uses, rows.positions, int(refused))
 
 
-def uses_of(shares: Sequence[Share]) -> int:
-    """Return the uses of all processes."""
-    return sum(share.uses for share in shares)
-
-
 class Part(NamedTuple):
     """Inputs or output gradients of a layer: rows sent by each process, and how many are kept of all together.
 
@@ -64,15 +59,11 @@ class Part(NamedTuple):
         """Whether the rows are given by the places of their ones."""
         return self.shape.one_hot and self.name == "inputs"
 
-    def empty(self, count: int, device: torch.device) -> Tensor:
-        """Return memory for so many rows."""
+    def empty(self, count: int, device: torch.device | str) -> Tensor:
+        """Return memory for so many rows; none on the device ``"meta"``."""
         if self.is_index:
             return torch.empty(count, dtype=torch.int64, device=device)
         return torch.empty(*self.shape.groups, count, self.width, dtype=self.shape.dtype, device=device)
-
-    def outline(self, rank: int) -> Tensor:
-        """Return the rows that a process sends, without memory."""
-        return self.empty(self.sent[rank], torch.device("meta"))
 
 
 def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
@@ -83,7 +74,7 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
     curvature, shape = layer.curvature, layer.shape
     # They make W losses one, their mean: γ times 1/W for its gradients. For its curvature N Σ γ γᵀ has to be the mean
     # of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
-    world, uses = len(shares), uses_of(shares)
+    world, uses = len(shares), sum(share.uses for share in shares)
     weights = [math.sqrt(share.uses / (uses * world)) if of_terms else 1 / world for share in shares]
     # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
     by_factor = isinstance(curvature, Kronecker) and not layer.strategy.reads_rows
@@ -92,24 +83,17 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
         if (by_factor and side not in factors) or (shape.single and name == "gradients"):
             continue
         counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
+        sent, kept, draws = counts, sum(counts), 1
         if by_factor and not (shape.one_hot and name == "inputs"):
-            yield Part(layer, name, shape, *_fewer_columns(factors[side].n, counts, most), 1, weights)
-        else:
-            draws = _draws(shares, shape) if name == "gradients" or shape.single else 1
-            yield Part(layer, name, shape, counts, sum(counts), draws, weights)
-
-
-def _fewer_columns(n: int, counts: list[int], most: int | None) -> tuple[list[int], int]:
-    """Return how many columns each process sends to a factor of order n, and how many are kept of all."""
-    kept = sum(counts) if most is None else min(most, sum(counts))
-    # n columns hold all of A Aᵀ: worth finding where they are less than half.
-    sent = [min(kept, n) if count > min(kept, 2 * n) else count for count in counts]
-    return sent, sum(sent) if sum(sent) <= kept else min(kept, n)
-
-
-def _draws(shares: Sequence[Share], shape: Shape) -> int:
-    """Return how many gradients each row of inputs has; those of single layers are rows of both."""
-    return max(share.gradients // (share.uses if shape.single else share.inputs) for share in shares if share.uses)
+            n, kept = factors[side].n, kept if most is None else min(most, kept)
+            # n columns hold all of A Aᵀ: worth finding where they are less than half.
+            sent = [min(kept, n) if count > min(kept, 2 * n) else count for count in counts]
+            kept = sum(sent) if sum(sent) <= kept else min(kept, n)
+        elif name == "gradients" or shape.single:
+            # The gradients of single layers are rows of both.
+            rows = [(own.gradients, own.uses if shape.single else own.inputs) for own in shares if own.uses]
+            draws = max(gradients // inputs for gradients, inputs in rows)
+        yield Part(layer, name, shape, sent, kept, draws, weights)
 
 
 def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
@@ -128,7 +112,14 @@ def assembled(
     shares: Mapping[Layer, Sequence[Share]], parts: Sequence[Part], pieces: Sequence[list[Tensor] | None], seed: int
 ) -> dict[Layer, Rows]:
     """Return the rows of all processes as one batch; parts that did not come here have no rows."""
-    joined = {(part.layer, part.name): _joined(part, own, seed) for part, own in zip(parts, pieces, strict=True)}
+    joined: dict[tuple[Layer, Name], Tensor] = {}
+    for part, own in zip(parts, pieces, strict=True):
+        if own is None or part.is_index:
+            found = part.empty(0, part.shape.device) if own is None else torch.cat(own)
+        else:
+            by_draw = [piece.unflatten(-2, (part.draws, piece.shape[-2] // part.draws)) for piece in own]
+            found = fewer(torch.cat(by_draw, dim=-2).flatten(-3, -2), part.kept, seed)
+        joined[part.layer, part.name] = found
     rows = {}
     for layer, of_ranks in shares.items():
         shape = layer.shape
@@ -136,8 +127,8 @@ def assembled(
         inputs = joined.get((layer, "inputs"), empty)
         gradients = inputs if shape.single else joined.get((layer, "gradients"), empty)
         positions = {share.positions for share in of_ranks if share.uses}
-        position_count = positions.pop() if len(positions) == 1 else 1
-        rows[layer] = Rows(inputs, gradients, uses_of(of_ranks), position_count, shape.single)
+        position_count, uses = positions.pop() if len(positions) == 1 else 1, sum(share.uses for share in of_ranks)
+        rows[layer] = Rows(inputs, gradients, uses, position_count, shape.single)
     return rows
 
 
@@ -152,12 +143,3 @@ def fewer(rows: Tensor, count: int, seed: int) -> Tensor:
     generator = torch.Generator(rows.device).manual_seed(seed)
     svd = randomized_svd(rows.mT, count, generator=generator)
     return (svd.U * svd.S[..., None, :]).mT
-
-
-def _joined(part: Part, pieces: list[Tensor] | None, seed: int) -> Tensor:
-    if pieces is None:
-        return part.empty(0, part.shape.device)
-    if part.is_index:
-        return torch.cat(pieces)
-    by_draw = [piece.unflatten(-2, (part.draws, piece.shape[-2] // part.draws)) for piece in pieces]
-    return fewer(torch.cat(by_draw, dim=-2).flatten(-3, -2), part.kept, seed)

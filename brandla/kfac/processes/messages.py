@@ -7,12 +7,17 @@ matrices is summed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from brandla.kfac.systems.form import tensors_of
+
+_outline = partial(torch.empty_like, device="meta")
 # Tensors start at multiples of this in a buffer, so that each can be read there.
 _ALIGNMENT = 8
 
@@ -39,7 +44,7 @@ class Ranks:
     def to_all(self, own: Sequence[Tensor], outlines: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Send tensors to every process, and return those of each: contiguous, of outlines that are known to all."""
         everyone = self._gathered(self._packed([part.contiguous() for part in own], max(map(_bytes, outlines))))
-        return [_unpacked(part, those) for part, those in zip(everyone, outlines, strict=True)]
+        return list(map(_unpacked, everyone, outlines))
 
     def to_each(self, own: Sequence[Sequence[Tensor]], outlines: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Send some tensors to each process, and return those that came from each: contiguous, of known outlines."""
@@ -47,24 +52,24 @@ class Ranks:
         sizes = [_bytes(those) for those in outlines]
         received = self._buffer(sum(sizes))
         distributed.all_to_all_single(received, torch.cat(sent), sizes, [len(part) for part in sent], group=self._group)
-        return [_unpacked(part, those) for part, those in zip(received.split(sizes), outlines, strict=True)]
+        return list(map(_unpacked, received.split(sizes), outlines))
 
     def publish(self, own: dict[Any, Any]) -> list[dict[Any, Any]]:
         """Return the dicts of all processes: nested, of tensors, numbers and strings, with strides kept."""
         found: list[Any] = [None] * self.world
         distributed.all_gather_object(found, tree_map_only(Tensor, _outline, own), group=self._group)
-        buffers = [
-            self._packed(_tensors(own)) if rank == self.rank else self._buffer(_bytes(_tensors(each)))
-            for rank, each in enumerate(found)
-        ]
-        pending = [
-            distributed.broadcast(buffer, group=self._group, group_src=rank, async_op=True)
-            for rank, buffer in enumerate(buffers)
-            if len(buffer)
-        ]
+        buffers, pending = [], []
+        for rank, each in enumerate(found):
+            buffer = self._packed(tensors_of(own)) if rank == self.rank else self._buffer(_bytes(tensors_of(each)))
+            buffers.append(buffer)
+            if len(buffer):
+                pending.append(distributed.broadcast(buffer, group=self._group, group_src=rank, async_op=True))
         for work in pending:
             work.wait()
-        return [_filled(each, buffer) for each, buffer in zip(found, buffers, strict=True)]
+        parts = [_unpacked(buffer, tensors_of(each)) for buffer, each in zip(buffers, found, strict=True)]
+        arrived = chain(*parts)
+        filled: list[dict[Any, Any]] = tree_map_only(Tensor, lambda _: next(arrived), found)
+        return filled
 
     def _gathered(self, own: Tensor) -> Tensor:
         """Return the vectors of all processes as rows; torch 2.13 has another name for it than earlier versions."""
@@ -78,19 +83,9 @@ class Ranks:
 
     def _packed(self, tensors: Sequence[Tensor], size: int | None = None) -> Tensor:
         buffer = self._buffer(_bytes(tensors) if size is None else size)
-        start = 0
-        for tensor in tensors:
-            _within(buffer, start, _outline(tensor)).copy_(tensor)
-            start += _bytes([tensor])
+        for view, tensor in zip(_views(buffer, list(map(_outline, tensors))), tensors, strict=True):
+            view.copy_(tensor)
         return buffer
-
-
-def _outline(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [part for part in tree_leaves(tree) if isinstance(part, Tensor)]
 
 
 def _bytes(outline: Sequence[Tensor]) -> int:
@@ -98,21 +93,16 @@ def _bytes(outline: Sequence[Tensor]) -> int:
     return sum(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in outline)
 
 
-def _within(buffer: Tensor, start: int, outline: Tensor) -> Tensor:
-    """View the bytes of a buffer from ``start`` on as a tensor."""
-    return buffer[start : start + outline.nbytes].view(outline.dtype).as_strided(outline.shape, outline.stride())
+def _views(buffer: Tensor, outlines: Sequence[Tensor]) -> list[Tensor]:
+    """View the bytes of a buffer as tensors, one after the other."""
+    views, start = [], 0
+    for outline in outlines:
+        own = buffer[start : start + outline.nbytes].view(outline.dtype)
+        views.append(own.as_strided(outline.shape, outline.stride()))
+        start += _bytes([outline])
+    return views
 
 
 def _unpacked(buffer: Tensor, outlines: Sequence[Tensor]) -> list[Tensor]:
     """Copy the tensors out: a view would keep the buffer alive."""
-    tensors, start = [], 0
-    for outline in outlines:
-        tensors.append(_within(buffer, start, outline).clone())
-        start += _bytes([outline])
-    return tensors
-
-
-def _filled(tree: Any, buffer: Tensor) -> Any:
-    """Return nested dicts with tensors of a buffer in place of their outlines."""
-    arrived = iter(_unpacked(buffer, _tensors(tree)))
-    return tree_map_only(Tensor, lambda _: next(arrived), tree)
+    return [view.clone() for view in _views(buffer, outlines)]

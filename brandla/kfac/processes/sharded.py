@@ -29,17 +29,12 @@ def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]
     try:
         yield
         for parameter, gradient in sharded:
-            _write(gradient, parameter.grad)
+            from torch.distributed.tensor import DTensor, Replicate
+
+            # This process's part of a tensor that is the same in all: nothing is sent.
+            mesh = gradient.device_mesh
+            alike = DTensor.from_local(parameter.grad, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            gradient.to_local().copy_(alike.redistribute(placements=gradient.placements).to_local())
     finally:
         for parameter, gradient in sharded:
             parameter.grad = gradient
-
-
-def _write(gradient: Any, whole: Tensor) -> None:
-    """Copy this process's part of a tensor that is the same in all; nothing is sent."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = gradient.device_mesh
-    everywhere_alike = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    own = everywhere_alike.redistribute(placements=gradient.placements)
-    gradient.to_local().copy_(own.to_local())

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype, own_forward
+from brandla.kfac.capture.kinds.kind import Kind, Uses, full_dtype
 
 
 class ConvKind(Kind):
@@ -19,11 +19,6 @@ class ConvKind(Kind):
     """
 
     types: ClassVar[tuple[type[Any], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-    @classmethod
-    def left(cls, module: Any) -> str:
-        """Say so where what the forward pass calls is not the type's own."""
-        return own_forward(module, *cls.types, method="_conv_forward")
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
@@ -43,25 +38,31 @@ class ConvKind(Kind):
             return f"its input has {inputs.ndim} dimensions and its output {output.ndim}; a batch has {batched}"
         return ""
 
-    def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Unfold the input: samples, positions and windows."""
-        windows = self.padded(self._batch(inputs), self._batch(gradient).shape[2:])
-        for dim, (size, stride, dilation) in enumerate(self.steps, start=2):
-            windows = _windows(windows, dim, size, stride, dilation)
-        count = len(self.steps)
-        # (samples, groups, channels, *positions, *window), up to here a view of the input
-        split = windows.unflatten(1, (self.module.groups, -1))
-        rows = split.movedim(1, 0).movedim(2, 2 + count).flatten(2, 1 + count).flatten(3)
-        return Uses(self._in_groups(rows), self._output_rows(gradient))
+    def uses(self, inputs: Tensor, gradient: Tensor, *, reduce: bool = False) -> Uses:
+        """Unfold the input: samples, positions and windows; or, to ``reduce``, the mean of the windows."""
+        # One sample is a batch of one.
+        inputs, gradient = (part if part.ndim == self.weight.ndim else part[None] for part in (inputs, gradient))
+        windows, dim, groups = self.padded(inputs, gradient.shape[2:]), 2, self.module.groups
+        for size, stride, dilation in self.steps:
+            # The windows at the positions of a dimension are the last one, up to here a view of the input.
+            windows = windows.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+            if reduce:
+                windows = windows.mean(dim, dtype=full_dtype(inputs))
+            else:
+                dim += 1
+        # (groups, samples, channels, *positions, *window), and (groups, samples, positions, channels) of outputs
+        split = windows.unflatten(1, (groups, -1)).movedim(1, 0)
+        gradients = gradient.flatten(2).unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
+        if reduce:
+            rows = split.flatten(2).unsqueeze(2)
+            gradients = gradients.sum(-2, keepdim=True, dtype=full_dtype(gradient))
+        else:
+            rows = split.movedim(2, dim).flatten(2, dim - 1).flatten(3)
+        return Uses(rows, gradients) if groups > 1 else Uses(rows[0], gradients[0])
 
     def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Average the windows over the positions: (samples, 1, window). No window is stored."""
-        means = self.padded(self._batch(inputs), self._batch(gradient).shape[2:])
-        for size, stride, dilation in self.steps:
-            means = _windows(means, 2, size, stride, dilation).mean(2, dtype=full_dtype(inputs))
-        rows = means.unflatten(1, (self.module.groups, -1)).flatten(2).movedim(1, 0).unsqueeze(2)
-        gradients = self._output_rows(gradient)
-        return Uses(self._in_groups(rows), gradients.sum(-2, keepdim=True, dtype=full_dtype(gradient)))
+        """Average the windows over the positions: (samples, 1, window)."""
+        return self.uses(inputs, gradient, reduce=True)
 
     def padded(self, batch: Tensor, positions: torch.Size) -> Tensor:
         """Return the input as the kernel runs over it, to make an output of so many positions."""
@@ -74,18 +75,6 @@ class ConvKind(Kind):
             pairs = [(0, 0)] * len(self.steps) if padding == "valid" else [(width, width) for width in padding]
         pads = [width for pair in reversed(pairs) for width in pair]
         return nn.functional.pad(batch, pads, mode="constant" if mode == "zeros" else mode)
-
-    def _batch(self, part: Tensor) -> Tensor:
-        """One sample is a batch of one."""
-        return part if part.ndim == self.weight.ndim else part[None]
-
-    def _output_rows(self, gradient: Tensor) -> Tensor:
-        """Arrange (samples, channels, *positions) as (groups, samples, positions, channels of a group)."""
-        by_group = self._batch(gradient).flatten(2).unflatten(1, (self.module.groups, -1))
-        return self._in_groups(by_group.permute(1, 0, 3, 2))
-
-    def _in_groups(self, rows: Tensor) -> Tensor:
-        return rows if self.module.groups > 1 else rows[0]
 
 
 class ConvTransposeKind(ConvKind):
@@ -133,8 +122,3 @@ class ConvTransposeKind(ConvKind):
 
 def _mirrored(weight: Tensor) -> Tensor:
     return weight.flip(list(range(2, weight.ndim)))
-
-
-def _windows(part: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
-    """View ``dim`` as positions, with the window of each as the last dimension."""
-    return part.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]

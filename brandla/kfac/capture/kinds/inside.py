@@ -57,7 +57,7 @@ def used_inside(module: nn.Module) -> list[Kind] | str | None:
         turned = bool(getattr(module, "is_transposed", False))
         return [InsideKind(forward, name, index=i, transposed=turned) for name in cubes for i in range(count)]
     uses = _uses(module, random_parts(module))
-    kinds = [InsideKind(forward, use.view.name, use.bias, transposed=use.view.is_transposed) for use in uses]
+    kinds = [InsideKind(forward, use.name, use.bias, transposed=use.is_transposed) for use in uses]
     return [*kinds] if kinds else None
 
 
@@ -74,12 +74,12 @@ class InsideForward(OwnForward):
             return type(module).forward(module, *args, **kwargs)
 
     def _used(self, use: _Use, output: Tensor) -> Tensor:
-        name, weight = use.view.name, use.view.weight
-        if weight.ndim == 3 and use.view.place is None and use.offsets is None and output.ndim != 3:
+        name, weight = use.name, use.weight
+        if weight.ndim == 3 and use.place is None and use.offsets is None and output.ndim != 3:
             return output
         self.seen.add(name)
-        if weight.ndim < 3 or use.view.place is not None:
-            part = name if use.view.place is None else f"{name}.{use.view.place}"
+        if weight.ndim < 3 or use.place is not None:
+            part = name if use.place is None else f"{name}.{use.place}"
             return self._told(part, use, use.inputs, output)
         if use.offsets is None:
             inputs, outputs, join = use.inputs.expand(*output.shape[:-1], -1).unbind(), output.unbind(), torch.stack
@@ -92,14 +92,15 @@ class InsideForward(OwnForward):
 
     def _told(self, part: str, use: _Use, inputs: Tensor, output: Tensor) -> Tensor:
         for kind, _, _ in self.attached.get(part, ()):
-            kind.transposed = use.view.is_transposed
+            kind.transposed = use.is_transposed
         return self.recorded(part, inputs, output) if output.numel() else output
 
 
-class _View(NamedTuple):
+class _Use(NamedTuple):
     """A parameter as it is multiplied with: whole, one of several weights, and as x weight in place of x weightᵀ.
 
-    Its ``tensor`` is kept, so that no other can get the identity of that.
+    Its ``tensor`` is kept, so that no other can get the identity of that. In a product ``offsets`` say where the rows
+    of each of several weights end.
     """
 
     name: str
@@ -107,13 +108,7 @@ class _View(NamedTuple):
     tensor: Tensor
     place: int | None = None
     is_transposed: bool = False
-
-
-class _Use(NamedTuple):
-    """A product with a parameter. ``offsets`` say where the rows of each of several weights end."""
-
-    view: _View
-    inputs: Tensor
+    inputs: Any = None
     bias: str = ""
     offsets: Tensor | None = None
 
@@ -123,7 +118,7 @@ class _Products(TorchFunctionMode):
 
     def __init__(self, parts: dict[str, Tensor], tell: Callable[[_Use, Tensor], Tensor]) -> None:
         super().__init__()
-        self._views = {id(part): _View(name, part, part) for name, part in parts.items()}
+        self._views = {id(part): _Use(name, part, part) for name, part in parts.items()}
         self._tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,7 +130,7 @@ class _Products(TorchFunctionMode):
         use = self._use(func, args, kwargs or {})
         return output if use is None else self._tell(use, output)
 
-    def _made(self, func: Any, args: Any, output: Any) -> _View | None:
+    def _made(self, func: Any, args: Any, output: Any) -> _Use | None:
         """Return the view of a parameter that an operation has made."""
         view = self._views.get(id(args[0])) if args else None
         if view is None:
@@ -164,8 +159,8 @@ class _Products(TorchFunctionMode):
         if view is None:
             return None
         offsets = kwargs.get("offs", args[2] if len(args) > 2 else None) if func in _GROUPED else None
-        view = view._replace(is_transposed=view.is_transposed != turned)
-        return _Use(view, inputs, "" if known is None else known.name, offsets)
+        bias_name = "" if known is None else known.name
+        return view._replace(is_transposed=view.is_transposed != turned, inputs=inputs, bias=bias_name, offsets=offsets)
 
 
 def _uses(module: nn.Module, parts: dict[str, Tensor]) -> list[_Use]:
@@ -173,7 +168,7 @@ def _uses(module: nn.Module, parts: dict[str, Tensor]) -> list[_Use]:
     found: dict[str, _Use] = {}
 
     def note(use: _Use, output: Tensor) -> Tensor:
-        found.setdefault(use.view.name, use)
+        found.setdefault(use.name, use)
         return output
 
     for d_in in {length: None for part in parts.values() if part.ndim == 2 for length in part.shape}:

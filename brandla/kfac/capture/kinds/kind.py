@@ -132,25 +132,8 @@ class Kind:
             uses.gradients.sum(-2, keepdim=True, dtype=full_dtype(uses.gradients)),
         )
 
-    def fitting(self, valid: Tensor, inputs: Tensor, gradient: Tensor, *, batch_first: bool) -> Tensor | None:
-        """Return the mask (samples, positions) for a call with samples first; None where the call is of another shape.
-
-        A call may have all positions of all samples in one dimension, in an order that ``batch_first`` tells; then each
-        of them is a sample.
-        """
-        if not (self.may_lead or self.positions_first):
-            return None
-        if inputs.shape[:2] == gradient.shape[:2] == valid.shape and gradient.ndim > 2:
-            return valid
-        if inputs.shape[:1] == gradient.shape[:1] == (valid.numel(),) and gradient.ndim == 2:
-            return (valid if batch_first else valid.T).reshape(-1, 1)
-        return None
-
-    def uses_where(self, valid: Tensor, inputs: Tensor, gradient: Tensor, *, reduce: bool) -> tuple[Uses, Tensor]:
-        """Return `uses` with those of other positions all 0, and a mask (samples, positions) of the ``valid`` ones.
-
-        ``reduce`` averages and sums over the positions of a sample that have data, where the kind does.
-        """
+    def uses_where(self, valid: Tensor, inputs: Tensor, gradient: Tensor) -> tuple[Uses, Tensor]:
+        """Return `uses` with those of other positions all 0, and a mask (samples, positions) of the ``valid`` ones."""
         if self.single:
             leading = valid.reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
             gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
@@ -163,12 +146,7 @@ class Kind:
             return Uses(found.inputs.masked_fill(empty, -1), gradients), valid
         # The bias's 1 is one of the inputs.
         ones = torch.ones_like(found.inputs[..., :1]) if found.ones is None else found.ones
-        cleared = found.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)
-        if not reduce or self.turned:
-            return Uses(*cleared), valid
-        counts = valid.sum(-1)[..., None, None]
-        inputs, gradients, ones = (part.sum(-2, keepdim=True, dtype=full_dtype(part)) for part in cleared)
-        return Uses(inputs / counts.clamp_min(1), gradients, ones / counts.clamp_min(1)), counts[..., 0] > 0
+        return Uses(found.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)), valid
 
     def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
         """Have ``record`` called at each use, or where it ``is_wanted`` alone; return handles with ``remove()``."""
@@ -190,8 +168,7 @@ class Kind:
     def knowing(self, **parts: Any) -> Self:
         """Return the kind of one call, with what is known of that call alone."""
         own = copy(self)
-        for name, part in parts.items():
-            setattr(own, name, part)
+        vars(own).update(parts)
         return own
 
     def refusal(self, inputs: Any, output: Any) -> str:
@@ -244,11 +221,14 @@ def _nothing(*_: Any) -> None:
 COMPUTED = "its weight is computed from other parameters"
 
 
-def own_forward(module: nn.Module, *types: type[nn.Module], method: str = "forward") -> str:
+def own_forward(module: nn.Module, *types: type[nn.Module]) -> str:
     """Say so where the forward pass of a module is not that of one of these types: a subclass may have its own."""
     own = type(module)
-    if any(issubclass(own, kind) and getattr(own, method, None) is getattr(kind, method, None) for kind in types):
-        return ""
+    for kind in types:
+        # What a convolution's forward pass calls may be a subclass's own, too.
+        parts = [(getattr(own, name, None), getattr(kind, name, None)) for name in ("forward", "_conv_forward")]
+        if issubclass(own, kind) and all(one is other for one, other in parts):
+            return ""
     return f"{own.__name__} has a forward pass of its own"
 
 

@@ -89,9 +89,7 @@ class ScaleKind(NormKind):
     x̂ is what the module itself gives with weights 1, less what it gives with weights 0.
     """
 
-    def __init__(self, module: nn.Module, weight: str, bias: str) -> None:
-        super().__init__(module, weight, bias)
-        self.may_lead = True
+    may_lead = True
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         if output.shape != inputs.shape or inputs.shape[-1:] != self.weight.shape:
@@ -131,19 +129,22 @@ def find_like(module: nn.Module, name: str, bias_name: str) -> str | None:
     """Say which map of its last dimension a module computes with its weight and bias; None if none that is known."""
     parts = random_parts(module)
     weight, bias = parts[name], parts.get(bias_name)
-    if weight.ndim == 1 and weight.numel() > 1:
-        inputs = _inputs(weight)
-        unit, none = unit_and_zero(module, name, inputs)
-        if not isinstance(unit, Tensor) or not isinstance(none, Tensor) or torch.equal(unit, none):
-            return None
-        # w x̂ + c + b, with x̂ and c that depend on the input alone.
-        return "scale" if _is(run(module, parts, inputs), (unit - none) * weight + none, bias) else None
-    if weight.ndim != 2:
-        return None
-    for like, matrix in (("linear", weight.mT), ("transposed", weight)):
-        inputs = _inputs(matrix[:, 0])
-        if _is(run(module, parts, inputs), inputs @ matrix, bias):
-            return like
+    # Two dimensions before that of the features: a module that takes another one for them does not get through.
+    tried = [random((2, 3, length), weight.device) for length in weight.shape]
+    known: list[tuple[str, Tensor, Tensor]] = []
+    if weight.ndim == 2:
+        known = [("linear", tried[1], tried[1] @ weight.mT), ("transposed", tried[0], tried[0] @ weight)]
+    elif weight.ndim == 1 and weight.numel() > 1:
+        unit, none = unit_and_zero(module, name, tried[0])
+        if isinstance(unit, Tensor) and isinstance(none, Tensor) and not torch.equal(unit, none):
+            # w x̂ + c + b, with x̂ and c that depend on the input alone.
+            known = [("scale", tried[0], (unit - none) * weight + none)]
+    for like, inputs, product in known:
+        if bias is None or bias.shape == product.shape[-1:]:
+            output, expected = run(module, parts, inputs), product if bias is None else product + bias
+            is_shaped = isinstance(output, Tensor) and output.shape == expected.shape
+            if is_shaped and torch.allclose(output.to(expected.dtype), expected, rtol=1e-4, atol=1e-4):
+                return like
     return None
 
 
@@ -158,19 +159,6 @@ def unit_and_zero(module: nn.Module, name: str, inputs: Tensor) -> tuple[Any, An
     zeros = {key: inputs.new_zeros(part.shape) for key, part in module._parameters.items() if part is not None}
     ones = torch.ones_like(zeros[name])
     return run(module, {**zeros, name: ones}, inputs), run(module, zeros, inputs)
-
-
-def _is(output: Any, product: Tensor, bias: Tensor | None) -> bool:
-    if not isinstance(output, Tensor) or (bias is not None and bias.shape != product.shape[-1:]):
-        return False
-    expected = product if bias is None else product + bias
-    same = output.shape == expected.shape
-    return same and torch.allclose(output.to(expected.dtype), expected, rtol=1e-4, atol=1e-4)
-
-
-def _inputs(like: Tensor) -> Tensor:
-    """Return (2, 3, d): a module that takes another dimension for the features does not get through."""
-    return random((2, 3, len(like)), like.device)
 
 
 def random(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -135,11 +135,10 @@ class BagKind(EmbeddingKind):
         else:
             places = torch.arange(len(indices), device=inputs.device, dtype=self._offsets.dtype)
             of_index = torch.searchsorted(self._offsets, places, right=True) - 1
-        is_entry = torch.ones_like(indices, dtype=torch.bool)
-        if self.module.padding_idx is not None:
-            is_entry = indices != self.module.padding_idx
-        gradients = gradient[of_index] * is_entry[:, None]
+        gradients = gradient[of_index]
         if self.module.mode == "mean":
-            lengths = gradient.new_zeros(len(gradient)).index_add_(0, of_index, is_entry.to(gradient.dtype))
+            padding = -1 if self.module.padding_idx is None else self.module.padding_idx
+            is_entry = (indices != padding).to(gradient.dtype)
+            lengths = gradient.new_zeros(len(gradient)).index_add_(0, of_index, is_entry)
             gradients = gradients / lengths.clamp_min(1)[of_index, None]
-        return Uses(torch.where(is_entry, indices, -1)[:, None, None], gradients[:, None])
+        return super().uses(indices, gradients)

@@ -29,7 +29,7 @@ class NormKind(Kind):
     def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
         super().__init__(module, weight, bias)
         # Whether the channels are the last dimensions.
-        self.may_lead = isinstance(module, _LAST)
+        self.may_lead = self.may_lead or isinstance(module, _LAST)
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from types import FunctionType
 from typing import Any, Self
 
@@ -42,13 +41,13 @@ class OwnForward:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's."""
         is_hidden = torch.compiler.is_compiling() and not self.compiles
-        run = type(self.module).forward if is_hidden or not self.is_watched() else self.in_sight
+        is_watched = not is_hidden and any(self.is_watched(part) for part in self.attached)
+        run = self.in_sight if is_watched else type(self.module).forward
         return run(self.module, *args, **kwargs)
 
-    def is_watched(self, part: str | None = None) -> bool:
-        """Say whether anybody wants the calls of a weight now, or those of any."""
-        attached = chain(*self.attached.values()) if part is None else self.attached.get(part, ())
-        return any(is_wanted() for _, _, is_wanted in attached)
+    def is_watched(self, part: str) -> bool:
+        """Say whether anybody wants the calls of a weight now."""
+        return any(is_wanted() for _, _, is_wanted in self.attached.get(part, ()))
 
     def recorded(self, part: str, inputs: Tensor, output: Tensor, valid: Tensor | None = None) -> Tensor:
         """Report one use of a weight, of positions some of which may be padding; return its output to go on with."""

@@ -52,7 +52,8 @@ def unrolled(module: nn.Module) -> list[Kind] | str:
     layer: Any = module
     if getattr(layer, "proj_size", 0):
         return "its outputs are projected (proj_size)"
-    names = [f"{of}_l{index}{way}" for index in range(layer.num_layers) for way in _ways(layer) for of in ("ih", "hh")]
+    ways = ["", "_reverse"][: 1 + layer.bidirectional]
+    names = [f"{of}_l{index}{way}" for index in range(layer.num_layers) for way in ways for of in ("ih", "hh")]
     reason = why_left(module, *(f"weight_{name}" for name in names))
     return reason or [RecurrentKind(forward, f"weight_{name}", f"bias_{name}" if layer.bias else "") for name in names]
 
@@ -94,7 +95,7 @@ class RecurrentForward(OwnForward):
 
     def _through(self, cell: _Cell, steps: Tensor, hx: Any, valid: Tensor | None = None) -> list[Tensor]:
         """Run (time steps, samples, d) through all layers; return their output, and the last states of each."""
-        layer, ways = self.module, _ways(self.module)
+        layer, ways = self.module, ["", "_reverse"][: 1 + self.module.bidirectional]
         h, c = hx if isinstance(layer, nn.LSTM) else (hx, hx)
         states = zip(h.unbind(), c.unbind(), strict=True)
         ended: list[_State] = []
@@ -136,10 +137,6 @@ class RecurrentForward(OwnForward):
         return torch.stack(after), state
 
 
-def _ways(layer: Any) -> list[str]:
-    return ["", "_reverse"] if layer.bidirectional else [""]
-
-
 def _lstm(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     taken, kept, new, shown = (made + hidden).chunk(4, -1)
     c = kept.sigmoid() * c + taken.sigmoid() * new.tanh()
@@ -153,15 +150,10 @@ def _gru(made: Tensor, hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Te
     return (1 - kept) * new + kept * h, c
 
 
-def _rnn(activation: Callable[[Tensor], Tensor], *of_call: Tensor) -> tuple[Tensor, Tensor]:
-    made, hidden, _, c = of_call
-    return activation(made + hidden), c
-
-
 # By torch's names: what makes the next h and c of the products with the input and with h, and of h and c.
 _CELLS: dict[str, _Cell] = {
     "lstm": _lstm,
     "gru": _gru,
-    "rnn_tanh": partial(_rnn, torch.tanh),
-    "rnn_relu": partial(_rnn, torch.relu),
+    "rnn_tanh": lambda made, hidden, _, c: ((made + hidden).tanh(), c),
+    "rnn_relu": lambda made, hidden, _, c: ((made + hidden).relu(), c),
 }
