@@ -24,9 +24,14 @@ _SMALL = 64
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return all eigenpairs of a small positive semi-definite matrix, by `leading`, in its own precision by default."""
     dtype = dtype or core.dtype
-    if _is_plain(core, torch.finfo(dtype)):
-        values, vectors = _eigh_with_retry(core.to(dtype))
-        return values.flip(-1).clamp_min(0), vectors.flip(-1)
+    if core.numel() and ops.reads_are_free(core) and not core.requires_grad:
+        limits = torch.finfo(dtype)
+        least, most = (extreme.item() for extreme in core.diagonal(dim1=-2, dim2=-1).aminmax())
+        in_range = least * limits.eps >= limits.tiny and most <= limits.max * limits.eps
+        # It is finite and well in range, and no coordinate of it is empty.
+        if in_range and math.isfinite(core.sum().item()):
+            values, vectors = _eigh_with_retry(core.to(dtype))
+            return values.flip(-1).clamp_min(0), vectors.flip(-1)
     return leading(core, core.shape[-1], dtype)
 
 
@@ -162,11 +167,17 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     left = left * (clean.abs().amax(-1) > 0)[..., :, None]
     right = right.mT * (clean.abs().amax(-2) > 0)[..., :, None]
     # A vector of an empty coordinate has no value, even where rounding of the others is above the threshold.
-    alive = (values > 4 * torch.finfo(dtype).eps * values[..., :1]) & _has_length(left) & _has_length(right)
-    left = _orthonormal_again(left * alive[..., None, :])
-    right = _orthonormal_again(right * alive[..., None, :])
+    alive = values > 4 * torch.finfo(dtype).eps * values[..., :1]
+    alive = alive & (left.square().sum(-2) > 0.5) & (right.square().sum(-2) > 0.5)
     poison = torch.where(finite, 0, math.nan)[..., None]
-    return left + poison[..., None], values * scale * alive + poison, right + poison[..., None]
+
+    def orthonormal(vectors: Tensor) -> Tensor:
+        # They were unit vectors before the rows of empty coordinates were cleared.
+        kept = vectors * alive[..., None, :]
+        transform, _ = ops.cholesky_inverse_core(kept.mT @ kept, alive.to(kept.dtype), 0.25)
+        return kept @ transform + poison[..., None]
+
+    return orthonormal(left), values * scale * alive + poison, orthonormal(right)
 
 
 def largest_eigenvalue(core: Tensor) -> Tensor:
@@ -241,24 +252,3 @@ class _Eigh(torch.autograd.Function):
         inner.diagonal(dim1=-2, dim2=-1).copy_(of_values)
         of_matrix: Tensor = vectors @ inner @ vectors.mT
         return of_matrix
-
-
-def _is_plain(core: Tensor, limits: torch.finfo) -> bool:
-    """Say, if a look is free, whether a matrix is finite and well in range, and no coordinate of it is empty."""
-    if not ops.reads_are_free(core) or core.requires_grad or not core.numel():
-        return False
-    least, most = (extreme.item() for extreme in core.diagonal(dim1=-2, dim2=-1).aminmax())
-    in_range = least * limits.eps >= limits.tiny and most <= limits.max * limits.eps
-    return in_range and math.isfinite(core.sum().item())
-
-
-def _has_length(vectors: Tensor) -> Tensor:
-    """Say which columns kept more than half of their squared length."""
-    return vectors.square().sum(-2) > 0.5
-
-
-def _orthonormal_again(vectors: Tensor) -> Tensor:
-    """Orthonormalise what clearing the rows of empty coordinates left of unit vectors, or of zero ones."""
-    inner = vectors.mT @ vectors
-    transform, _ = ops.cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
-    return vectors @ transform

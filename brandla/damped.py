@@ -13,15 +13,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import (
-    LowRank,
-    Number,
-    Side,
-    Tail,
-    check_exponent,
-    check_side,
-    join,
-)
+from brandla._shifted import LowRank, Number, Side, Tail, check_exponent, check_side, join
 from brandla_kernels import Tall
 
 __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
@@ -156,7 +148,11 @@ def damped_logdet(
     >>> brandla.damped_logdet(factor, damping=1.0).exp()
     tensor(4.)
     """
-    return check_logdet("damped_logdet", lowrank, damping, tail=tail, diagonal=diagonal).logdet()
+    return check_side("damped_logdet", lowrank, damping, tail, diagonal=diagonal).logdet()
+
+
+# What `damped_logdet` takes, as `brandla.grouped` checks it.
+check_logdet = check_side
 
 
 class Solve(NamedTuple):
@@ -208,7 +204,7 @@ def check_solve(
     diagonal: Tensor | None = None,
 ) -> Solve:
     """Check what every damped application takes."""
-    side = check_side(function, lowrank, damping, tail)
+    side = check_side(function, lowrank, damping, tail, diagonal=diagonal)
     block, basis = side.data(function, "rhs", rhs, "lowrank"), side.basis
     n = side.rows.count(basis)
     vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == (*basis.shape[:-2], n))
@@ -216,26 +212,4 @@ def check_solve(
     if rhs.ndim == 0 or block.shape[-2] != n:
         _check.fail_value(function, f"rhs must have n = {n} rows, as lowrank does; got shape {tuple(rhs.shape)}")
     block = side.here(function, "rhs", block)
-    exponent = check_exponent(function, exponent)
-    return Solve(_with_diagonal(function, side, diagonal), block, vector, exponent)
-
-
-def check_logdet(function: str, lowrank: LowRank, damping: Number, *, tail: Tail, diagonal: Tensor | None) -> Side:
-    """Check the arguments of `damped_logdet`."""
-    return _with_diagonal(function, check_side(function, lowrank, damping, tail), diagonal)
-
-
-def _with_diagonal(function: str, side: Side, diagonal: Tensor | None) -> Side:
-    """Check δ if there is one, and return the side with it, in the batch shape of the factor."""
-    if diagonal is None:
-        return side
-    if side.rows is not WHOLE:
-        rule = "diagonal must be None where the factor is sharded on its rows"
-        _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")
-    basis, diagonal = side.basis, side.data(function, "diagonal", diagonal, "lowrank")
-    if diagonal.shape not in (basis.shape[-2:-1], basis.shape[:-1]):
-        rule = f"diagonal must have shape ({basis.shape[-2]},) or {tuple(basis.shape[:-1])}, the batch shape and n"
-        _check.fail_value(function, f"{rule}; got {tuple(diagonal.shape)}")
-    # Each entry is a number beside a row of the basis.
-    _check.scalar(function, "diagonal", diagonal, "the factor", basis[..., None])
-    return side._replace(diagonal=diagonal.expand(basis.shape[:-1]))
+    return Solve(side, block, vector, check_exponent(function, exponent))

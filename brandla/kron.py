@@ -202,11 +202,10 @@ class Kron(NamedTuple):
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
     """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
     lefts, rights, data = zip(*problems, strict=True)
-    of_list = Kron(join(lefts), join(rights), list(data))
-    if isinstance(data[0], Tensor):
-        return list(of_list.solution())
-    pairs = tuple(map(list, zip(*data, strict=True)))
-    return list(zip(*of_list._replace(data=pairs).solution(), strict=True))
+    pairs = isinstance(data[0], tuple)
+    of_list: Any = tuple(map(list, zip(*data, strict=True))) if pairs else list(data)
+    solution = Kron(join(lefts), join(rights), of_list).solution()
+    return list(zip(*solution, strict=True)) if pairs else list(solution)
 
 
 class Joint(NamedTuple):
@@ -257,29 +256,14 @@ class Power(NamedTuple):
 
     def result(self) -> Tensor:
         """Apply the power."""
-        (in_both, in_left, in_right, scale), left, right = self._coefficients()
+        (in_both, in_left, in_right, scale), left, right = self.coefficients()
         u, v, w = aligned(left, right, self.matrix)
         projected = u.mT @ w
         rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
         columns = (w @ v) * in_right[..., None, :]
         return scaled_sum(scale.expand(w.shape[:-2]), w, torch.cat([u, columns], -1), torch.cat([rows, v.mT], -2))
 
-    def results(self) -> Sequence[Tensor]:
-        """Apply the power of each pair of a list, in launches for all of them; V and products are padded."""
-        (in_both, in_left, in_right, scale), left, right = self._coefficients()
-        scale = scale.expand(len(left))
-        turned = _padded(right)
-        columns = times(self.matrix, turned)
-        inner = in_both * ops.project(left, columns)
-        columns = ops.rotate(left, columns, inner, torch.diag_embed(in_right))
-        beside = times(columns, scale[:, None, None] * turned.mT)
-        applied: Any = ops.damped_apply(left, in_left, scale, self.matrix)
-        summed: Sequence[Tensor] = torch._foreach_add(
-            applied, [own[:, : len(each)] for own, each in zip(beside, right, strict=True)]
-        )
-        return summed
-
-    def _coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
+    def coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
         """Return z, z_U, z_V and β, and U and V."""
         (left, of_left), (right, of_right) = self.joint.left.spanned(), self.joint.right.spanned()
         parts = self.joint.parts(*of_left, *of_right)
@@ -292,17 +276,24 @@ class Power(NamedTuple):
 
 
 def powers_together(problems: Sequence[Power]) -> Sequence[Tensor]:
-    """Apply powers of one exponent, of factors of one kind and rank each, to one W each."""
+    """Apply powers of one exponent, of factors of one kind and rank each, to one W each.
+
+    In launches for all of them: V and products are stacked, with rows of zeros below the shorter ones.
+    """
+    matrices: Any = [problem.matrix for problem in problems]
     joint = _joined([problem.joint for problem in problems])
-    return Power(joint, [problem.matrix for problem in problems], problems[0].exponent).results()
-
-
-def _padded(matrices: Sequence[Tensor]) -> Tensor:
-    """Stack tall matrices of one width, with rows of zeros below the shorter ones."""
-    if len({len(matrix) for matrix in matrices}) == 1:
-        return torch.stack(list(matrices))
-    padded: Tensor = pad_sequence(list(matrices), batch_first=True)
-    return padded
+    (in_both, in_left, in_right, scale), left, right = Power(joint, matrices, problems[0].exponent).coefficients()
+    scale = scale.expand(len(left))
+    one_size = len({len(basis) for basis in right}) == 1
+    turned = torch.stack(list(right)) if one_size else pad_sequence(list(right), batch_first=True)
+    columns = times(matrices, turned)
+    inner = in_both * ops.project(left, columns)
+    columns = ops.rotate(left, columns, inner, torch.diag_embed(in_right))
+    beside = times(columns, scale[:, None, None] * turned.mT)
+    applied: Any = ops.damped_apply(left, in_left, scale, matrices)
+    cut = [own[:, : len(each)] for own, each in zip(beside, right, strict=True)]
+    summed: Sequence[Tensor] = torch._foreach_add(applied, cut)
+    return summed
 
 
 def check_kron(
