@@ -26,12 +26,9 @@ Result = TypeVar("Result")
 def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Make the calls of the decorated function named ranges.
 
-    Parameters
-    ----------
-    sizes
-        For each of the first arguments, the letters of its shape, such as ``"n,r"``: the shape of a tensor, of the
-        basis of a symmetric factor, (m, r, n) of an SVD, or one letter for a number. Dimensions before them are those
-        of a batch. Of a list of arguments, the largest sizes are shown.
+    ``sizes`` are, for each of the first arguments, the letters of its shape, such as ``"n,r"``: the shape of a tensor,
+    of the basis of a symmetric factor, (m, r, n) of an SVD, or one letter for a number. Dimensions before them are
+    those of a batch. Of a list of arguments, the largest sizes are shown.
     """
     letters = [each.split(",") for each in sizes]
 

@@ -66,28 +66,6 @@ def aligned(*operands: Shifted | Inverse | Tall) -> list[Any]:
     return [part.expand(*batch, *part.shape[group[0].ndim - 2 :]) for group in groups for part in group]
 
 
-class Woodbury(NamedTuple):
-    """D + B C Bᵀ in the coordinates D^½ x: I + B̂ C B̂ᵀ with B̂ = D^−½ B, and its core K = I + B̂ᵀB̂ C."""
-
-    diagonal: Tensor  # D: (..., n)
-    basis: Tensor  # B̂: (..., n, r)
-    weights: Tensor  # C: (..., r, r)
-    core: Tensor  # K: (..., r, r)
-
-    def solve(self, rhs: Tensor) -> Tensor:
-        """Return (D + B C Bᵀ)⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
-        lengths = self.diagonal.rsqrt()[..., None]
-        middle, _ = torch.linalg.solve_ex(self.core, self.weights, left=False)
-        one = self.diagonal.new_ones(()).expand(self.basis.shape[:-2])
-        solution: Tensor = Shifted(self.basis, -middle, one) @ (lengths * rhs)
-        return lengths * solution
-
-    def logdet(self) -> Tensor:
-        """Return log det D + log det K."""
-        of_core: Tensor = torch.linalg.slogdet(self.core).logabsdet
-        return self.diagonal.log().sum(-1) + of_core
-
-
 class Side(NamedTuple):
     """A factor and its shift: of one factor, of a batch, or of a list, whose small parts are a list or `stacked`."""
 
@@ -147,7 +125,8 @@ class Side(NamedTuple):
     def logdet(self) -> Tensor:
         """Return the log-determinant, the same in every process."""
         if self.diagonal is not None:
-            return self.beside(self.diagonal).logdet()
+            whole, _, _, core = self._beside(self.diagonal)
+            return whole.log().sum(-1) + torch.linalg.slogdet(core).logabsdet
         values, tail = self.counted(needed=False)
         if values is None:
             held = 2 * ops.damped_cholesky(self.small, self.damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -199,8 +178,20 @@ class Side(NamedTuple):
         turn = torch.where(gone[..., None, :], 0, turn * torch.where(gone, 1, values).rsqrt()[..., None, :])
         return times(self.basis, turn), (torch.where(gone, over(tail), values), tail)
 
-    def beside(self, diagonal: Tensor) -> Woodbury:
-        """Return the operator with diag(δ) added: D = λ + τ + δ, and C = diag(d − τ), of a root divided by d."""
+    def solve_beside(self, diagonal: Tensor, rhs: Tensor) -> Tensor:
+        """Return (M̂ + τ(I − P) + λI + diag(δ))⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
+        whole, scaled, weights, core = self._beside(diagonal)
+        lengths = whole.rsqrt()[..., None]
+        middle, _ = torch.linalg.solve_ex(core, weights, left=False)
+        one = whole.new_ones(()).expand(scaled.shape[:-2])
+        solution: Tensor = Shifted(scaled, -middle, one) @ (lengths * rhs)
+        return lengths * solution
+
+    def _beside(self, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return D, B̂ = D^−½ B, C and the core K = I + B̂ᵀB̂ C of the operator with diag(δ) added, D + B C Bᵀ.
+
+        Here D = λ + τ + δ, and C = diag(d − τ), of a root divided by d.
+        """
         basis, (levels, tail) = self.basis, self._levels()
         if levels is None:
             weights = torch.ones_like(self.small[..., 0])
@@ -210,7 +201,7 @@ class Side(NamedTuple):
         whole = over(tail + self.damping) + diagonal
         scaled = whole.rsqrt()[..., None] * basis
         identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
-        return Woodbury(whole, scaled, weights, identity + ops.project(scaled, scaled) @ weights)
+        return whole, scaled, weights, identity + ops.project(scaled, scaled) @ weights
 
     def _missing(self, values: Tensor, tail: Number) -> Tensor:
         """Return τ − d; of a root min(τ − d, 0)/d."""

@@ -52,13 +52,11 @@ def eigh_update(
 
     Notes
     -----
-    This is the update of `brandla.root_update` with F = U √d, scaled to unit columns. A polish makes U orthonormal
-    again, so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of
-    that norm is at most 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they
-    become 0, with zero columns. The result never exceeds the true matrix: 0 ⪯ M̂ ⪯ M up to rounding. The
-    eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
-    DTensors sharded on their rows: ``docs/sharded.md``. The derivative by A is right from zeros too, and for columns
-    that depend on one another. The derivative by eigenvalues that are 0 is NaN.
+    0 ⪯ M̂ ⪯ M up to rounding, and ‖UᵀU − I‖₂ is a few ε: U is polished, on a CPU where an estimate of that norm is above
+    20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they become 0, with zero
+    columns. The derivative by eigenvalues that are 0 is NaN. The eigendecomposition waits for the device;
+    `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be sharded on their rows
+    (``docs/sharded.md``).
 
     References
     ----------
@@ -114,25 +112,14 @@ def eigh_step(update: Update) -> Updated:
 def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor = 1.0) -> LowRankEigh:
     """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
 
-    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. The rank stays the
-    same. 2nrk + 2nr² flops and O(r³). Raises as `eigh_update` does.
-
-    Parameters
-    ----------
-    eigh
-        d (..., r) and U (..., n, r).
-    columns
-        A, shape (..., n, k): usually columns that were added before, times the share that ``decay`` has left.
-    weight
-        w >= 0: a number, or a tensor of batch shape.
+    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. 2nrk + 2nr² flops and
+    O(r³). Arguments and errors are those of `eigh_update`; the factor is not a tracked one, and keeps its rank.
 
     Notes
     -----
-    An earlier update truncated the part of A outside the span of U, so there is nothing to take it from. It is left
-    out, and U spans no more than before. Truncation errors in the span do not grow in the Frobenius norm, but what was
-    truncated does not come back either (``docs/updates.md``). Rounding is relative to the old factor and to A: values
-    up to 8 ε·(d₁ + w‖UᵀA‖_F²) become 0, with zero columns. The eigendecomposition waits for the device. U and A may be
-    DTensors sharded on their rows, and A a sparse tensor (n, k).
+    ``columns`` are usually columns that were added before, times the share that ``decay`` has left. The part of A
+    outside the span of U is left out: an earlier update truncated it. Values up to 8 ε·(d₁ + w‖UᵀA‖_F²) are rounding:
+    they become 0, with zero columns. Error bounds and limits: ``docs/updates.md``.
 
     Examples
     --------

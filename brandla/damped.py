@@ -57,18 +57,17 @@ def damped_solve(
 
     Notes
     -----
-    The part of V inside the range is divided by d + λ after a subtraction. So the relative error there is about ε (d +
-    λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis is multiplied in the same way. A LowRankRoot has no direction of value
-    0, so every value under τ counts as τ. For a root, a τ other than 0 needs the eigenvalues of S and waits for a GPU,
-    unless S is diagonal as `root_update` leaves it. U and V may be DTensors sharded on their rows: ``docs/sharded.md``.
+    The relative error of the part inside the range is about ε (d + λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis is
+    multiplied in the same way. Every value of a root under τ counts as τ. For a root, a τ other than 0 needs the
+    eigenvalues of S and waits for a GPU, unless S is diagonal as `root_update` leaves it. U and V may be DTensors
+    sharded on their rows: ``docs/sharded.md``.
 
-    The derivative treats U, d, F and S as separate variables. If S = FᵀF is computed from F, the derivative by F
-    includes S. It is finite if eigenvalues coincide or are 0, as in ``zeros``. For a root with τ > 0 it can be taken
-    once. It does not exist at a value τ: the derivative of a value under τ is taken there.
+    The derivative treats U, d, F and S as separate variables: compute S = FᵀF from F where F varies. For a root with
+    τ > 0 it can be taken once.
 
     References
     ----------
-    Woodbury's identity, in the eigenbasis; derivation: ``docs/damped.md``.
+    Woodbury's identity, in the eigenbasis; derivation, errors and derivatives: ``docs/damped.md``.
 
     Examples
     --------
@@ -92,17 +91,9 @@ def damped_power(
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, 1/2 for sampling, −1/4 for Shampoo.
 
-    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. For a LowRankRoot, S is diagonalised first
-    (order r), and this waits for the device. Differentiable in every tensor argument. Raises as `damped_solve` does.
-
-    Parameters
-    ----------
-    lowrank, rhs, damping, tail
-        As in `damped_solve`, and so is the result.
-    exponent
-        p, any real number; −1 is `damped_solve`.
-    diagonal
-        None: beside a diagonal only the inverse and the determinant have a low-rank form.
+    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. ``exponent`` is p; all else, errors and
+    derivatives included, is as in `damped_solve`, but that there is no diagonal: beside one only the inverse and the
+    determinant have a low-rank form. For a LowRankRoot, S is diagonalised first, which waits for the device.
 
     Examples
     --------
@@ -124,22 +115,9 @@ def damped_logdet(
     """Log-determinant of M̂ + τ(I − P) + λI, Σ log(dᵢ + λ) + (n − r) log(τ + λ): half of a Gaussian likelihood.
 
     Equivalent to ``torch.linalg.slogdet(lowrank.dense() + damping * I).logabsdet`` (for τ = 0), from the r eigenvalues
-    or a Cholesky factorisation of S + λI. Differentiable in what it depends on; raises as `damped_solve` does.
-
-    Parameters
-    ----------
-    lowrank, damping, tail, diagonal
-        As in `damped_solve`. The result is of the batch shape of the factor, in its dtype.
-
-    Notes
-    -----
-    No determinant is formed that could leave the range of the dtype. Orthonormal U do not change the determinant:
-    without a diagonal there is no derivative by U, and for a root the derivative is by S. If F varies, compute S = FᵀF
-    from F. Otherwise derivatives are as in `damped_solve`.
-
-    References
-    ----------
-    The matrix determinant lemma; derivation: ``docs/damped.md``.
+    or a Cholesky factorisation of S + λI, by the matrix determinant lemma (``docs/damped.md``). Of the batch shape of
+    the factor, in its dtype. Arguments, errors and derivatives are as in `damped_solve`; without a diagonal there is
+    no derivative by U or F, on which the determinant does not depend.
 
     Examples
     --------
@@ -171,7 +149,7 @@ class Solve(NamedTuple):
         """Return the product with the block, or with each of a list."""
         side, block = self.side, self.block
         if side.diagonal is not None:
-            return side.beside(side.diagonal).solve(block)
+            return side.solve_beside(side.diagonal, block)
         inverse = side.inverse() if self.exponent == -1 else None
         return side.stacked().operator(self.exponent).on(block, side.rows) if inverse is None else inverse @ block
 

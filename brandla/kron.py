@@ -66,9 +66,8 @@ def kron_damped_solve(
 
     Notes
     -----
-    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype; a pair has no such limit.
-    The basis and the data of either side of a pair, or the left basis and W, may be DTensors sharded on their rows:
-    ``docs/sharded.md``.
+    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype. The basis and the data of either
+    side of a pair, or the left basis and W, may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -103,28 +102,22 @@ def kron_damped_power(
 
     Equivalent to the power of the operator W ↦ G W A + δW by a dense ``eigh`` of order pq, in 4pq(r_G + r_A)
     operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates;
-    ∓1/2 whitens and samples. Derivatives and errors are as there.
+    ∓1/2 whitens and samples. Factors, tails and errors are as there.
 
     Parameters
     ----------
-    left, right, left_tail, right_tail
-        As in `kron_damped_solve`. For a LowRankRoot, eigenvectors are formed first, and this waits for the device.
-        Every value of a root up to τ, or not resolved, counts as τ.
     matrix
         W, shape (..., p, q). A pair (P, Q) raises an error, because the result does not keep the pair's rank.
-    damping
-        δ > 0: a number, or a tensor of batch shape.
-    exponent
-        Any real number.
+    damping, exponent
+        δ > 0, a number or a tensor of batch shape, and any real number.
     values
         Shape (..., r_G, r_A), >= 0. They replace the products of eigenvalues gⱼ aᵢ where both factors hold a direction,
         such as second moments measured in that basis (EK-FAC, SOAP). Elsewhere, products and tails stay.
 
     Notes
     -----
-    The part in both spans is U ((``values`` + δ)^p ∘ UᵀWV) Vᵀ, for optimizers that treat it apart; the rest is the
-    result less that. The derivative by a LowRankRoot passes through its eigenvectors: it is right where its
-    eigenvalues differ or are 0.
+    For a LowRankRoot, eigenvectors are formed first, and this waits for the device. Every value of a root up to τ, or
+    not resolved, counts as τ. The derivative is right where its eigenvalues differ or are 0.
 
     References
     ----------
@@ -155,9 +148,8 @@ def kron_damped_logdet(
 ) -> Tensor:
     """Log-determinant of A ⊗ G + δI, of batch shape, for the evidence of a Laplace approximation.
 
-    Equivalent to the sum of logarithms of all pq eigenvalues. Eigenvalues outside the spans are counted, not formed.
-    Differentiable in what it depends on. The arguments are those of `kron_damped_power`. Raises as `damped_logdet`
-    does.
+    Equivalent to the sum of logarithms of all pq eigenvalues; those outside the spans are counted, not formed.
+    Arguments are those of `kron_damped_power`, errors and derivatives as in `damped_logdet`.
 
     Examples
     --------

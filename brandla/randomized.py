@@ -66,10 +66,9 @@ def randomized_eigh(
         which `brandla.checked` verifies as far as the result shows it. Half precision gives a result in float32.
     rank
         Number of eigenpairs, at most n.
-    oversample
-        Extra columns of the random start, dropped at the end.
-    power_iterations
-        Products with M, each followed by orthonormalisation, before the one that Nyström uses.
+    oversample, power_iterations
+        Extra columns of the random start, dropped at the end, and products with M, each followed by orthonormalisation,
+        before the one that Nyström uses.
     generator
         Source of the seed of the random signs; the default generator of the device otherwise.
     start
@@ -155,9 +154,8 @@ def randomized_svd(
     Notes
     -----
     Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with
-    p = ``oversample`` ≥ 2. The test matrix here has random signs, the same on every device and exact in
-    every precision (``docs/randomized.md``). Entries of X may be as large as max/(m + n) of the dtype, and its norm
-    as small as tiny/ε.
+    p = ``oversample`` ≥ 2. The test matrix here has random signs. Entries of X may be as large as max/(m + n) of the
+    dtype, and its norm as small as tiny/ε.
 
     References
     ----------

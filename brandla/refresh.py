@@ -43,7 +43,7 @@ def eigh_refresh(
         find different bases of one span.
     matrix
         G, a tensor (..., n, m), half precision beside a float32 factor included, or a linear operator (n, m) with
-        a transpose.
+        a transpose. Squares of its entries must be in range.
     decay, weight
         ρ and w, >= 0: numbers, or tensors of batch shape.
     iterations
@@ -52,22 +52,16 @@ def eigh_refresh(
     Returns
     -------
     LowRankEigh
-        Values diag(QᵀMQ), descending, and the vectors Q that they belong to; of the same rank.
+        Vectors Q of the same rank, not turned within their span, and their values diag(QᵀMQ), descending.
     Tensor
         The permutation p (..., r), int64: vector i of the result continues vector p[i] of ``eigh``. If you keep data
         for each old vector, move it along: second moments ``v`` (..., r) by ``v.gather(-1, p)``, rows ``v`` (r, m) by
         ``v[p]``. Vectors with equal values keep their order.
 
-    Notes
-    -----
-    On a stationary stream U converges to the leading eigenspace of M: by the factor d_{r+1}/d_r a step. Single vectors
-    converge more slowly if their values are close. Q is not turned within its span to diagonalise QᵀMQ: this would take
-    an eigendecomposition and mix what belongs to single vectors. So the values are only the diagonal of QᵀMQ, and their
-    sum is tr(QᵀMQ). Squares of the entries of G must be in range.
-
     References
     ----------
-    N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv 2409.11321, for the use.
+    N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv 2409.11321, for the use. Convergence:
+    ``docs/updates.md``.
 
     Examples
     --------

@@ -43,10 +43,9 @@ def svd_update(
     Notes
     -----
     Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors. In
-    float32 columns of ``left`` and ``right`` shorter than tiny/ε count as zero; values that leave the range of the
-    dtype give NaN. The derivative is right if the kept values are distinct and [U diag(S), left] and [V, right] have
-    full rank. Otherwise, as at a start from zeros, it may be NaN or wrong. U and ``left`` may be DTensors sharded on
-    their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
+    float32 columns shorter than tiny/ε count as zero; values that leave the range of the dtype give NaN. The derivative
+    is right if the kept values are distinct and [U diag(S), left] and [V, right] have full rank, which is not so at a
+    start from zeros. Each side may be sharded on its rows: ``docs/sharded.md``.
 
     References
     ----------
@@ -113,9 +112,7 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     -----
     Vh grows by k columns a call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S² in
     constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero triplets.
-    Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The derivative
-    is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and A may be
-    DTensors sharded on their rows: ``docs/sharded.md``.
+    Values below the normal numbers of the dtype count as zero. Derivatives and sharding are as in `svd_update`.
 
     References
     ----------
@@ -171,15 +168,10 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r₁ + r₂ + 1), by default r₁.
 
-    Notes
-    -----
-    Σ (x − μ)(x − μ)ᵀ over both is the sum of both about their own means and s sᵀ with
-    s = √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁): the columns U₂ diag(S₂) and s are appended to the first.
-
     References
     ----------
     D. Ross, J. Lim, R.-S. Lin, M.-H. Yang, "Incremental learning for robust visual tracking", Int. J. Comput. Vis. 77
-    (2008), for the shift of the mean.
+    (2008): the columns U₂ diag(S₂) and √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁) are appended to the first.
 
     Examples
     --------
