@@ -79,7 +79,7 @@ class Rows:
 
     def shared(self, small: Tensor) -> Tensor:
         """Return what every process computed for itself; its gradient is summed over them."""
-        if self.mesh is None or not small.requires_grad:
+        if self.mesh is None or not (small.requires_grad and torch.is_grad_enabled()):
             return small
         view = small.view_as(small)
         view.register_hook(lambda gradient: self._summed(gradient.clone()))

@@ -198,18 +198,6 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
     return torch.maximum(length * scale[..., 0, 0], most[..., 0])
 
 
-def largest_of_gram(gram: Tensor) -> Tensor:
-    """Estimate the same by two power iterations from all unit vectors, in few operations. Exact for a diagonal."""
-    if gram.shape[-1] == 0:
-        return gram.sum((-2, -1))
-    tiny = torch.finfo(gram.dtype).tiny
-    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
-    relative = gram / scale[..., None, None]
-    lengths = torch.linalg.vector_norm(relative, dim=-2, keepdim=True).clamp_min(tiny)
-    largest: Tensor = torch.linalg.vector_norm(relative @ (relative / lengths), dim=-2).amax(-1)
-    return largest * scale
-
-
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, and eigenvectors, also where LAPACK fails in the dtype given."""
     if matrix.requires_grad:

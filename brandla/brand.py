@@ -30,7 +30,8 @@ def eigh_update(
     """Best rank-``rank`` truncation of ``decay * U diag(d) Uᵀ + weight * A Aᵀ``.
 
     Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * eigh.dense() + weight * A @ A.mT)``, in
-    O(n (r + k)²) + O((r + k)³) operations in place of O(n³), and with no n × n matrix.
+    O(n (r + k)²) + O((r + k)³) operations in place of O(n³), and with no n × n matrix. Raises a RuntimeError if the
+    eigendecomposition, of order r + k, fails even in float64.
 
     Parameters
     ----------
@@ -45,23 +46,14 @@ def eigh_update(
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
-    Raises
-    ------
-    RuntimeError
-        If the (r + k)-order eigendecomposition fails even in float64.
-
     Notes
     -----
-    0 ⪯ M̂ ⪯ M up to rounding, and ‖UᵀU − I‖₂ is a few ε: U is polished, on a CPU where an estimate of that norm is above
-    20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they become 0, with zero
-    columns. The derivative by eigenvalues that are 0 is NaN. The eigendecomposition waits for the device;
+    0 ⪯ M̂ ⪯ M up to rounding, and ‖UᵀU − I‖₂ is a few ε: U is polished, on a CPU where an estimate of that norm is
+    above 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they become 0, with
+    zero columns. The derivative by eigenvalues that are 0 is NaN. The eigendecomposition waits for the device;
     `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be sharded on their rows
-    (``docs/sharded.md``).
-
-    References
-    ----------
-    M. Brand, "Fast low-rank modifications of the thin singular value decomposition", Linear Algebra Appl. 415 (2006).
-    Derivation: ``docs/updates.md``.
+    (``docs/sharded.md``). Source: M. Brand, "Fast low-rank modifications of the thin singular value decomposition",
+    Linear Algebra Appl. 415 (2006). Derivation: ``docs/updates.md``.
 
     Examples
     --------

@@ -26,7 +26,9 @@ def damped_solve(
     """(M̂ + τ(I − P) + λI)⁻¹ V: the damped inverse of a low-rank matrix M̂ with range P, applied.
 
     Equivalent to ``torch.linalg.solve(lowrank.dense() + damping * I, rhs)`` (for τ = 0), in 4nrm operations for m
-    right-hand sides in place of O(n³ + n²m), and with no n × n matrix. Differentiable in every tensor argument.
+    right-hand sides in place of O(n³ + n²m), and with no n × n matrix. The result is of the shape of ``rhs``, in the
+    dtype of the factor, and differentiable in every tensor argument. Arguments that do not fit raise a ValueError, for
+    shapes, values and devices, or a TypeError, for dtypes and kinds, before anything is computed.
 
     Parameters
     ----------
@@ -45,16 +47,6 @@ def damped_solve(
         δ >= 0, shape (n,) or the batch shape of the factor and n: diag(δ) is added to the operator, and 2nr² + O(r³) to
         the work. Not for a sharded factor.
 
-    Returns
-    -------
-    Tensor
-        Of the shape of ``rhs``, in the dtype of the factor.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
-
     Notes
     -----
     The relative error of the part inside the range is about ε (d + λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis is
@@ -62,12 +54,9 @@ def damped_solve(
     eigenvalues of S and waits for a GPU, unless S is diagonal as `root_update` leaves it. U and V may be DTensors
     sharded on their rows: ``docs/sharded.md``.
 
-    The derivative treats U, d, F and S as separate variables: compute S = FᵀF from F where F varies. For a root with
-    τ > 0 it can be taken once.
-
-    References
-    ----------
-    Woodbury's identity, in the eigenbasis; derivation, errors and derivatives: ``docs/damped.md``.
+    The derivative treats U, d, F and S as separate variables: compute S = FᵀF from F where F varies. For a root with τ
+    > 0 it can be taken once. Source: Woodbury's identity, in the eigenbasis; derivation, errors and derivatives:
+    ``docs/damped.md``.
 
     Examples
     --------
@@ -81,13 +70,7 @@ def damped_solve(
 
 @ranged("n,r", "n,m")
 def damped_power(
-    lowrank: LowRank,
-    rhs: Tensor,
-    damping: float | Tensor,
-    exponent: float,
-    *,
-    tail: Tail = 0.0,
-    diagonal: None = None,
+    lowrank: LowRank, rhs: Tensor, damping: float | Tensor, exponent: float, *, tail: Tail = 0.0, diagonal: None = None
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, 1/2 for sampling, −1/4 for Shampoo.
 

@@ -67,11 +67,8 @@ def kron_damped_solve(
     Notes
     -----
     For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype. The basis and the data of either
-    side of a pair, or the left basis and W, may be DTensors sharded on their rows: ``docs/sharded.md``.
-
-    References
-    ----------
-    J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
+    side of a pair, or the left basis and W, may be DTensors sharded on their rows: ``docs/sharded.md``. Source: J.
+    Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
 
     Examples
     --------
@@ -117,12 +114,8 @@ def kron_damped_power(
     Notes
     -----
     For a LowRankRoot, eigenvectors are formed first, and this waits for the device. Every value of a root up to τ, or
-    not resolved, counts as τ. The derivative is right where its eigenvalues differ or are 0.
-
-    References
-    ----------
-    T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values; derivation:
-    ``docs/damped.md``.
+    not resolved, counts as τ. The derivative is right where its eigenvalues differ or are 0. Source: T. George, C.
+    Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values; derivation: ``docs/damped.md``.
 
     Examples
     --------

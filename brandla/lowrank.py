@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._sharded import everywhere, is_dtensor, rows_of, zero_rows
-from brandla._small import largest_of_gram, leading, unresolved
+from brandla._small import leading, unresolved
 from brandla._value import Value, shown
 from brandla.orthonormal import polish
 from brandla_kernels import project, rounded_gram, without_autocast
@@ -106,6 +106,11 @@ class _Symmetric(_Matrix):
         """Order of the matrix."""
         return parts_of(self)[1].shape[-2]
 
+    def trace(self) -> Tensor:
+        """Return the trace of the matrix, of batch shape: the sum of the eigenvalues, or the trace of S."""
+        small, _ = parts_of(self)
+        return (small.diagonal(dim1=-2, dim2=-1) if isinstance(self, LowRankRoot) else small).sum(-1)
+
 
 class _EighParts(NamedTuple):
     eigenvalues: Tensor
@@ -135,10 +140,6 @@ class LowRankEigh(_Symmetric, _EighParts):
     __slots__ = ()
     _shown = "eigenvalues"
     _remedy = "brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale"
-
-    def trace(self) -> Tensor:
-        """Return the sum of the eigenvalues, of batch shape."""
-        return self.eigenvalues.sum(-1)
 
     def largest_eigenvalue(self) -> Tensor:
         """Return d₁, of batch shape; 0 at rank 0."""
@@ -187,10 +188,6 @@ class LowRankRoot(_Symmetric, _RootParts):
         root = vectors * rows.shared(values.sqrt())[..., None, :]
         return cls(rows.tall_result(root), rows.small_result(torch.diag_embed(values)))
 
-    def trace(self) -> Tensor:
-        """Return the trace of S, which is the trace of the matrix, of batch shape."""
-        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-
     @without_autocast
     def to_eigh(self) -> LowRankEigh:
         """Return the LowRankEigh of the same matrix and rank, from a new Gram matrix of F.
@@ -212,7 +209,16 @@ class LowRankRoot(_Symmetric, _RootParts):
         """Estimate d₁ from below by two power iterations on S, of batch shape, with no sync."""
         function = "LowRankRoot.largest_eigenvalue"
         rows = rows_of(function, "root", self.root, self.gram)
-        return rows.small_result(largest_of_gram(rows.small(function, "gram", self.gram)))
+        gram = rows.small(function, "gram", self.gram)
+        if gram.shape[-1] == 0:
+            return rows.small_result(gram.sum((-2, -1)))
+        tiny = torch.finfo(gram.dtype).tiny
+        # From all unit vectors: exact for a diagonal.
+        scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
+        relative = gram / scale[..., None, None]
+        lengths = torch.linalg.vector_norm(relative, dim=-2, keepdim=True).clamp_min(tiny)
+        largest: Tensor = torch.linalg.vector_norm(relative @ (relative / lengths), dim=-2).amax(-1)
+        return rows.small_result(largest * scale)
 
 
 class _SVDParts(NamedTuple):

@@ -80,12 +80,9 @@ def randomized_eigh(
     -----
     0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved. Entries of M may be as large as
     max/(2n) and its norm as small as tiny/ε of the dtype. The derivative may be NaN where the rank of M is below the
-    number of columns of the start, rank + oversample, and is not defined where it is below ``rank``.
-
-    References
-    ----------
-    J. Tropp, A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
-    streaming data", NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
+    number of columns of the start, rank + oversample, and is not defined where it is below ``rank``. Source: J. Tropp,
+    A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data",
+    NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
 
     Examples
     --------
@@ -98,8 +95,7 @@ def randomized_eigh(
     rows, n = check_matrix(function, matrix)
     if rows != n:
         _check.fail_value(function, f"matrix must be square; got {tuple(matrix.shape)}; see randomized_svd")
-    width = _sketch_width(function, rank, oversample, n, f"the order n = {n}")
-    _check.count(function, "power_iterations", power_iterations, 0)
+    width = _sketch_width(function, rank, oversample, power_iterations, n, f"the order n = {n}")
     if start is not None:
         _check_start(function, matrix, start, width)
     if width == n:
@@ -153,14 +149,10 @@ def randomized_svd(
 
     Notes
     -----
-    Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with
-    p = ``oversample`` ≥ 2. The test matrix here has random signs. Entries of X may be as large as max/(m + n) of the
-    dtype, and its norm as small as tiny/ε.
-
-    References
-    ----------
-    N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1, theorem 10.5. Derivation:
-    ``docs/randomized.md``.
+    Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with p =
+    ``oversample`` ≥ 2. The test matrix here has random signs. Entries of X may be as large as max/(m + n) of the dtype,
+    and its norm as small as tiny/ε. Source: N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), algorithms 4.4
+    and 5.1, theorem 10.5. Derivation: ``docs/randomized.md``.
 
     Examples
     --------
@@ -171,8 +163,8 @@ def randomized_svd(
     """
     function = "randomized_svd"
     m, n = check_matrix(function, matrix)
-    width = _sketch_width(function, rank, oversample, min(m, n), f"min(m, n) with m = {m}, n = {n}")
-    _check.count(function, "power_iterations", power_iterations, 0)
+    because = f"min(m, n) with m = {m}, n = {n}"
+    width = _sketch_width(function, rank, oversample, power_iterations, min(m, n), because)
     if width == m:
         basis = _identity(matrix, m)
     else:
@@ -269,9 +261,10 @@ def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, i
     return int(matrix.shape[-2]), int(matrix.shape[-1])
 
 
-def _sketch_width(function: str, rank: int, oversample: int, most: int, because: str) -> int:
+def _sketch_width(function: str, rank: int, oversample: int, powers: int, most: int, because: str) -> int:
     _check.count(function, "rank", rank, 1)
     _check.count(function, "oversample", oversample, 0)
+    _check.count(function, "power_iterations", powers, 0)
     if rank > most:
         _check.fail_value(function, f"rank must be at most {most}, {because}; got {rank}")
     # Few random signs may be dependent: a small matrix gets enough columns, or all.

@@ -45,11 +45,8 @@ def svd_update(
     Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors. In
     float32 columns shorter than tiny/ε count as zero; values that leave the range of the dtype give NaN. The derivative
     is right if the kept values are distinct and [U diag(S), left] and [V, right] have full rank, which is not so at a
-    start from zeros. Each side may be sharded on its rows: ``docs/sharded.md``.
-
-    References
-    ----------
-    M. Brand, Linear Algebra Appl. 415 (2006). Derivation: ``docs/updates.md``.
+    start from zeros. Each side may be sharded on its rows: ``docs/sharded.md``. Source: M. Brand, Linear Algebra Appl.
+    415 (2006). Derivation: ``docs/updates.md``.
 
     Examples
     --------
@@ -90,7 +87,8 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     """Best rank-``rank`` truncation of ``[decay * U diag(S) Vh, columns]``: streaming PCA and LSI.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(torch.cat([decay * svd.dense(), columns], dim=-1))``, in
-    O(m (r + k)² + n r²) + O((r + k)³) operations.
+    O(m (r + k)² + n r²) + O((r + k)³) operations. Returns what ``svd`` is, with Vh of shape (..., rank, n + k), or
+    (..., rank, 0) when centred.
 
     Parameters
     ----------
@@ -103,21 +101,13 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     decay, rank
         As in `svd_update`, the rank at most min(m, r + k). A decay below 1 forgets old columns.
 
-    Returns
-    -------
-    LowRankSVD or Centred
-        As ``svd`` was, with Vh of shape (..., rank, n + k), or none when centred.
-
     Notes
     -----
     Vh grows by k columns a call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S² in
     constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero triplets.
-    Values below the normal numbers of the dtype count as zero. Derivatives and sharding are as in `svd_update`.
-
-    References
-    ----------
-    M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002.
-    Derivation: ``docs/updates.md``.
+    Values below the normal numbers of the dtype count as zero. Derivatives and sharding are as in `svd_update`. Source:
+    M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002. Derivation:
+    ``docs/updates.md``.
 
     Examples
     --------
@@ -128,13 +118,9 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     (tensor([3., 3.]), torch.Size([6, 2]))
     """
     function = "svd_append"
-    factor: LowRankSVD
-    if isinstance(svd, Centred):
-        _check.centred(function, "svd", svd)
-        factor = svd.svd
-    else:
-        _check.svd(function, "svd", svd)
-        factor = svd
+    check = _check.centred if isinstance(svd, Centred) else _check.svd
+    check(function, "svd", svd)
+    factor: LowRankSVD = svd.svd if isinstance(svd, Centred) else svd
     rows, vectors, columns = _here(function, ("svd.U", "columns"), factor.U, columns, factor.S)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
