@@ -183,6 +183,17 @@ def columns(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) 
     return converted
 
 
+def batches(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
+    """Check that the batch shapes of two tall matrices broadcast."""
+    if block.shape[:-2] == basis.shape[:-2]:
+        return
+    try:
+        torch.broadcast_shapes(block.shape[:-2], basis.shape[:-2])
+    except RuntimeError:
+        rule = f"batch shape of {name} must broadcast with {whose}, {tuple(basis.shape[:-2])}"
+        fail_value(function, f"{rule}; got {tuple(block.shape[:-2])}")
+
+
 def rank(function: str, value: int | None, default: int, most: int, because: str) -> int:
     """Check a requested rank and return it, or the default."""
     if value is None:
@@ -208,6 +219,14 @@ def count(function: str, name: str, value: int, least: int) -> int:
 def _int(function: str, name: str, value: object, kind: str = "an int") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         fail_type(function, f"{name} must be {kind}; got {type(value).__name__} {value!r}")
+
+
+def exponent(function: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):
+        fail_type(function, f"exponent must be a number; got {type(value).__name__}")
+    if not abs(value) < float("inf"):
+        fail_value(function, f"exponent must be finite; got {value}")
+    return float(value)
 
 
 def choice(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,8 +1,7 @@
 """Named ranges: a profiler shows a call of a public function as ``brandla::eigh_update n=4096 r=128 k=64``.
 
-Under ``torch.profiler`` a range is an event that holds the calls and kernels of its function, and under
-``torch.autograd.profiler.emit_nvtx`` an NVTX range. With no profiler on, two flags are read; under torch.compile there
-is nothing. What is called so also computes as outside ``torch.autocast``.
+With no profiler on, two flags are read; under torch.compile there is nothing. What is called so also computes as
+outside ``torch.autocast``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Which rows of a tall matrix this process holds: all of them or, of a DTensor sharded on its rows, some.
 
-The functions of brandla compute with what a process holds. An inner product of tall matrices is the sum of those of
-their parts: one all-reduce of something small, after which it is the same in every process, as is whatever follows from
-it. Tall matrices never travel. ``docs/sharded.md`` lists what does.
+An inner product of tall matrices is the sum of those of their parts: one all-reduce of something small. Tall matrices
+never travel. ``docs/sharded.md`` lists what does.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,7 +125,8 @@ class Side(NamedTuple):
         """Return the log-determinant, the same in every process."""
         if self.diagonal is not None:
             whole, _, _, core = self._beside(self.diagonal)
-            return whole.log().sum(-1) + torch.linalg.slogdet(core).logabsdet
+            of_core: Tensor = torch.linalg.slogdet(core).logabsdet
+            return whole.log().sum(-1) + of_core
         values, tail = self.counted(needed=False)
         if values is None:
             held = 2 * ops.damped_cholesky(self.small, self.damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -150,7 +150,7 @@ class Side(NamedTuple):
 
     def here(self, function: str, name: str, block: Tensor) -> Tensor:
         """Check that the batch shapes of a tall argument and of the factor broadcast, and return what is here of it."""
-        check_batch(function, name, block, self.basis)
+        _check.batches(function, name, block, self.basis)
         return block if self.rows is WHOLE else self.rows.local(function, name, block)
 
     def counted(self, *, needed: bool = True) -> tuple[Tensor | Any, Number]:
@@ -313,23 +313,3 @@ def _with_diagonal(function: str, side: Side, diagonal: Tensor) -> Side:
     # Each entry is a number beside a row of the basis.
     _check.scalar(function, "diagonal", diagonal, "the factor", basis[..., None])
     return side._replace(diagonal=diagonal.expand(basis.shape[:-1]))
-
-
-def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
-    """Check that the batch shapes of two tall matrices broadcast."""
-    if block.shape[:-2] == basis.shape[:-2]:
-        return
-    try:
-        torch.broadcast_shapes(block.shape[:-2], basis.shape[:-2])
-    except RuntimeError:
-        rule = f"batch shape of {name} must broadcast with {whose}, {tuple(basis.shape[:-2])}"
-        _check.fail_value(function, f"{rule}; got {tuple(block.shape[:-2])}")
-
-
-def check_exponent(function: str, exponent: float) -> float:
-    """Check p."""
-    if isinstance(exponent, bool) or not isinstance(exponent, (float, Real)):
-        _check.fail_type(function, f"exponent must be a number; got {type(exponent).__name__}")
-    if not abs(exponent) < float("inf"):
-        _check.fail_value(function, f"exponent must be finite; got {exponent}")
-    return float(exponent)

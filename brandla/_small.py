@@ -43,15 +43,13 @@ class Spectrum(NamedTuple):
     moved: Tensor | None = None  # VᵀSV − diag(d): 0, with the derivative of S
 
     def of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return f(S) for a function of the eigenvalues: V f(d) Vᵀ, or f(d) of a diagonal S.
-
-        To first order V moves f(S) by (f(dᵢ) − f(dⱼ))/(dᵢ − dⱼ) times an entry of VᵀSV (Daleckii and Krein).
-        """
+        """Return f(S) for a function of the eigenvalues: V f(d) Vᵀ, or f(d) of a diagonal S."""
         levels, vectors, moved = function(self.values), self.vectors, self.moved
         if vectors is None:
             return levels
         if moved is None:
             return (vectors * levels[..., None, :]) @ vectors.mT
+        # To first order V moves f(S) by these slopes times the entries of VᵀSV (Daleckii and Krein).
         slopes = _slopes(function, self.values.detach())
         off_diagonal = moved - torch.diag_embed(moved.diagonal(dim1=-2, dim2=-1))
         return vectors @ (torch.diag_embed(levels) + slopes * off_diagonal) @ vectors.mT
@@ -107,13 +105,7 @@ def leading(
 
     Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out. With ``unit`` the vectors
     are those of `unit_scaled`. A coordinate whose diagonal entry is 0 has a zero eigenvector. A matrix that is not
-    finite, or beyond ``dtype``, gives NaN throughout. Where LAPACK fails to converge or returns non-finite values, the
-    decomposition is repeated in float64 (``docs/updates.md``).
-
-    Raises
-    ------
-    RuntimeError
-        If the decomposition fails in float64 as well.
+    finite, or beyond ``dtype``, gives NaN throughout.
     """
     own = core.double()
     one = 1.0 if ops.reads_are_free(own) else own.new_ones(own.shape[:-2])
@@ -148,11 +140,10 @@ def signs_of(agreement: Tensor) -> Tensor:
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of a small matrix whose empty rows and columns stay empty.
+    """Return U, S and V, in float64, of a small matrix whose empty rows and columns stay empty.
 
-    Always in float64; values below 4·ε of ``dtype`` relative to the largest are rounding noise of the data and become
-    0, with zero vectors. A core with a non-finite entry gives NaN throughout. Returns U (..., p, m), S (..., m) and
-    V (..., q, m), not transposed.
+    Values below 4·ε of ``dtype`` relative to the largest are rounding noise of the data and become 0, with zero
+    vectors. A core with a non-finite entry gives NaN throughout.
     """
     core = core.double()
     if core.numel() == 0:
@@ -181,16 +172,13 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def largest_eigenvalue(core: Tensor) -> Tensor:
-    """Estimate the largest eigenvalue of a positive semi-definite core (..., r, r) from below, with no sync.
-
-    Four power iterations from the column of the largest diagonal entry, which give it exactly for a diagonal core.
-    Lengths are relative to that entry, so that their squares stay in range.
-    """
+    """Estimate the largest eigenvalue of a positive semi-definite core (..., r, r) from below, with no sync."""
     if core.shape[-1] == 0:
         return core.sum((-2, -1))
     tiny = torch.finfo(core.dtype).tiny
     most, chosen = core.diagonal(dim1=-2, dim2=-1).max(-1, keepdim=True)
     scale = most[..., None].clamp_min(tiny)
+    # Four power iterations, exact for a diagonal core. Lengths are relative, so that their squares stay in range.
     vector = ops.tall.columns_at(core, chosen) / scale
     for _ in range(4):
         vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)) / scale

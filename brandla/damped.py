@@ -13,7 +13,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import LowRank, Number, Side, Tail, check_exponent, check_side, join
+from brandla._shifted import LowRank, Number, Side, Tail, check_side, join
 from brandla_kernels import Tall
 
 __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
@@ -173,4 +173,4 @@ def check_solve(
     if rhs.ndim == 0 or block.shape[-2] != n:
         _check.fail_value(function, f"rhs must have n = {n} rows, as lowrank does; got shape {tuple(rhs.shape)}")
     block = side.here(function, "rhs", block)
-    return Solve(side, block, vector, check_exponent(function, exponent))
+    return Solve(side, block, vector, _check.exponent(function, exponent))

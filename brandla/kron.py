@@ -16,18 +16,7 @@ import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import (
-    LowRank,
-    Number,
-    Shifted,
-    Side,
-    Tail,
-    aligned,
-    check_batch,
-    check_exponent,
-    check_side,
-    join,
-)
+from brandla._shifted import LowRank, Number, Shifted, Side, Tail, aligned, check_side, join
 from brandla.lowrank import over, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall
@@ -305,7 +294,7 @@ def check_joint(
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
     first, second = (side.basis for side in sides)
     _check.together(function, "right", second, "left", first)
-    check_batch(function, "right", second, first, "left's")
+    _check.batches(function, "right", second, first, "left's")
     larger = first if first.ndim >= second.ndim else second
     damping = _check.scalar(function, "damping", damping, "the factors", larger, positive=True)
     if values is not None:
@@ -320,7 +309,7 @@ def check_power(
     function: str, left: LowRank, right: LowRank, matrix: Tensor, damping: Number, exponent: float, **options: Any
 ) -> Power:
     """Check the arguments of `kron_damped_power`; its options are those of `check_joint`."""
-    exponent = check_exponent(function, exponent)
+    exponent = _check.exponent(function, exponent)
     if isinstance(matrix, tuple):
         rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
         _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
@@ -337,8 +326,8 @@ def _check_matrix(function: str, matrix: Any, left: Side, right: Side) -> Tensor
     if tuple(matrix.shape[-2:]) != shape:
         rule = f"matrix must have shape (..., {shape[0]}, {shape[1]}), the orders of left and right"
         _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
-    check_batch(function, "matrix", data, right.basis)
-    check_batch(function, "right", right.basis, left.basis, "left's")
+    _check.batches(function, "matrix", data, right.basis)
+    _check.batches(function, "right", right.basis, left.basis, "left's")
     return left.here(function, "matrix", data)
 
 

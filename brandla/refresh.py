@@ -123,22 +123,22 @@ class Refresh(NamedTuple):
         matrix = self._replace(values=(self.values * over(self.decay))[..., None], weight=over(self.weight, 2))
         vectors = self.vectors
         for _ in range(self.iterations):
-            nearly, transform, _ = factorize(matrix._image(_begun(vectors)))
+            block = _begun(vectors)
+            old, new = matrix._coefficients(block)
+            # M X is divided by a power of two: near its largest entry, or of a list, near that of diag(XᵀMX).
+            if isinstance(block, list):
+                scale = scale_of(matrix._quotients(old, new)[..., None, :])
+                image = rotate(self.vectors, self.matrix, matrix.values * old / scale, matrix.weight * new / scale)
+            else:
+                image = self.vectors @ (matrix.values * old) + product("eigh_refresh", self.matrix, matrix.weight * new)
+                image = image / scale_of(image)
+            nearly, transform, _ = factorize(image)
             vectors = times(nearly, transform)
         quotients = matrix._quotients(*matrix._coefficients(vectors))
         values, order = quotients.sort(dim=-1, descending=True, stable=True)
         if isinstance(vectors, list):
             return values, times(nearly, tall.columns_at(transform, order)), order
         return values, tall.columns_at(vectors, order), order
-
-    def _image(self, block: Tall) -> Tall:
-        """Return M X over a power of two: near its largest entry, or of a list, that of diag(XᵀMX)."""
-        old, new = self._coefficients(block)
-        if isinstance(block, list):
-            scale = scale_of(self._quotients(old, new)[..., None, :])
-            return rotate(self.vectors, self.matrix, self.values * old / scale, self.weight * new / scale)
-        image = self.vectors @ (self.values * old) + product("eigh_refresh", self.matrix, self.weight * new)
-        return image / scale_of(image)
 
     def _quotients(self, old: Tensor, new: Tensor) -> Tensor:
         """Return the diagonal of XᵀMX as sums of squares of UᵀX and GᵀX."""
