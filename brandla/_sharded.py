@@ -144,11 +144,7 @@ def rows_of(function: str, name: str, tall: Any, small: Tensor) -> Rows:
 
 
 def zero_rows(
-    function: str,
-    mesh: DeviceMesh | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    function: str, mesh: Any, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Tensor:
     """Return a tall matrix (..., n, r) of zeros for a new factor, sharded on its rows over a mesh if there is one."""
     *_, n, rank = shape

@@ -13,13 +13,12 @@ import brandla_kernels as ops
 from brandla import _check
 from brandla._sharded import PLAIN, WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
-from brandla.lowrank import NAMES, LowRankEigh, LowRankRoot, Tracked, check_symmetric, over, stack_numbers, two_numbers
+from brandla.lowrank import LowRankEigh, LowRankRoot, Number, Tracked, check_symmetric, over, stack_numbers, two_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall, tall
 
 Factor = LowRankEigh | LowRankRoot
 LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
-Number = float | Tensor
 Tail = Number | Literal["mean", "smallest"]
 
 
@@ -257,18 +256,14 @@ def _smallest(values: Tensor) -> Tensor:
 
 
 def check_side(
-    function: str,
-    lowrank: LowRank,
-    damping: Number,
-    tail: Tail,
-    names: Sequence[str] = ("lowrank", "damping", "tail"),
-    diagonal: Tensor | None = None,
+    function: str, lowrank: LowRank, damping: Number, tail: Tail, side: str = "", diagonal: Tensor | None = None
 ) -> Side:
     """Check a factor, tracked or not, λ, τ and δ if there is one, and return what is here of them."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
-    name, damping_name, tail_name = names
+    name, prefix = (side, f"{side}_") if side else ("lowrank", "")
+    damping_name, tail_name = f"{prefix}damping", f"{prefix}tail"
     small, basis = check_symmetric(function, name, factor)
-    small_name, basis_name = NAMES[type(factor)]
+    small_name, basis_name = factor._fields[::-1] if isinstance(factor, LowRankRoot) else factor._fields
     rows = WHOLE if type(basis) is Tensor else rows_of(function, f"{name}.{basis_name}", basis, small)
     if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
         small = rows.small(function, f"{name}.{small_name}", small)
@@ -281,8 +276,8 @@ def check_side(
         given = _check.scalar(function, tail_name, tail, "the factor", basis)
     if rows is not WHOLE:
         basis = rows.local(function, f"{name}.{basis_name}", basis)
-    side = Side(type(factor), small, basis, damping, given, rows)
-    return side if diagonal is None else _with_diagonal(function, side, diagonal)
+    found = Side(type(factor), small, basis, damping, given, rows)
+    return found if diagonal is None else _with_diagonal(function, found, diagonal)
 
 
 def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Tensor, rows: Rows) -> Number | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._small import safe_eigh, signs_of, unresolved
-from brandla.lowrank import LowRankEigh, Rank, Tracked, over
+from brandla.lowrank import LowRankEigh, Number, Rank, Tracked, over
 from brandla.orthonormal import polish
 from brandla.root import Update, Updated, check_update
 from brandla_kernels import tall
@@ -20,12 +20,7 @@ Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
 
 @ranged("n,r", "n,k")
 def eigh_update(
-    eigh: Eigh,
-    columns: Tensor,
-    *,
-    decay: float | Tensor = 1.0,
-    weight: float | Tensor = 1.0,
-    rank: int | Rank | None = None,
+    eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Number = 1.0, rank: int | Rank | None = None
 ) -> Eigh:
     """Best rank-``rank`` truncation of ``decay * U diag(d) Uᵀ + weight * A Aᵀ``.
 
@@ -69,9 +64,7 @@ def eigh_update(
 
 
 @ranged("n,r", "n,k")
-def eigh_update_(
-    eigh: Eigh, columns: Tensor, *, decay: float | Tensor = 1.0, weight: float | Tensor = 1.0, tol: float = 0.0
-) -> Eigh:
+def eigh_update_(eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Number = 1.0, tol: float = 0.0) -> Eigh:
     """`eigh_update` at the old rank, written over the tensors of ``eigh``, which it returns.
 
     Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is the tolerance of a
@@ -101,7 +94,7 @@ def eigh_step(update: Update) -> Updated:
 
 
 @ranged("n,r", "n,k")
-def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor = 1.0) -> LowRankEigh:
+def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -> LowRankEigh:
     """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
 
     The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. 2nrk + 2nr² flops and

@@ -6,14 +6,15 @@ M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. A block costs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import LowRank, Number, Side, Tail, check_side, join
+from brandla._shifted import LowRank, Side, Tail, check_side, join
+from brandla.lowrank import Number
 from brandla_kernels import Tall
 
 __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
@@ -21,7 +22,7 @@ __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
 
 @ranged("n,r", "n,m")
 def damped_solve(
-    lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail: Tail = 0.0, diagonal: Tensor | None = None
+    lowrank: LowRank, rhs: Tensor, damping: Number, *, tail: Tail = 0.0, diagonal: Tensor | None = None
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)⁻¹ V: the damped inverse of a low-rank matrix M̂ with range P, applied.
 
@@ -40,9 +41,8 @@ def damped_solve(
     damping
         λ > 0: a number, or a tensor of batch shape, which stays on its device.
     tail
-        τ >= 0, the value for the eigenvalues that the factor does not hold: a number, or a tensor of batch shape.
-        ``"mean"`` takes their mean, from the trace of a Tracked factor. ``"smallest"`` takes the smallest eigenvalue
-        that the factor holds (spectrum continuation).
+        τ >= 0, the value for the eigenvalues that the factor does not hold: a number, a tensor of batch shape, their
+        ``"mean"``, from the trace of a Tracked factor, or the ``"smallest"`` eigenvalue that the factor holds.
     diagonal
         δ >= 0, shape (n,) or the batch shape of the factor and n: diag(δ) is added to the operator, and 2nr² + O(r³) to
         the work. Not for a sharded factor.
@@ -70,7 +70,7 @@ def damped_solve(
 
 @ranged("n,r", "n,m")
 def damped_power(
-    lowrank: LowRank, rhs: Tensor, damping: float | Tensor, exponent: float, *, tail: Tail = 0.0, diagonal: None = None
+    lowrank: LowRank, rhs: Tensor, damping: Number, exponent: float, *, tail: Tail = 0.0, diagonal: None = None
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, 1/2 for sampling, −1/4 for Shampoo.
 
@@ -92,9 +92,7 @@ def damped_power(
 
 
 @ranged("n,r")
-def damped_logdet(
-    lowrank: LowRank, damping: float | Tensor, *, tail: Tail = 0.0, diagonal: Tensor | None = None
-) -> Tensor:
+def damped_logdet(lowrank: LowRank, damping: Number, *, tail: Tail = 0.0, diagonal: Tensor | None = None) -> Tensor:
     """Log-determinant of M̂ + τ(I − P) + λI, Σ log(dᵢ + λ) + (n − r) log(τ + λ): half of a Gaussian likelihood.
 
     Equivalent to ``torch.linalg.slogdet(lowrank.dense() + damping * I).logabsdet`` (for τ = 0), from the r eigenvalues
@@ -155,17 +153,10 @@ def solve_together(problems: Sequence[Solve]) -> list[Tensor]:
 
 
 def check_solve(
-    function: str,
-    lowrank: LowRank,
-    rhs: Tensor,
-    damping: Number,
-    exponent: float = -1.0,
-    *,
-    tail: Tail = 0.0,
-    diagonal: Tensor | None = None,
+    function: str, lowrank: LowRank, rhs: Tensor, damping: Number, exponent: float = -1.0, **options: Any
 ) -> Solve:
     """Check what every damped application takes."""
-    side = check_side(function, lowrank, damping, tail, diagonal=diagonal)
+    side = check_side(function, lowrank, damping, **options)
     block, basis = side.data(function, "rhs", rhs, "lowrank"), side.basis
     n = side.rows.count(basis)
     vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == (*basis.shape[:-2], n))

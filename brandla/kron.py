@@ -16,8 +16,8 @@ import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import LowRank, Number, Shifted, Side, Tail, aligned, check_side, join
-from brandla.lowrank import over, stack_numbers
+from brandla._shifted import LowRank, Shifted, Side, Tail, aligned, check_side, join
+from brandla.lowrank import Number, over, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall
 from brandla_kernels.damped_apply import scaled_sum
@@ -30,8 +30,8 @@ def kron_damped_solve(
     left: LowRank,
     right: LowRank,
     matrix: Data,
-    left_damping: float | Tensor,
-    right_damping: float | Tensor,
+    left_damping: Number,
+    right_damping: Number,
     *,
     left_tail: Tail = 0.0,
     right_tail: Tail = 0.0,
@@ -44,14 +44,12 @@ def kron_damped_solve(
 
     Parameters
     ----------
-    left, right
-        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination.
+    left, right, left_tail, right_tail
+        G of order p and A of order q, in any combination of kinds, and τ of each, as in `damped_solve`.
     matrix
         W, shape (..., p, q), or a pair P (..., p, k), Q (..., q, k).
     left_damping, right_damping
         λ_G, λ_A > 0: numbers, or tensors of batch shape.
-    left_tail, right_tail
-        τ of each factor, as in `damped_solve`.
 
     Notes
     -----
@@ -77,7 +75,7 @@ def kron_damped_power(
     left: LowRank,
     right: LowRank,
     matrix: Tensor,
-    damping: float | Tensor,
+    damping: Number,
     exponent: float,
     *,
     left_tail: Tail = 0.0,
@@ -122,7 +120,7 @@ def kron_damped_power(
 def kron_damped_logdet(
     left: LowRank,
     right: LowRank,
-    damping: float | Tensor,
+    damping: Number,
     *,
     left_tail: Tail = 0.0,
     right_tail: Tail = 0.0,
@@ -274,8 +272,8 @@ def check_kron(
     function: str, left: LowRank, right: LowRank, data: Any, left_damping: Number, right_damping: Number, **tails: Tail
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    first = check_side(function, left, left_damping, tails["left_tail"], ("left", "left_damping", "left_tail"))
-    second = check_side(function, right, right_damping, tails["right_tail"], ("right", "right_damping", "right_tail"))
+    first = check_side(function, left, left_damping, tails["left_tail"], "left")
+    second = check_side(function, right, right_damping, tails["right_tail"], "right")
     _check.together(function, "right", second.basis, "left", first.basis)
     check_data = _check_matrix if isinstance(data, Tensor) else _check_pair
     return Kron(first, second, check_data(function, data, first, second))
@@ -287,8 +285,7 @@ def check_joint(
     """Check the factors of a product with one damping."""
     sides = []
     for name, lowrank in (("left", left), ("right", right)):
-        tail = f"{name}_tail"
-        sides.append(check_side(function, lowrank, 1.0, tails[tail], (name, "damping", tail)))
+        sides.append(check_side(function, lowrank, 1.0, tails[f"{name}_tail"], name))
         if sides[-1].rows is not WHOLE:
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")

@@ -120,13 +120,9 @@ class _EighParts(NamedTuple):
 class LowRankEigh(_Symmetric, _EighParts):
     """M ≈ U diag(d) Uᵀ for a symmetric positive semi-definite M of order n.
 
-    Parameters
-    ----------
-    eigenvalues
-        d, shape (..., r), descending and >= 0.
-    eigenvectors
-        U, shape (..., n, r), orthonormal columns. If the rank of the data runs out, a column whose value is 0 may be a
-        zero column, so shapes never depend on the data.
+    ``eigenvalues`` are d, shape (..., r), descending and >= 0, and ``eigenvectors`` U, shape (..., n, r), orthonormal
+    columns. If the rank of the data runs out, a column whose value is 0 may be a zero column, so shapes never depend on
+    the data.
 
     Examples
     --------
@@ -157,12 +153,8 @@ class LowRankRoot(_Symmetric, _RootParts):
     Nothing in it is orthonormal, so nothing can lose orthogonality. M is held to about ε·d₁ (d₁ its largest
     eigenvalue): take it if damping is at least 10⁻⁴ d₁ in float32. `to_eigh` gives eigenvectors.
 
-    Parameters
-    ----------
-    root
-        F, shape (..., n, r), any columns.
-    gram
-        S = FᵀF, shape (..., r, r), to rounding. The updates carry it along and do not measure it again.
+    ``root`` is F, shape (..., n, r), any columns, and ``gram`` S = FᵀF, shape (..., r, r), to rounding: the updates
+    carry it along and do not measure it again.
 
     Examples
     --------
@@ -230,15 +222,9 @@ class _SVDParts(NamedTuple):
 class LowRankSVD(_Matrix, _SVDParts):
     """X ≈ U diag(S) Vh, fields as in ``torch.linalg.svd``.
 
-    Parameters
-    ----------
-    U
-        Left singular vectors, shape (..., m, r), orthonormal columns.
-    S
-        Singular values, shape (..., r), descending and >= 0.
-    Vh
-        Right singular vectors as rows, shape (..., r, n). Where a value is 0, its column of U and its row of Vh may be
-        zero.
+    ``U`` are left singular vectors, shape (..., m, r), orthonormal columns, ``S`` singular values, shape (..., r),
+    descending and >= 0, and ``Vh`` right singular vectors as rows, shape (..., r, n). Where a value is 0, its column of
+    U and its row of Vh may be zero.
 
     Examples
     --------
@@ -285,8 +271,7 @@ class LowRankSVD(_Matrix, _SVDParts):
 
 
 Factor = TypeVar("Factor", LowRankEigh, LowRankRoot)
-# The names of the small part of a symmetric factor and of the tall one.
-NAMES = {LowRankEigh: ("eigenvalues", "eigenvectors"), LowRankRoot: ("gram", "root")}
+Number = float | Tensor
 
 
 def _product(value: Any) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -308,7 +293,7 @@ def of_parts(kind: type[Any], small: Tensor, tall: Any) -> Any:
     return LowRankRoot(tall, small) if kind is LowRankRoot else LowRankEigh(small, tall)
 
 
-def over(value: float | Tensor, dims: int = 1) -> float | Tensor:
+def over(value: Number, dims: int = 1) -> Number:
     """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
     return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
@@ -329,7 +314,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return base.view(len(parts), *first.shape)
 
 
-def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
+def stack_numbers(numbers: Sequence[Number], like: Tensor) -> Number:
     """Return the one number that all are, or a tensor of them."""
     first = numbers[0]
     if not [number for number in numbers if isinstance(number, Tensor)]:
@@ -341,7 +326,7 @@ def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Te
 
 
 def two_numbers(
-    first: float | Tensor, second: float | Tensor, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
+    first: Number, second: Number, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return two numbers as tensors of batch shape, by one kernel where neither is a tensor yet, or both are one."""
     if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape:
@@ -369,15 +354,9 @@ class Tracked(Value, _TrackedParts[Factor]):
     Start one with `track`; the update functions take it in place of the factor and return the next one. Both numbers
     are carried along on the device: they cost no pass over tall matrices and no sync.
 
-    Parameters
-    ----------
-    lowrank
-        The LowRankEigh or LowRankRoot.
-    error_bound
-        Tensor of batch shape: an upper bound of ‖M − M̂‖₂, up to rounding: a few ε·‖M‖ an update.
-    trace
-        Tensor of batch shape: tr M of the whole stream, what truncation left out included. ``tail="mean"`` of the
-        damped functions comes from it.
+    ``lowrank`` is the LowRankEigh or LowRankRoot. Of batch shape, ``error_bound`` is an upper bound of ‖M − M̂‖₂, up to
+    rounding, a few ε·‖M‖ an update, and ``trace`` is tr M of the whole stream, what truncation left out included:
+    ``tail="mean"`` of the damped functions comes from it.
 
     Examples
     --------
@@ -413,16 +392,9 @@ class Centred(Value, _CentredParts):
     Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of
     ``svd.U`` are the principal axes. Right vectors are not kept: a moving mean moves every column seen.
 
-    Parameters
-    ----------
-    svd
-        LowRankSVD with an empty Vh (..., r, 0).
-    mean
-        Shape (..., m), float64: the mean of the columns so far, weighted as decay weights them.
-    weight
-        Tensor of batch shape, float64: the number N of columns so far, weighted in the same way.
-    scatter
-        Tensor of batch shape, float64: Σ‖x − mean‖² of the columns so far, what truncation left out included.
+    ``svd`` is a LowRankSVD with an empty Vh (..., r, 0). Of the columns so far, in float64 and weighted as decay
+    weights them, ``mean`` (..., m) is the mean, ``weight``, of batch shape, their number N, and ``scatter``, of batch
+    shape, Σ‖x − mean‖², what truncation left out included.
 
     Examples
     --------
@@ -536,14 +508,8 @@ class Rank:
 
     The result has the shapes of rank ``max``. A value under the tolerance becomes 0 with a zero vector, on the device
     and with no sync, and enters the error bound of a tracked factor. Later data fills zero columns again.
-    ``(values > 0).sum(-1)`` is the number of values kept.
-
-    Parameters
-    ----------
-    max
-        Largest rank, at least 1.
-    tol
-        Relative tolerance, in [0, 1): of eigenvalues for the symmetric updates, of singular values for the SVD.
+    ``(values > 0).sum(-1)`` is the number of values kept. ``max`` is at least 1, and ``tol`` in [0, 1): of eigenvalues
+    for the symmetric updates, of singular values for the SVD.
 
     Examples
     --------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
@@ -44,14 +44,17 @@ class LinearOperator(Protocol):
         """Product with a block of vectors (n, p)."""
 
 
+Matrix = Tensor | LinearOperator
+
+
 @ranged("n,n", "r")
 def randomized_eigh(
-    matrix: Tensor | LinearOperator,
+    matrix: Matrix,
     rank: int,
     *,
     oversample: int = 10,
     power_iterations: int = 2,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     start: Tensor | None = None,
 ) -> LowRankEigh:
     """Leading ``rank`` eigenpairs of a symmetric positive semi-definite matrix by randomized Nyström approximation.
@@ -124,12 +127,7 @@ def randomized_eigh(
 
 @ranged("m,n", "r")
 def randomized_svd(
-    matrix: Tensor | LinearOperator,
-    rank: int,
-    *,
-    oversample: int = 10,
-    power_iterations: int = 2,
-    generator: torch.Generator | None = None,
+    matrix: Matrix, rank: int, *, oversample: int = 10, power_iterations: int = 2, generator: Generator | None = None
 ) -> LowRankSVD:
     """Leading ``rank`` singular triplets of a matrix by a randomized range finder.
 
@@ -213,12 +211,12 @@ def scale_of(image: Tensor) -> Tensor:
     return largest / torch.frexp(largest).mantissa
 
 
-def _seed(matrix: Tensor | LinearOperator, generator: torch.Generator | None) -> Tensor:
+def _seed(matrix: Matrix, generator: Generator | None) -> Tensor:
     """Draw the seed of a test matrix, on the device: nothing waits for it."""
     return torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
 
 
-def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, generator: torch.Generator | None) -> Tensor:
+def _sketch(function: str, matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
     """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
     if width == matrix.shape[-1]:
         return product(function, matrix, _identity(matrix, width))
@@ -227,17 +225,17 @@ def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, generato
     return product(function, matrix, _signs(matrix, width, generator))
 
 
-def _identity(matrix: Tensor | LinearOperator, order: int) -> Tensor:
+def _identity(matrix: Matrix, order: int) -> Tensor:
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return torch.eye(order, dtype=dtype, device=matrix.device).expand(*matrix.shape[:-2], order, order)
 
 
-def _signs(matrix: Tensor | LinearOperator, width: int, generator: torch.Generator | None) -> Tensor:
+def _signs(matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
     dtype, (*batch, _, n) = torch.promote_types(matrix.dtype, torch.float32), matrix.shape
     return signs(_seed(matrix, generator), n, width, batch_shape=tuple(batch), dtype=dtype)
 
 
-def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, int]:
+def check_matrix(function: str, matrix: Matrix) -> tuple[int, int]:
     """Check a tensor or a linear operator, and return its rows and columns."""
     if isinstance(matrix, Tensor):
         _check.data(function, "matrix", matrix)
@@ -272,7 +270,7 @@ def _sketch_width(function: str, rank: int, oversample: int, powers: int, most: 
     return min(max(rank + oversample, least), most)
 
 
-def _check_start(function: str, matrix: Tensor | LinearOperator, start: Tensor, width: int) -> None:
+def _check_start(function: str, matrix: Matrix, start: Tensor, width: int) -> None:
     _check.basis(function, "start", start)
     _check.same_device(function, "start", start, "matrix", cast(Tensor, matrix))
     lead, s = tuple(matrix.shape[:-1]), start.shape[-1]
@@ -281,7 +279,7 @@ def _check_start(function: str, matrix: Tensor | LinearOperator, start: Tensor, 
         _check.fail_value(function, f"{rule}; got {tuple(start.shape)}")
 
 
-def product(function: str, matrix: Tensor | LinearOperator, block: Tensor, *, adjoint: bool = False) -> Tensor:
+def product(function: str, matrix: Matrix, block: Tensor, *, adjoint: bool = False) -> Tensor:
     """Return X V or XᵀV, with long sums in slabs where X is a dense tensor; any other is a linear operator."""
     if is_dense(matrix):
         own = cast(Tensor, matrix)
@@ -303,6 +301,6 @@ def product(function: str, matrix: Tensor | LinearOperator, block: Tensor, *, ad
     return found.to(block.dtype)
 
 
-def is_dense(matrix: Tensor | LinearOperator) -> bool:
+def is_dense(matrix: Matrix) -> bool:
     """Say whether it is a tensor with all its entries, no linear operator and not sparse."""
     return isinstance(matrix, Tensor) and matrix.layout == torch.strided

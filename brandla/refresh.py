@@ -15,20 +15,15 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
 from brandla._small import safe_eigh
-from brandla.lowrank import LowRankEigh, over, stack_numbers
+from brandla.lowrank import LowRankEigh, Number, over, stack_numbers
 from brandla.orthonormal import factorize, times
-from brandla.randomized import LinearOperator, check_matrix, product, scale_of
+from brandla.randomized import Matrix, check_matrix, product, scale_of
 from brandla_kernels import Tall, project, reads_are_free, rotate, tall
 
 
 @ranged("n,r", "n,m")
 def eigh_refresh(
-    eigh: LowRankEigh,
-    matrix: Tensor | LinearOperator,
-    *,
-    decay: float | Tensor = 1.0,
-    weight: float | Tensor = 1.0,
-    iterations: int = 1,
+    eigh: LowRankEigh, matrix: Matrix, *, decay: Number = 1.0, weight: Number = 1.0, iterations: int = 1
 ) -> tuple[LowRankEigh, Tensor]:
     """Take a wide G into an eigenbasis: one step of subspace iteration with ``decay * U diag(d) Uᵀ + weight * G Gᵀ``.
 
@@ -45,7 +40,7 @@ def eigh_refresh(
         G, a tensor (..., n, m), half precision beside a float32 factor included, or a linear operator (n, m) with
         a transpose. Squares of its entries must be in range.
     decay, weight
-        ρ and w, >= 0: numbers, or tensors of batch shape.
+        ρ and w, as in `eigh_update`.
     iterations
         Products with the matrix, each followed by orthonormalisation. 1 serves on a stream, whose basis moves little.
 
@@ -58,10 +53,10 @@ def eigh_refresh(
         for each old vector, move it along: second moments ``v`` (..., r) by ``v.gather(-1, p)``, rows ``v`` (r, m) by
         ``v[p]``. Vectors with equal values keep their order.
 
-    References
-    ----------
-    N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv 2409.11321, for the use. Convergence:
-    ``docs/updates.md``.
+    Notes
+    -----
+    Convergence: ``docs/updates.md``. Source of the use: N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using
+    Adam", arXiv 2409.11321.
 
     Examples
     --------
@@ -78,12 +73,7 @@ def eigh_refresh(
 
 
 def check_refresh(
-    function: str,
-    eigh: LowRankEigh,
-    matrix: Tensor | LinearOperator,
-    decay: float | Tensor,
-    weight: float | Tensor,
-    iterations: int,
+    function: str, eigh: LowRankEigh, matrix: Matrix, decay: Number, weight: Number, iterations: int
 ) -> Refresh:
     """Check the arguments of `eigh_refresh`."""
     name = "eigh.eigenvectors"
@@ -108,8 +98,8 @@ class Refresh(NamedTuple):
     values: Tensor  # d     (..., r)
     vectors: Tall  # U      (..., n, r)
     matrix: Any  # G        (..., n, m), or an operator
-    decay: float | Tensor
-    weight: float | Tensor
+    decay: Number
+    weight: Number
     iterations: int
 
     def one(self) -> tuple[LowRankEigh, Tensor]:
@@ -188,17 +178,9 @@ def _begun(vectors: Tall) -> Tall:
 def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:
     """Replace some eigenpairs by the Ritz pairs of M in the span of their vectors, and sort.
 
-    Rayleigh–Ritz: E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E. The truncation errors that updates left in those
-    directions go. Raises as `brandla.eigh_update` does.
-
-    Parameters
-    ----------
-    eigh
-        d (..., r) and U (..., n, r).
-    matrix
-        M, shape (..., n, n), symmetric positive semi-definite.
-    subset
-        Indices s of the columns to correct, shape (m,), int64.
+    Rayleigh–Ritz: E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E, for the indices s of ``subset`` (m,), int64, and a
+    symmetric positive semi-definite M (..., n, n). The truncation errors that updates left in those directions go.
+    Raises as `brandla.eigh_update` does.
     """
     function = "ritz_correct"
     _check.eigh(function, "eigh", eigh)

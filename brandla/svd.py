@@ -12,7 +12,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import leading, safe_svd, signs_of, unit_scaled
-from brandla.lowrank import Centred, LowRankSVD, Rank, less, most_of, over, tolerance_of
+from brandla.lowrank import Centred, LowRankSVD, Number, Rank, less, most_of, over, tolerance_of
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
 from brandla_kernels import gram, without_denormals
@@ -22,7 +22,7 @@ SVD = TypeVar("SVD", LowRankSVD, Centred)
 
 @ranged("m,r,n", "m,k", "n,k")
 def svd_update(
-    svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
+    svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: Number = 1.0, rank: int | Rank | None = None
 ) -> LowRankSVD:
     """Best rank-``rank`` truncation of ``decay * U diag(S) Vh + left @ right.mT``.
 
@@ -35,10 +35,9 @@ def svd_update(
         U (..., m, r), S (..., r), Vh (..., r, n).
     left, right
         Shapes (..., m, k) and (..., n, k).
-    decay
-        ρ >= 0: a number, or a tensor of batch shape.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, n, r + k), by default the old rank r.
+    decay, rank
+        ρ >= 0, a number or a tensor of batch shape, and the rank of the result, a number or a `brandla.Rank` rule: at
+        most min(m, n, r + k), by default the old rank r.
 
     Notes
     -----
@@ -83,7 +82,7 @@ def svd_update(
 
 
 @ranged("m,r,n", "m,k")
-def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None) -> SVD:
+def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Rank | None = None) -> SVD:
     """Best rank-``rank`` truncation of ``[decay * U diag(S) Vh, columns]``: streaming PCA and LSI.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(torch.cat([decay * svd.dense(), columns], dim=-1))``, in
@@ -147,17 +146,10 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
     If nothing was truncated, equivalent to one stream of the columns of ``first`` and then of ``second``, in
     O(m (r₁ + r₂)²) operations.
 
-    Parameters
-    ----------
-    first, second
-        `Centred` values of the same m, batch shape and dtype.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r₁ + r₂ + 1), by default r₁.
-
-    References
-    ----------
-    D. Ross, J. Lim, R.-S. Lin, M.-H. Yang, "Incremental learning for robust visual tracking", Int. J. Comput. Vis. 77
-    (2008): the columns U₂ diag(S₂) and √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁) are appended to the first.
+    Both are `Centred` values of the same m, batch shape and dtype. ``rank`` is that of the result, a number or a
+    `brandla.Rank` rule: at most min(m, r₁ + r₂ + 1), by default r₁. The columns U₂ diag(S₂) and
+    √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁) are appended to the first. Source: D. Ross, J. Lim, R.-S. Lin, M.-H. Yang, "Incremental
+    learning for robust visual tracking", Int. J. Comput. Vis. 77 (2008).
 
     Examples
     --------
@@ -236,7 +228,7 @@ def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Te
     return times_basis, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
 
 
-def _recentred(state: Centred, columns: Tensor, decay: float | Tensor, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _recentred(state: Centred, columns: Tensor, decay: Number, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return a batch about its own mean, with the distance between the means in it, and the new sums of the stream."""
     function, mean = "svd_append", state.mean
     rows.admit(function, "svd.mean", mean)
