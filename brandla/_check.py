@@ -16,12 +16,12 @@ from brandla_kernels import has_values, is_mapped, overlaps_itself
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32, torch.float64)
 # What a centred stream accumulates in float64, whatever the dtype of its decomposition.
-_SUMS = ("mean", "weight", "scatter")
+SUMS = ("mean", "weight", "scatter")
 _FIELDS = {
     "LowRankEigh": ("eigenvalues", "eigenvectors"),
     "LowRankRoot": ("root", "gram"),
     "LowRankSVD": ("U", "S", "Vh"),
-    "Centred": ("svd", *_SUMS),
+    "Centred": ("svd", *SUMS),
 }
 # What makes a value of the first kind from one of the second.
 _CONVERSIONS = {
@@ -32,7 +32,6 @@ _CONVERSIONS = {
     ("LowRankSVD", "LowRankEigh"): "convert it with LowRankSVD(U, d, U.mT)",
     ("LowRankSVD", "tuple"): "make it one with LowRankSVD(U, S, Vh); torch.svd_lowrank returns V, whose .mT is Vh",
 }
-ONE_DIMENSION = "must lie on a device mesh of one dimension"
 
 _checked: ContextVar[bool] = ContextVar("brandla_checked", default=False)
 # Blocks of checked mode that are open in any thread: where there are none, no value is to be read.
@@ -106,17 +105,12 @@ def data(function: str, name: str, tensor: Tensor) -> None:
         rule = f"{name} must be real floating point (float64, float32, bfloat16, float16)"
         remedy = "take its .real and .imag" if tensor.is_complex() else "convert it with .float() or .double()"
         fail_type(function, f"{rule}; got {spelled(tensor.dtype)}; {remedy}")
-    finite(function, name, tensor)
-
-
-def finite(function: str, name: str, tensor: Tensor) -> None:
-    if not _is_checked(tensor):
-        return
-    entries = tensor if tensor.layout == torch.strided else tensor.to_sparse_coo().coalesce().values()
-    # Of a DTensor the processes count together, so that all of them raise.
-    if bad := _whole((~torch.isfinite(entries)).sum()).item():
-        rule = f"{name} must be finite; got {int(bad)} NaN or infinite entries in shape {tuple(tensor.shape)}"
-        fail_value(function, f"{rule}; skip this batch or replace them")
+    if _is_checked(tensor):
+        entries = tensor if tensor.layout == torch.strided else tensor.to_sparse_coo().coalesce().values()
+        # Of a DTensor the processes count together, so that all of them raise.
+        if bad := _whole((~torch.isfinite(entries)).sum()).item():
+            rule = f"{name} must be finite; got {int(bad)} NaN or infinite entries in shape {tuple(tensor.shape)}"
+            fail_value(function, f"{rule}; skip this batch or replace them")
 
 
 def part(function: str, name: str, tensor: Tensor) -> None:
@@ -130,10 +124,6 @@ def part_dtype(function: str, name: str, dtype: torch.dtype | None) -> None:
         half = ", since half precision cannot hold an orthonormal basis" if dtype in _HALF else ""
         remedy = "keep it in float32, beside which data may be in half precision" if half else "take one of them"
         fail_type(function, f"{name} must be float32 or float64{half}; got {spelled(dtype)}; {remedy}")
-
-
-def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
-    return (torch.float64,) if name in _SUMS else _FULL
 
 
 def shape(function: str, name: str, tensor: Tensor, expected: tuple[int, ...], because: str) -> None:
@@ -152,9 +142,9 @@ def basis(function: str, name: str, tensor: Tensor, *, wide: bool = False) -> No
         fail_value(function, f"{name} must have no more columns than rows; got r = {r} > n = {n}")
 
 
-def together(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
+def together(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor, but: str = "") -> None:
     if tensor.dtype != of.dtype:
-        rule = f"{name} must have the dtype of {of_name}, {spelled(of.dtype)}"
+        rule = f"{name} must have the dtype of {of_name}, {spelled(of.dtype)}{but}"
         fail_type(function, f"{rule}; got {spelled(tensor.dtype)}; convert one with .to()")
     same_device(function, name, tensor, of_name, of)
 
@@ -170,15 +160,10 @@ def matching_data(function: str, name: str, tensor: Tensor, of_name: str, of: Te
     if _agree(tensor, of):
         return tensor
     data(function, name, tensor)
-    same_device(function, name, tensor, of_name, of)
-    if tensor.dtype == of.dtype:
-        return tensor
     if tensor.dtype in _HALF and of.dtype == torch.float32:
-        return tensor.float()
-    rule = (
-        f"{name} must have the dtype of {of_name}, {spelled(of.dtype)} (half-precision data may meet a float32 factor)"
-    )
-    fail_type(function, f"{rule}; got {spelled(tensor.dtype)}; convert one with .to()")
+        tensor = tensor.float()
+    together(function, name, tensor, of_name, of, " (half-precision data may meet a float32 factor)")
+    return tensor
 
 
 def columns(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> Tensor:
@@ -196,6 +181,17 @@ def columns(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) 
         rule = f"{name} must have the batch shape of {of_name}, {tuple(batch)}"
         fail_value(function, f"{rule}; got {shape[:-2]}; expand() it first")
     return converted
+
+
+def batches(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
+    """Check that the batch shapes of two tall matrices broadcast."""
+    if block.shape[:-2] == basis.shape[:-2]:
+        return
+    try:
+        torch.broadcast_shapes(block.shape[:-2], basis.shape[:-2])
+    except RuntimeError:
+        rule = f"batch shape of {name} must broadcast with {whose}, {tuple(basis.shape[:-2])}"
+        fail_value(function, f"{rule}; got {tuple(block.shape[:-2])}")
 
 
 def rank(function: str, value: int | None, default: int, most: int, because: str) -> int:
@@ -225,6 +221,14 @@ def _int(function: str, name: str, value: object, kind: str = "an int") -> None:
         fail_type(function, f"{name} must be {kind}; got {type(value).__name__} {value!r}")
 
 
+def exponent(function: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):
+        fail_type(function, f"exponent must be a number; got {type(value).__name__}")
+    if not abs(value) < float("inf"):
+        fail_value(function, f"exponent must be finite; got {value}")
+    return float(value)
+
+
 def choice(function: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Check an option that is one of a few words."""
     if value not in allowed:
@@ -238,26 +242,22 @@ def scalar(
     if isinstance(value, Tensor):
         if value.ndim == 0 and _agree(value, of):
             return value
-        return _tensor_scalar(function, name, value, of_name, of, positive=positive)
+        data(function, name, value)
+        same_device(function, name, value, of_name, of)
+        batch, own = tuple(of.shape[:-2]), tuple(value.shape)
+        sizes = zip(own[::-1], batch[::-1], strict=False)
+        if len(own) > len(batch) or any(size not in (1, most) for size, most in sizes):
+            fail_value(function, f"{name} must be a number or have the batch shape {batch} of {of_name}; got {own}")
+        if _is_checked(value) and not bool((value > 0).all() if positive else (value >= 0).all()):
+            rule = f"{name} must be {'> 0' if positive else '>= 0'} everywhere"
+            fail_value(function, f"{rule}; its smallest entry is {float(value.min()):g}")
+        return value.to(of.dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         fail_type(function, f"{name} must be a number or a tensor; got {type(value).__name__}")
     # Written so that NaN fails too.
     if not (value > 0 if positive else value >= 0) or value == float("inf"):
         fail_value(function, f"{name} must be finite and {'> 0' if positive else '>= 0'}; got {value}")
     return float(value)
-
-
-def _tensor_scalar(function: str, name: str, value: Tensor, of_name: str, of: Tensor, *, positive: bool) -> Tensor:
-    data(function, name, value)
-    same_device(function, name, value, of_name, of)
-    batch, own = tuple(of.shape[:-2]), tuple(value.shape)
-    sizes = zip(own[::-1], batch[::-1], strict=False)
-    if len(own) > len(batch) or any(size not in (1, most) for size, most in sizes):
-        fail_value(function, f"{name} must be a number or have the batch shape {batch} of {of_name}; got {own}")
-    if _is_checked(value) and not bool((value > 0).all() if positive else (value >= 0).all()):
-        rule = f"{name} must be {'> 0' if positive else '>= 0'} everywhere"
-        fail_value(function, f"{rule}; its smallest entry is {float(value.min()):g}")
-    return value.to(of.dtype)
 
 
 def eigh(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
@@ -270,8 +270,7 @@ def eigh(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
     basis(function, f"{name}.eigenvectors", vectors)
     because = "one value for each column of eigenvectors"
     _beside(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors, vectors.shape[-1:], because)
-    _orthonormal(function, f"{name}.eigenvectors", vectors)
-    _descending(function, f"{name}.eigenvalues", values)
+    _spectral(function, f"{name}.eigenvectors", vectors, f"{name}.eigenvalues", values)
     return values, vectors
 
 
@@ -300,8 +299,7 @@ def svd(function: str, name: str, factor: object) -> None:
     remedy = "; if it is V, as torch.svd_lowrank returns, pass its .mT" if right.shape[-1:] == r else ""
     sizes, because = (*r, *right.shape[-1:]), f"one row for each column of U{remedy}"
     _beside(function, f"{name}.Vh", right, of_name, left, sizes, because)
-    _orthonormal(function, f"{name}.U", left)
-    _descending(function, f"{name}.S", values)
+    _spectral(function, of_name, left, f"{name}.S", values)
 
 
 def _beside(
@@ -344,20 +342,17 @@ def _inner(tall: Tensor) -> Tensor:
     return _whole(wide.mT @ wide)
 
 
-def _orthonormal(function: str, name: str, tensor: Tensor) -> None:
-    """In checked mode, check that the columns of a basis are orthonormal, or zero."""
-    if _is_checked(tensor):
-        inner = _inner(tensor)
+def _spectral(function: str, name: str, vectors: Tensor, values_name: str, values: Tensor) -> None:
+    """In checked mode, check that vectors are orthonormal, or zero, and their values descending and not negative."""
+    if _is_checked(vectors):
+        inner = _inner(vectors)
         error = (inner - torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).double())).abs()
         rule = f"{name} must have orthonormal columns, or zero ones"
-        _small_enough(function, rule, error, tensor.dtype, "make them so with brandla.orthonormalize")
-
-
-def _descending(function: str, name: str, values: Tensor) -> None:
-    """In checked mode, check that values are descending and not negative."""
+        _small_enough(function, rule, error, vectors.dtype, "make them so with brandla.orthonormalize")
     if _is_checked(values) and bool((values < 0).any() | (values[..., 1:] > values[..., :-1]).any()):
+        rule = f"{values_name} must be descending and >= 0"
         seen = _whole(values).flatten()[:3].tolist()
-        fail_value(function, f"{name} must be descending and >= 0; got {seen} …; sort them, with their vectors")
+        fail_value(function, f"{rule}; got {seen} …; sort them, with their vectors")
 
 
 def semidefinite(function: str, name: str, inner: Tensor, dtype: torch.dtype) -> None:
@@ -400,7 +395,7 @@ def centred(function: str, name: str, state: object) -> None:
     factor, *sums = _fields(function, name, state, "Centred")
     svd(function, f"{name}.svd", factor)
     batch, m = tuple(factor.U.shape[:-2]), factor.U.shape[-2]
-    for field, value, expected in zip(_SUMS, sums, ((*batch, m), batch, batch), strict=True):
+    for field, value, expected in zip(SUMS, sums, ((*batch, m), batch, batch), strict=True):
         part(function, f"{name}.{field}", value)
         if value.dtype != torch.float64:
             rule = f"{name}.{field} must be float64, whatever the decomposition is"
@@ -420,28 +415,25 @@ def mixture(function: str, name: str, tensor: Tensor, *, as_dtensor: bool = Fals
     fail_type(function, f"{rule}; got a {type(tensor).__name__}; {remedy}")
 
 
-def sharded(function: str, name: str, tensor: Any, dim: int, mesh: Any = None) -> None:
-    """Check that the rows of a DTensor, its dimension ``dim``, are sharded over a 1-D mesh: over ``mesh`` if given."""
-    _same_mesh(function, name, tensor, mesh)
-    at = tensor.ndim + dim
-    if not tensor.placements[0].is_shard(at):
-        rule = f"{name} must be sharded on its rows, [Shard({at})]"
-        remedy = f"redistribute it with .redistribute(placements=[Shard({at})])"
-        fail_value(function, f"{rule}; got {list(tensor.placements)}; {remedy}")
-
-
-def replicated(function: str, name: str, tensor: Any, mesh: Any) -> None:
-    """Check that a small DTensor is whole on every process of the mesh of the factor."""
-    _same_mesh(function, name, tensor, mesh)
-    if not tensor.placements[0].is_replicate():
-        rule = f"{name} must be a plain tensor or [Replicate()], the same in every process"
-        remedy = "redistribute it with .redistribute(placements=[Replicate()])"
-        fail_value(function, f"{rule}; got {list(tensor.placements)}; {remedy}")
-
-
-def _same_mesh(function: str, name: str, tensor: Any, mesh: Any) -> None:
-    if tensor.device_mesh.ndim != 1:
-        fail_value(function, f"{name} {ONE_DIMENSION}; got {tensor.device_mesh}; take one with mesh[name]")
+def placed(function: str, name: str, tensor: Any, dim: int | None, mesh: Any = None) -> None:
+    """Check that a DTensor lies on a 1-D mesh, on ``mesh`` if given: its rows, dimension ``dim``, sharded, or whole."""
+    one_dimension(function, name, tensor.device_mesh)
     if mesh is not None and tensor.device_mesh != mesh:
         rule = f"{name} must lie on the device mesh of the factor, of ranks {mesh.mesh.tolist()}"
         fail_value(function, f"{rule}; got {tensor.device_mesh.mesh.tolist()}; distribute it over that one")
+    (placement,) = tensor.placements
+    if dim is None:
+        fits, wanted = placement.is_replicate(), "Replicate()"
+        rule = f"{name} must be a plain tensor or [Replicate()], the same in every process"
+    else:
+        at = tensor.ndim + dim
+        fits, wanted = placement.is_shard(at), f"Shard({at})"
+        rule = f"{name} must be sharded on its rows, [{wanted}]"
+    if not fits:
+        remedy = f"redistribute it with .redistribute(placements=[{wanted}])"
+        fail_value(function, f"{rule}; got {list(tensor.placements)}; {remedy}")
+
+
+def one_dimension(function: str, name: str, mesh: Any) -> None:
+    if mesh.ndim != 1:
+        fail_value(function, f"{name} must lie on a device mesh of one dimension; got {mesh}; take one with mesh[name]")

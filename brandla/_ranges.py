@@ -1,8 +1,7 @@
 """Named ranges: a profiler shows a call of a public function as ``brandla::eigh_update n=4096 r=128 k=64``.
 
-Under ``torch.profiler`` a range is an event that holds the calls and kernels of its function, and under
-``torch.autograd.profiler.emit_nvtx`` an NVTX range. With no profiler on, two flags are read; under torch.compile there
-is nothing. What is called so also computes as outside ``torch.autocast``.
+With no profiler on, two flags are read; under torch.compile there is nothing. What is called so also computes as
+outside ``torch.autocast``.
 """
 
 from __future__ import annotations
@@ -26,12 +25,9 @@ Result = TypeVar("Result")
 def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Make the calls of the decorated function named ranges.
 
-    Parameters
-    ----------
-    sizes
-        For each of the first arguments, the letters of its shape, such as ``"n,r"``: the shape of a tensor, of the
-        basis of a symmetric factor, (m, r, n) of an SVD, or one letter for a number. Dimensions before them are those
-        of a batch. Of a list of arguments, the largest sizes are shown.
+    ``sizes`` are, for each of the first arguments, the letters of its shape, such as ``"n,r"``: the shape of a tensor,
+    of the basis of a symmetric factor, (m, r, n) of an SVD, or one letter for a number. Dimensions before them are
+    those of a batch. Of a list of arguments, the largest sizes are shown.
     """
     letters = [each.split(",") for each in sizes]
 

@@ -1,8 +1,7 @@
 """Which rows of a tall matrix this process holds: all of them or, of a DTensor sharded on its rows, some.
 
-The functions of brandla compute with what a process holds. An inner product of tall matrices is the sum of those of
-their parts: one all-reduce of something small, after which it is the same in every process, as is whatever follows from
-it. Tall matrices never travel. ``docs/sharded.md`` lists what does.
+An inner product of tall matrices is the sum of those of their parts: one all-reduce of something small. Tall matrices
+never travel. ``docs/sharded.md`` lists what does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor
 from brandla import _check
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 Small = TypeVar("Small", bound=float | Tensor | None)
@@ -40,8 +38,8 @@ class Rows:
         """Return what is here of a tall argument, whose rows are dimension ``dim``, sharded as the factor's."""
         if self.mesh is None:
             return tensor
-        _check.sharded(function, name, tensor, dim, self.mesh)
-        local = _local(tensor)
+        _check.placed(function, name, tensor, dim, self.mesh)
+        local: Tensor = here(tensor)
         start, stop = _span(self.mesh, self.n, self.mesh.get_local_rank())
         if local.shape[dim] != stop - start:
             rule = f"{name} must have its rows {start} to {stop} here, as distribute_tensor lays {self.n} rows out"
@@ -54,9 +52,8 @@ class Rows:
             return value
         if self.mesh is None:
             _check.mixture(function, name, value)
-        _check.replicated(function, name, value, self.mesh)
-        # A TypeVar of number or tensor: this branch is the tensor's.
-        copy: Small = _local(value)  # type: ignore[assignment]
+        _check.placed(function, name, value, None, self.mesh)
+        copy: Small = here(value)
         return copy
 
     def count(self, local: Tensor) -> int:
@@ -67,8 +64,11 @@ class Rows:
         """Return an inner product over all rows, the same everywhere, from one over those here, which may be lost."""
         if self.mesh is None:
             return part
-        group = self.mesh.get_group()
-        return _across(part, group, summed=True) if part.requires_grad else _sum(part, group)
+        if part.requires_grad:
+            # The gradient of a sum over the processes is the sum of theirs.
+            part = self.shared(part).clone(memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            return self._summed(part)
 
     def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Return `total` of each, of one dtype, in one message."""
@@ -78,9 +78,17 @@ class Rows:
 
     def shared(self, small: Tensor) -> Tensor:
         """Return what every process computed for itself; its gradient is summed over them."""
-        if self.mesh is None or not small.requires_grad:
+        if self.mesh is None or not (small.requires_grad and torch.is_grad_enabled()):
             return small
-        return _across(small, self.mesh.get_group(), summed=False)
+        view = small.view_as(small)
+        view.register_hook(lambda gradient: self._summed(gradient.clone()))
+        return view
+
+    def _summed(self, part: Tensor) -> Tensor:
+        if part.numel() and self.mesh is not None:
+            part = part.contiguous()
+            torch.distributed.all_reduce(part, group=self.mesh.get_group())
+        return part
 
     def qr(self, panel: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is here of Q, and R: from the QR of all processes' R, one below the other."""
@@ -131,16 +139,12 @@ def rows_of(function: str, name: str, tall: Any, small: Tensor) -> Rows:
     """Return how the rows of a factor's tall matrix are laid out; ``small`` shows what its small parts are."""
     if type(tall) is Tensor or not is_dtensor(tall):
         return WHOLE
-    _check.sharded(function, name, tall, -2)
+    _check.placed(function, name, tall, -2)
     return Rows(tall.device_mesh, tall.shape[-2], is_dtensor(small))
 
 
 def zero_rows(
-    function: str,
-    mesh: DeviceMesh | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    function: str, mesh: Any, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Tensor:
     """Return a tall matrix (..., n, r) of zeros for a new factor, sharded on its rows over a mesh if there is one."""
     *_, n, rank = shape
@@ -154,8 +158,7 @@ def zero_rows(
         _check.fail_value(function, f"device must be left out where a mesh is given, which has its own; got {device}")
     from torch.distributed.tensor import Shard, zeros
 
-    if mesh.ndim != 1:
-        _check.fail_value(function, f"mesh {_check.ONE_DIMENSION}; got {mesh}; take one with mesh[name]")
+    _check.one_dimension(function, "mesh", mesh)
     return zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[Shard(len(shape) - 2)])
 
 
@@ -167,9 +170,13 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def here(tensor: Tensor) -> Tensor:
+def here(tensor: Any) -> Any:
     """Return the part of a tensor that this process holds: the tensor itself unless it is a DTensor."""
-    return _local(tensor) if is_dtensor(tensor) else tensor
+    if not is_dtensor(tensor):
+        return tensor
+    local = tensor.to_local()
+    # What a redistribution is still bringing is a tensor that waits for it.
+    return local.wait() if hasattr(local, "wait") else local
 
 
 def everywhere(tensor: Any) -> Tensor:
@@ -183,36 +190,3 @@ def _span(mesh: DeviceMesh, n: int, rank: int) -> tuple[int, int]:
     size = -(-n // mesh.size())
     start = min(rank * size, n)
     return start, min(start + size, n)
-
-
-def _local(tensor: Any) -> Tensor:
-    local = tensor.to_local()
-    # What a redistribution is still bringing is a tensor that waits for it.
-    arrived: Tensor = local.wait() if hasattr(local, "wait") else local
-    return arrived
-
-
-def _sum(part: Tensor, group: ProcessGroup) -> Tensor:
-    if part.numel():
-        part = part.contiguous()
-        torch.distributed.all_reduce(part, group=group)
-    return part
-
-
-def _across(tensor: Tensor, group: ProcessGroup, *, summed: bool) -> Tensor:
-    # torch leaves Function.apply without annotations.
-    result: Tensor = _Across.apply(tensor, group, summed)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Across(torch.autograd.Function):
-    """y = Σ x over the processes, or y = x the same in all of them: each uses y for its own part of the result."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup, summed: bool) -> Tensor:
-        ctx.group = group
-        return _sum(tensor.clone(), group) if summed else tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _sum(gradients[0].clone(), ctx.group), None, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,22 +13,12 @@ import brandla_kernels as ops
 from brandla import _check
 from brandla._sharded import PLAIN, WHOLE, Rows, rows_of
 from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
-from brandla.lowrank import (
-    NAMES,
-    LowRankEigh,
-    LowRankRoot,
-    Tracked,
-    check_symmetric,
-    over,
-    stack_numbers,
-    two_numbers,
-)
+from brandla.lowrank import LowRankEigh, LowRankRoot, Number, Tracked, check_symmetric, over, stack_numbers, two_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall, tall
 
 Factor = LowRankEigh | LowRankRoot
 LowRank = Factor | Tracked[LowRankEigh] | Tracked[LowRankRoot]
-Number = float | Tensor
 Tail = Number | Literal["mean", "smallest"]
 
 
@@ -75,28 +64,6 @@ def aligned(*operands: Shifted | Inverse | Tall) -> list[Any]:
     return [part.expand(*batch, *part.shape[group[0].ndim - 2 :]) for group in groups for part in group]
 
 
-class Woodbury(NamedTuple):
-    """D + B C Bᵀ in the coordinates D^½ x: I + B̂ C B̂ᵀ with B̂ = D^−½ B, and its core K = I + B̂ᵀB̂ C."""
-
-    diagonal: Tensor  # D: (..., n)
-    basis: Tensor  # B̂: (..., n, r)
-    weights: Tensor  # C: (..., r, r)
-    core: Tensor  # K: (..., r, r)
-
-    def solve(self, rhs: Tensor) -> Tensor:
-        """Return (D + B C Bᵀ)⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
-        lengths = self.diagonal.rsqrt()[..., None]
-        middle, _ = torch.linalg.solve_ex(self.core, self.weights, left=False)
-        one = self.diagonal.new_ones(()).expand(self.basis.shape[:-2])
-        solution: Tensor = Shifted(self.basis, -middle, one) @ (lengths * rhs)
-        return lengths * solution
-
-    def logdet(self) -> Tensor:
-        """Return log det D + log det K."""
-        of_core: Tensor = torch.linalg.slogdet(self.core).logabsdet
-        return self.diagonal.log().sum(-1) + of_core
-
-
 class Side(NamedTuple):
     """A factor and its shift: of one factor, of a batch, or of a list, whose small parts are a list or `stacked`."""
 
@@ -134,27 +101,37 @@ class Side(NamedTuple):
         Of a root, whose columns along eigenvectors of S are √d times unit ones, Z is divided by d, and 0 for every d up
         to τ; for p = −1 and τ = 0 that is −(S + λI)⁻¹.
         """
-        damping, levels = self.damping, self._plain_levels()
-        if exponent == -1 and levels is None and _is_zero(self.tail):
+        damping, (levels, tail) = self.damping, self._levels(needed=exponent != -1)
+        if levels is None:
             return Shifted(self.basis, -ops.damped_gram_inverse(self.small, damping), self._filled(1 / damping))
-        levels, tail = self._with_tail(levels)
-        middle = levels.of(lambda values: self._middle(values, tail, exponent))
-        shift = tail + damping
+
+        def middle(values: Tensor) -> Tensor:
+            above = values + over(damping)
+            if exponent == -1:
+                return self._missing(values, tail) / above
+            shift = over(tail + damping)
+            if not self.is_root:
+                return (above / shift) ** exponent - 1
+            # Divided by d, however small.
+            part = torch.expm1(exponent * torch.log1p((_at_least(values, tail) - over(tail)) / shift))
+            return part / torch.where(values > 0, values, 1)
+
+        inner, shift = levels.of(middle), tail + damping
         scale = self._filled(1 / shift) if exponent == -1 else self._filled(shift) ** exponent
-        return Shifted(self.basis, middle, scale)
+        return Shifted(self.basis, inner, scale)
 
     def logdet(self) -> Tensor:
         """Return the log-determinant, the same in every process."""
         if self.diagonal is not None:
-            return self.beside(self.diagonal).logdet()
-        damping, levels = self.damping, self._plain_levels()
-        if levels is None and _is_zero(self.tail):
-            held = 2 * ops.damped_cholesky(self.small, damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            tail: Number = 0.0
+            whole, _, _, core = self._beside(self.diagonal)
+            of_core: Tensor = torch.linalg.slogdet(core).logabsdet
+            return whole.log().sum(-1) + of_core
+        values, tail = self.counted(needed=False)
+        if values is None:
+            held = 2 * ops.damped_cholesky(self.small, self.damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
         else:
-            values, tail = self._counted(levels)
-            held = (values + over(damping)).log().sum(-1)
-        return self.rows.small_result(held + self.unheld() * self._filled(tail + damping).log())
+            held = (values + over(self.damping)).log().sum(-1)
+        return self.rows.small_result(held + self.unheld() * self._filled(tail + self.damping).log())
 
     def unheld(self) -> Number:
         """Return n − r, the number of directions that no column stands for."""
@@ -172,15 +149,14 @@ class Side(NamedTuple):
 
     def here(self, function: str, name: str, block: Tensor) -> Tensor:
         """Check that the batch shapes of a tall argument and of the factor broadcast, and return what is here of it."""
-        check_batch(function, name, block, self.basis)
+        _check.batches(function, name, block, self.basis)
         return block if self.rows is WHOLE else self.rows.local(function, name, block)
 
-    def counted(self) -> tuple[Tensor, Number]:
+    def counted(self, *, needed: bool = True) -> tuple[Tensor | Any, Number]:
         """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
-        return self._counted(self._plain_levels())
-
-    def _counted(self, levels: Spectrum | None) -> tuple[Tensor, Number]:
-        levels, tail = self._with_tail(levels)
+        levels, tail = self._levels(needed)
+        if levels is None:
+            return None, tail
         if self.is_root:
             return _at_least(levels.values, tail), tail
         if _is_zero(tail):
@@ -201,33 +177,30 @@ class Side(NamedTuple):
         turn = torch.where(gone[..., None, :], 0, turn * torch.where(gone, 1, values).rsqrt()[..., None, :])
         return times(self.basis, turn), (torch.where(gone, over(tail), values), tail)
 
-    def beside(self, diagonal: Tensor) -> Woodbury:
-        """Return the operator with diag(δ) added: D = λ + τ + δ, and C = diag(d − τ), of a root divided by d."""
-        small, basis = self.small, self.basis
-        levels = self._plain_levels()
-        if levels is None and _is_zero(self.tail):
-            tail: Number = 0.0
-            weights = torch.ones_like(small[..., 0])
+    def solve_beside(self, diagonal: Tensor, rhs: Tensor) -> Tensor:
+        """Return (M̂ + τ(I − P) + λI + diag(δ))⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
+        whole, scaled, weights, core = self._beside(diagonal)
+        lengths = whole.rsqrt()[..., None]
+        middle, _ = torch.linalg.solve_ex(core, weights, left=False)
+        one = whole.new_ones(()).expand(scaled.shape[:-2])
+        solution: Tensor = Shifted(scaled, -middle, one) @ (lengths * rhs)
+        return lengths * solution
+
+    def _beside(self, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return D, B̂ = D^−½ B, C and the core K = I + B̂ᵀB̂ C of the operator with diag(δ) added, D + B C Bᵀ.
+
+        Here D = λ + τ + δ, and C = diag(d − τ), of a root divided by d.
+        """
+        basis, (levels, tail) = self.basis, self._levels()
+        if levels is None:
+            weights = torch.ones_like(self.small[..., 0])
         else:
-            levels, tail = self._with_tail(levels)
             weights = -levels.of(lambda values: self._missing(values, tail))
         weights = weights if weights.ndim == basis.ndim else torch.diag_embed(weights)
         whole = over(tail + self.damping) + diagonal
         scaled = whole.rsqrt()[..., None] * basis
         identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
-        return Woodbury(whole, scaled, weights, identity + ops.project(scaled, scaled) @ weights)
-
-    def _middle(self, values: Tensor, tail: Number, exponent: float) -> Tensor:
-        """Return Z for these eigenvalues."""
-        above = values + over(self.damping)
-        if exponent == -1:
-            return self._missing(values, tail) / above
-        shift = over(tail + self.damping)
-        if not self.is_root:
-            return (above / shift) ** exponent - 1
-        # Divided by d, however small.
-        part = torch.expm1(exponent * torch.log1p((_at_least(values, tail) - over(tail)) / shift))
-        return part / torch.where(values > 0, values, 1)
+        return whole, scaled, weights, identity + ops.project(scaled, scaled) @ weights
 
     def _missing(self, values: Tensor, tail: Number) -> Tensor:
         """Return τ − d; of a root min(τ − d, 0)/d."""
@@ -235,20 +208,21 @@ class Side(NamedTuple):
             return over(tail) - values
         return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
-    def _plain_levels(self) -> Spectrum | None:
-        """Return the eigenvalues that the factor holds, or None of a root whose S has to be decomposed for them."""
-        small = self.small
-        if not self.is_root:
-            return Spectrum(small)
-        if not ops.reads_are_free(small) or small.requires_grad:
-            return None
-        # `root_update` leaves nothing beside the diagonal.
-        diagonal = small.diagonal(dim1=-2, dim2=-1)
-        return Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
+    def _levels(self, needed: bool = False) -> tuple[Spectrum | Any, Number]:
+        """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ.
 
-    def _with_tail(self, levels: Spectrum | None) -> tuple[Spectrum, Number]:
-        """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ."""
-        levels = spectrum((self.small + self.small.mT) / 2) if levels is None else levels
+        None of a root with τ = 0 whose S has to be decomposed for them, if they are not ``needed``.
+        """
+        small, levels = self.small, None
+        if not self.is_root:
+            levels = Spectrum(small)
+        elif ops.reads_are_free(small) and not small.requires_grad:
+            # `root_update` leaves nothing beside the diagonal.
+            diagonal = small.diagonal(dim1=-2, dim2=-1)
+            levels = Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
+        if levels is None and _is_zero(self.tail) and not needed:
+            return None, 0.0
+        levels = levels or spectrum((small + small.mT) / 2)
         return levels, _smallest(levels.values) if self.tail is None else self.tail
 
     def _filled(self, value: Number) -> Tensor:
@@ -282,59 +256,55 @@ def _smallest(values: Tensor) -> Tensor:
 
 
 def check_side(
-    function: str, lowrank: LowRank, damping: Number, tail: Tail, names: Sequence[str] = ("lowrank", "damping", "tail")
+    function: str, lowrank: LowRank, damping: Number, tail: Tail, side: str = "", diagonal: Tensor | None = None
 ) -> Side:
-    """Check a factor, tracked or not, λ and τ, and return what is here of them."""
+    """Check a factor, tracked or not, λ, τ and δ if there is one, and return what is here of them."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
-    name, damping_name, tail_name = names
+    name, prefix = (side, f"{side}_") if side else ("lowrank", "")
+    damping_name, tail_name = f"{prefix}damping", f"{prefix}tail"
     small, basis = check_symmetric(function, name, factor)
-    small_name, basis_name = NAMES[type(factor)]
+    small_name, basis_name = factor._fields[::-1] if isinstance(factor, LowRankRoot) else factor._fields
     rows = WHOLE if type(basis) is Tensor else rows_of(function, f"{name}.{basis_name}", basis, small)
     if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
         small = rows.small(function, f"{name}.{small_name}", small)
         damping = rows.small(function, damping_name, damping)
         tail = tail if isinstance(tail, str) else rows.small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
-    given: Number | None
-    if not isinstance(tail, str):
-        given = _check.scalar(function, tail_name, tail, "the factor", basis)
-    elif tail == "smallest":
-        given = None
-    elif tail != "mean":
-        rule = f"{tail_name} must be a number, a tensor, 'mean' or 'smallest'"
-        _check.fail_value(function, f"{rule}; got {tail!r}")
-    elif not isinstance(lowrank, Tracked):
-        rule = f"{tail_name}='mean' needs a Tracked factor, which carries the trace"
-        _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
+    if isinstance(tail, str):
+        given = _named_tail(function, tail_name, tail, lowrank, basis, rows)
     else:
-        _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
-        given = _mean_left_out(factor, rows.small(function, "trace", lowrank.trace), rows)
+        given = _check.scalar(function, tail_name, tail, "the factor", basis)
     if rows is not WHOLE:
         basis = rows.local(function, f"{name}.{basis_name}", basis)
-    return Side(type(factor), small, basis, damping, given, rows)
+    found = Side(type(factor), small, basis, damping, given, rows)
+    return found if diagonal is None else _with_diagonal(function, found, diagonal)
 
 
-def check_batch(function: str, name: str, block: Tensor, basis: Tensor, whose: str = "the factor's") -> None:
-    """Check that the batch shapes of two tall matrices broadcast."""
-    if block.shape[:-2] == basis.shape[:-2]:
-        return
-    try:
-        torch.broadcast_shapes(block.shape[:-2], basis.shape[:-2])
-    except RuntimeError:
-        rule = f"batch shape of {name} must broadcast with {whose}, {tuple(basis.shape[:-2])}"
-        _check.fail_value(function, f"{rule}; got {tuple(block.shape[:-2])}")
-
-
-def check_exponent(function: str, exponent: float) -> float:
-    """Check p."""
-    if isinstance(exponent, bool) or not isinstance(exponent, (float, Real)):
-        _check.fail_type(function, f"exponent must be a number; got {type(exponent).__name__}")
-    if not abs(exponent) < float("inf"):
-        _check.fail_value(function, f"exponent must be finite; got {exponent}")
-    return float(exponent)
-
-
-def _mean_left_out(factor: Factor, trace: Tensor, rows: Rows) -> Tensor:
-    """(tr M − tr M̂)/(n − r), the mean of the eigenvalues left out; 0, as its derivative, where the traces agree."""
-    left_out = torch.nn.functional.threshold(trace - rows.small("tail", "the factor", factor.trace()), 0, 0)
+def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Tensor, rows: Rows) -> Number | None:
+    if tail == "smallest":
+        return None
+    if tail != "mean":
+        _check.fail_value(function, f"{name} must be a number, a tensor, 'mean' or 'smallest'; got {tail!r}")
+    if not isinstance(lowrank, Tracked):
+        rule = f"{name}='mean' needs a Tracked factor, which carries the trace"
+        _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
+    factor: Factor = lowrank.lowrank
+    _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
+    trace, held = (rows.small(function, "trace", each) for each in (lowrank.trace, factor.trace()))
+    # (tr M − tr M̂)/(n − r), the mean of the eigenvalues left out; 0, as its derivative, where the traces agree.
+    left_out = torch.nn.functional.threshold(trace - held, 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)
+
+
+def _with_diagonal(function: str, side: Side, diagonal: Tensor) -> Side:
+    """Check δ, and return the side with it, in the batch shape of the factor."""
+    if side.rows is not WHOLE:
+        rule = "diagonal must be None where the factor is sharded on its rows"
+        _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")
+    basis, diagonal = side.basis, side.data(function, "diagonal", diagonal, "lowrank")
+    if diagonal.shape not in (basis.shape[-2:-1], basis.shape[:-1]):
+        rule = f"diagonal must have shape ({basis.shape[-2]},) or {tuple(basis.shape[:-1])}, the batch shape and n"
+        _check.fail_value(function, f"{rule}; got {tuple(diagonal.shape)}")
+    # Each entry is a number beside a row of the basis.
+    _check.scalar(function, "diagonal", diagonal, "the factor", basis[..., None])
+    return side._replace(diagonal=diagonal.expand(basis.shape[:-1]))

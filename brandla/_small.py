@@ -24,9 +24,14 @@ _SMALL = 64
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return all eigenpairs of a small positive semi-definite matrix, by `leading`, in its own precision by default."""
     dtype = dtype or core.dtype
-    if _is_plain(core, torch.finfo(dtype)):
-        values, vectors = _eigh_with_retry(core.to(dtype))
-        return values.flip(-1).clamp_min(0), vectors.flip(-1)
+    if core.numel() and ops.reads_are_free(core) and not core.requires_grad:
+        limits = torch.finfo(dtype)
+        least, most = (extreme.item() for extreme in core.diagonal(dim1=-2, dim2=-1).aminmax())
+        in_range = least * limits.eps >= limits.tiny and most <= limits.max * limits.eps
+        # It is finite and well in range, and no coordinate of it is empty.
+        if in_range and math.isfinite(core.sum().item()):
+            values, vectors = _eigh_with_retry(core.to(dtype))
+            return values.flip(-1).clamp_min(0), vectors.flip(-1)
     return leading(core, core.shape[-1], dtype)
 
 
@@ -38,15 +43,13 @@ class Spectrum(NamedTuple):
     moved: Tensor | None = None  # VᵀSV − diag(d): 0, with the derivative of S
 
     def of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return f(S) for a function of the eigenvalues: V f(d) Vᵀ, or f(d) of a diagonal S.
-
-        To first order V moves f(S) by (f(dᵢ) − f(dⱼ))/(dᵢ − dⱼ) times an entry of VᵀSV (Daleckii and Krein).
-        """
+        """Return f(S) for a function of the eigenvalues: V f(d) Vᵀ, or f(d) of a diagonal S."""
         levels, vectors, moved = function(self.values), self.vectors, self.moved
         if vectors is None:
             return levels
         if moved is None:
             return (vectors * levels[..., None, :]) @ vectors.mT
+        # To first order V moves f(S) by these slopes times the entries of VᵀSV (Daleckii and Krein).
         slopes = _slopes(function, self.values.detach())
         off_diagonal = moved - torch.diag_embed(moved.diagonal(dim1=-2, dim2=-1))
         return vectors @ (torch.diag_embed(levels) + slopes * off_diagonal) @ vectors.mT
@@ -102,13 +105,7 @@ def leading(
 
     Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out. With ``unit`` the vectors
     are those of `unit_scaled`. A coordinate whose diagonal entry is 0 has a zero eigenvector. A matrix that is not
-    finite, or beyond ``dtype``, gives NaN throughout. Where LAPACK fails to converge or returns non-finite values, the
-    decomposition is repeated in float64 (``docs/updates.md``).
-
-    Raises
-    ------
-    RuntimeError
-        If the decomposition fails in float64 as well.
+    finite, or beyond ``dtype``, gives NaN throughout.
     """
     own = core.double()
     one = 1.0 if ops.reads_are_free(own) else own.new_ones(own.shape[:-2])
@@ -143,11 +140,10 @@ def signs_of(agreement: Tensor) -> Tensor:
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of a small matrix whose empty rows and columns stay empty.
+    """Return U, S and V, in float64, of a small matrix whose empty rows and columns stay empty.
 
-    Always in float64; values below 4·ε of ``dtype`` relative to the largest are rounding noise of the data and become
-    0, with zero vectors. A core with a non-finite entry gives NaN throughout. Returns U (..., p, m), S (..., m) and
-    V (..., q, m), not transposed.
+    Values below 4·ε of ``dtype`` relative to the largest are rounding noise of the data and become 0, with zero
+    vectors. A core with a non-finite entry gives NaN throughout.
     """
     core = core.double()
     if core.numel() == 0:
@@ -162,41 +158,32 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     left = left * (clean.abs().amax(-1) > 0)[..., :, None]
     right = right.mT * (clean.abs().amax(-2) > 0)[..., :, None]
     # A vector of an empty coordinate has no value, even where rounding of the others is above the threshold.
-    alive = (values > 4 * torch.finfo(dtype).eps * values[..., :1]) & _has_length(left) & _has_length(right)
-    left = _orthonormal_again(left * alive[..., None, :])
-    right = _orthonormal_again(right * alive[..., None, :])
+    alive = values > 4 * torch.finfo(dtype).eps * values[..., :1]
+    alive = alive & (left.square().sum(-2) > 0.5) & (right.square().sum(-2) > 0.5)
     poison = torch.where(finite, 0, math.nan)[..., None]
-    return left + poison[..., None], values * scale * alive + poison, right + poison[..., None]
+
+    def orthonormal(vectors: Tensor) -> Tensor:
+        # They were unit vectors before the rows of empty coordinates were cleared.
+        kept = vectors * alive[..., None, :]
+        transform, _ = ops.cholesky_inverse_core(kept.mT @ kept, alive.to(kept.dtype), 0.25)
+        return kept @ transform + poison[..., None]
+
+    return orthonormal(left), values * scale * alive + poison, orthonormal(right)
 
 
 def largest_eigenvalue(core: Tensor) -> Tensor:
-    """Estimate the largest eigenvalue of a positive semi-definite core (..., r, r) from below, with no sync.
-
-    Four power iterations from the column of the largest diagonal entry, which give it exactly for a diagonal core.
-    Lengths are relative to that entry, so that their squares stay in range.
-    """
+    """Estimate the largest eigenvalue of a positive semi-definite core (..., r, r) from below, with no sync."""
     if core.shape[-1] == 0:
         return core.sum((-2, -1))
     tiny = torch.finfo(core.dtype).tiny
     most, chosen = core.diagonal(dim1=-2, dim2=-1).max(-1, keepdim=True)
     scale = most[..., None].clamp_min(tiny)
+    # Four power iterations, exact for a diagonal core. Lengths are relative, so that their squares stay in range.
     vector = ops.tall.columns_at(core, chosen) / scale
     for _ in range(4):
         vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)) / scale
     length: Tensor = torch.linalg.vector_norm(vector, dim=-2)[..., 0]
     return torch.maximum(length * scale[..., 0, 0], most[..., 0])
-
-
-def largest_of_gram(gram: Tensor) -> Tensor:
-    """Estimate the same by two power iterations from all unit vectors, in few operations. Exact for a diagonal."""
-    if gram.shape[-1] == 0:
-        return gram.sum((-2, -1))
-    tiny = torch.finfo(gram.dtype).tiny
-    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
-    relative = gram / scale[..., None, None]
-    lengths = torch.linalg.vector_norm(relative, dim=-2, keepdim=True).clamp_min(tiny)
-    largest: Tensor = torch.linalg.vector_norm(relative @ (relative / lengths), dim=-2).amax(-1)
-    return largest * scale
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,24 +228,3 @@ class _Eigh(torch.autograd.Function):
         inner.diagonal(dim1=-2, dim2=-1).copy_(of_values)
         of_matrix: Tensor = vectors @ inner @ vectors.mT
         return of_matrix
-
-
-def _is_plain(core: Tensor, limits: torch.finfo) -> bool:
-    """Say, if a look is free, whether a matrix is finite and well in range, and no coordinate of it is empty."""
-    if not ops.reads_are_free(core) or core.requires_grad or not core.numel():
-        return False
-    least, most = (extreme.item() for extreme in core.diagonal(dim1=-2, dim2=-1).aminmax())
-    in_range = least * limits.eps >= limits.tiny and most <= limits.max * limits.eps
-    return in_range and math.isfinite(core.sum().item())
-
-
-def _has_length(vectors: Tensor) -> Tensor:
-    """Say which columns kept more than half of their squared length."""
-    return vectors.square().sum(-2) > 0.5
-
-
-def _orthonormal_again(vectors: Tensor) -> Tensor:
-    """Orthonormalise what clearing the rows of empty coordinates left of unit vectors, or of zero ones."""
-    inner = vectors.mT @ vectors
-    transform, _ = ops.cholesky_inverse_core(inner, _has_length(vectors).to(inner.dtype), 0.25)
-    return vectors @ transform

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from operator import methodcaller
 from typing import Any, ClassVar, NoReturn, Self, cast
 
@@ -70,32 +70,27 @@ def _make_loadable(parts: Any) -> None:
 
     @wraps(new)
     def construct(cls: type[Any], *given: Any, **named: Any) -> Any:
+        if len(given) == count and not named:
+            return tuple.__new__(cls, given)
         if len(given) == 1 and isinstance(given[0], Iterator):
-            given = _loaded(cls, tuple(given[0]))
-        return new(cls, *given, **named) if named or len(given) != count else tuple.__new__(cls, given)
+            given = tuple(given[0])
+            for name, part in zip(cls._fields, given, strict=False):
+                kept = (torch.float64,) if name in _check.SUMS else (torch.float32, torch.float64)
+                if isinstance(part, Tensor) and part.dtype not in kept:
+                    rule = f"{name} must be {' or '.join(map(_check.spelled, kept))}; got {_check.spelled(part.dtype)}"
+                    why = "Optimizer.load_state_dict casts to the dtype of the parameter"
+                    _check.fail_type(cls.__name__, f"{rule}; {why}: call brandla.keep_dtype(optimizer) first")
+        return new(cls, *given, **named)
 
     parts.__new__ = construct
 
 
-def facts(value: Any, *sizes: str) -> list[str]:
-    """Return what the repr of a matrix says first: its batch shape, its sizes, its rank, dtype and device."""
-    batch = [f"batch {tuple(value.shape[:-2])}"] if len(value.shape) > 2 else []
-    named = [f"{name}={size}" for name, size in zip(sizes, value.shape[-2:], strict=False)]
-    return [*batch, *named, f"rank={value.rank}", str(value.dtype).removeprefix("torch."), str(value.device)]
-
-
-def extremes(name: str, values: Tensor) -> list[str]:
-    """Return the first and the last of the values of a matrix in words; nothing of a batch, or where there is none."""
-    values = here(values)
-    if values.ndim != 1 or not values.numel() or not has_values(values):
-        return []
-    return [f"{name} {values[0].item():.3g} … {values[-1].item():.3g}"]
-
-
-def number(name: str, value: Tensor) -> list[str]:
-    """Return one number in words; nothing of a batch, or where there is none."""
+def shown(name: str, value: Tensor, dims: int = 0) -> list[str]:
+    """Return a number, or the first and last of a vector, in words; nothing of a batch, or where there is none."""
     value = here(value)
-    return [f"{name} {value.item():.3g}"] if value.ndim == 0 and has_values(value) else []
+    if value.ndim != dims or not value.numel() or not has_values(value):
+        return []
+    return [f"{name} " + " … ".join(f"{part.item():.3g}" for part in (value[[0, -1]] if dims else [value]))]
 
 
 def keep_dtype(optimizer: torch.optim.Optimizer) -> None:
@@ -116,36 +111,20 @@ def keep_dtype(optimizer: torch.optim.Optimizer) -> None:
     >>> second.state[weight]["factor"].dtype
     torch.float32
     """
-    optimizer.register_load_state_dict_pre_hook(_hold)
-    optimizer.register_load_state_dict_post_hook(_release)
+
+    def hold(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = state_dict["state"]
+        held = tree_map_only(Value, lambda one: _Held(one.to), state, is_leaf=lambda part: isinstance(part, Value))
+        return state_dict | {"state": held}
+
+    def release(optimizer: torch.optim.Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            released = methodcaller("__call__", getattr(parameter, "device", None))
+            optimizer.state[parameter] = tree_map_only(_Held, released, state)
+
+    optimizer.register_load_state_dict_pre_hook(hold)
+    optimizer.register_load_state_dict_post_hook(release)
 
 
-class _Held:
-    """What `Optimizer.load_state_dict` does not look into."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def on(self, device: torch.device | None) -> Any:
-        return self.value.to(device)
-
-
-def _hold(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    held = tree_map_only(Value, _Held, state_dict["state"], is_leaf=lambda part: isinstance(part, Value))
-    return state_dict | {"state": held}
-
-
-def _release(optimizer: torch.optim.Optimizer) -> None:
-    for parameter, state in optimizer.state.items():
-        released = methodcaller("on", getattr(parameter, "device", None))
-        optimizer.state[parameter] = tree_map_only(_Held, released, state)
-
-
-def _loaded(kind: type[Any], parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Check the dtypes of what an optimizer's state is rebuilt from."""
-    for name, part in zip(kind._fields, parts, strict=False):
-        if isinstance(part, Tensor) and part.dtype not in _check.dtypes_of(name):
-            rule = f"{name} must be {' or '.join(map(_check.spelled, _check.dtypes_of(name)))}"
-            remedy = "Optimizer.load_state_dict casts to the dtype of the parameter: call brandla.keep_dtype(optimizer)"
-            _check.fail_type(kind.__name__, f"{rule}; got {_check.spelled(part.dtype)}; {remedy} first")
-    return parts
+class _Held(partial[Any]):
+    """A value that is still to move, which `Optimizer.load_state_dict` does not look into."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._small import safe_eigh, signs_of, unresolved
-from brandla.lowrank import LowRankEigh, Rank, Tracked, over
+from brandla.lowrank import LowRankEigh, Number, Rank, Tracked, over
 from brandla.orthonormal import polish
 from brandla.root import Update, Updated, check_update
 from brandla_kernels import tall
@@ -20,17 +20,13 @@ Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
 
 @ranged("n,r", "n,k")
 def eigh_update(
-    eigh: Eigh,
-    columns: Tensor,
-    *,
-    decay: float | Tensor = 1.0,
-    weight: float | Tensor = 1.0,
-    rank: int | Rank | None = None,
+    eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Number = 1.0, rank: int | Rank | None = None
 ) -> Eigh:
     """Best rank-``rank`` truncation of ``decay * U diag(d) Uᵀ + weight * A Aᵀ``.
 
     Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * eigh.dense() + weight * A @ A.mT)``, in
-    O(n (r + k)²) + O((r + k)³) operations in place of O(n³), and with no n × n matrix.
+    O(n (r + k)²) + O((r + k)³) operations in place of O(n³), and with no n × n matrix. Raises a RuntimeError if the
+    eigendecomposition, of order r + k, fails even in float64.
 
     Parameters
     ----------
@@ -45,25 +41,14 @@ def eigh_update(
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
-    Raises
-    ------
-    RuntimeError
-        If the (r + k)-order eigendecomposition fails even in float64.
-
     Notes
     -----
-    This is the update of `brandla.root_update` with F = U √d, scaled to unit columns. A polish makes U orthonormal
-    again, so nothing drifts. ‖UᵀU − I‖₂ is a few ε after a polish. On a CPU the polish is left out while an estimate of
-    that norm is at most 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they
-    become 0, with zero columns. The result never exceeds the true matrix: 0 ⪯ M̂ ⪯ M up to rounding. The
-    eigendecomposition waits for the device; `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be
-    DTensors sharded on their rows: ``docs/sharded.md``. The derivative by A is right from zeros too, and for columns
-    that depend on one another. The derivative by eigenvalues that are 0 is NaN.
-
-    References
-    ----------
-    M. Brand, "Fast low-rank modifications of the thin singular value decomposition", Linear Algebra Appl. 415 (2006).
-    Derivation: ``docs/updates.md``.
+    0 ⪯ M̂ ⪯ M up to rounding, and ‖UᵀU − I‖₂ is a few ε: U is polished, on a CPU where an estimate of that norm is
+    above 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they become 0, with
+    zero columns. The derivative by eigenvalues that are 0 is NaN. The eigendecomposition waits for the device;
+    `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be sharded on their rows
+    (``docs/sharded.md``). Source: M. Brand, "Fast low-rank modifications of the thin singular value decomposition",
+    Linear Algebra Appl. 415 (2006). Derivation: ``docs/updates.md``.
 
     Examples
     --------
@@ -79,9 +64,7 @@ def eigh_update(
 
 
 @ranged("n,r", "n,k")
-def eigh_update_(
-    eigh: Eigh, columns: Tensor, *, decay: float | Tensor = 1.0, weight: float | Tensor = 1.0, tol: float = 0.0
-) -> Eigh:
+def eigh_update_(eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Number = 1.0, tol: float = 0.0) -> Eigh:
     """`eigh_update` at the old rank, written over the tensors of ``eigh``, which it returns.
 
     Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is the tolerance of a
@@ -111,28 +94,17 @@ def eigh_step(update: Update) -> Updated:
 
 
 @ranged("n,r", "n,k")
-def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: float | Tensor = 1.0) -> LowRankEigh:
+def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -> LowRankEigh:
     """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
 
-    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. The rank stays the
-    same. 2nrk + 2nr² flops and O(r³). Raises as `eigh_update` does.
-
-    Parameters
-    ----------
-    eigh
-        d (..., r) and U (..., n, r).
-    columns
-        A, shape (..., n, k): usually columns that were added before, times the share that ``decay`` has left.
-    weight
-        w >= 0: a number, or a tensor of batch shape.
+    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. 2nrk + 2nr² flops and
+    O(r³). Arguments and errors are those of `eigh_update`; the factor is not a tracked one, and keeps its rank.
 
     Notes
     -----
-    An earlier update truncated the part of A outside the span of U, so there is nothing to take it from. It is left
-    out, and U spans no more than before. Truncation errors in the span do not grow in the Frobenius norm, but what was
-    truncated does not come back either (``docs/updates.md``). Rounding is relative to the old factor and to A: values
-    up to 8 ε·(d₁ + w‖UᵀA‖_F²) become 0, with zero columns. The eigendecomposition waits for the device. U and A may be
-    DTensors sharded on their rows, and A a sparse tensor (n, k).
+    ``columns`` are usually columns that were added before, times the share that ``decay`` has left. The part of A
+    outside the span of U is left out: an earlier update truncated it. Values up to 8 ε·(d₁ + w‖UᵀA‖_F²) are rounding:
+    they become 0, with zero columns. Error bounds and limits: ``docs/updates.md``.
 
     Examples
     --------

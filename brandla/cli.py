@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import json
 import sys
 from collections.abc import Sequence
 
@@ -20,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"brandla {brandla.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="command", dest="command")
-    info = commands.add_parser("info", help="print versions, devices, and which backend each op takes and why")
-    info.add_argument("--json", action="store_true", help="print the same as JSON")
+    about = commands.add_parser("info", help="print versions, devices, and which backend each op takes and why")
+    about.add_argument("--json", action="store_true", help="print the same as JSON")
     # The demo reads its own options, --help among them.
     commands.add_parser("demo", help="track a real layer's input factor, then train with K-FAC", add_help=False)
     options, rest = parser.parse_known_args(arguments)
@@ -29,22 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The tables hold signs such as ≤, which not every terminal has.
         sys.stdout.reconfigure(errors="replace")
     if options.command == "demo":
-        _demo(rest)
+        missing = [name for name in NEEDED_BY_DEMO if importlib.util.find_spec(name) is None]
+        if missing:
+            sys.exit(f"brandla demo: {', '.join(missing)} not installed: pip install 'brandla[demo]'")
+        from brandla.demo.commands import app
+
+        app(rest, prog_name="brandla demo")
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     elif options.command == "info":
-        from brandla.demo.info import as_json, as_text
+        from brandla.demo import info
 
-        print(as_json() if options.json else as_text())
+        print(json.dumps(info.facts(), indent=2, ensure_ascii=False) if options.json else info.as_text())
     else:
         parser.print_help()
-
-
-def _demo(arguments: list[str]) -> None:
-    missing = [name for name in NEEDED_BY_DEMO if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"brandla demo: {', '.join(missing)} not installed: pip install 'brandla[demo]'", file=sys.stderr)
-        raise SystemExit(1)
-    from brandla.demo.commands import app
-
-    app(arguments, prog_name="brandla demo")

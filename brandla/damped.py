@@ -6,22 +6,15 @@ M̂ is U diag(d) Uᵀ or F Fᵀ, and P the projector on its range. A block costs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import (
-    LowRank,
-    Number,
-    Side,
-    Tail,
-    check_exponent,
-    check_side,
-    join,
-)
+from brandla._shifted import LowRank, Side, Tail, check_side, join
+from brandla.lowrank import Number
 from brandla_kernels import Tall
 
 __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
@@ -29,12 +22,14 @@ __all__ = ["LowRank", "Tail", "damped_logdet", "damped_power", "damped_solve"]
 
 @ranged("n,r", "n,m")
 def damped_solve(
-    lowrank: LowRank, rhs: Tensor, damping: float | Tensor, *, tail: Tail = 0.0, diagonal: Tensor | None = None
+    lowrank: LowRank, rhs: Tensor, damping: Number, *, tail: Tail = 0.0, diagonal: Tensor | None = None
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)⁻¹ V: the damped inverse of a low-rank matrix M̂ with range P, applied.
 
     Equivalent to ``torch.linalg.solve(lowrank.dense() + damping * I, rhs)`` (for τ = 0), in 4nrm operations for m
-    right-hand sides in place of O(n³ + n²m), and with no n × n matrix. Differentiable in every tensor argument.
+    right-hand sides in place of O(n³ + n²m), and with no n × n matrix. The result is of the shape of ``rhs``, in the
+    dtype of the factor, and differentiable in every tensor argument. Arguments that do not fit raise a ValueError, for
+    shapes, values and devices, or a TypeError, for dtypes and kinds, before anything is computed.
 
     Parameters
     ----------
@@ -46,37 +41,22 @@ def damped_solve(
     damping
         λ > 0: a number, or a tensor of batch shape, which stays on its device.
     tail
-        τ >= 0, the value for the eigenvalues that the factor does not hold: a number, or a tensor of batch shape.
-        ``"mean"`` takes their mean, from the trace of a Tracked factor. ``"smallest"`` takes the smallest eigenvalue
-        that the factor holds (spectrum continuation).
+        τ >= 0, the value for the eigenvalues that the factor does not hold: a number, a tensor of batch shape, their
+        ``"mean"``, from the trace of a Tracked factor, or the ``"smallest"`` eigenvalue that the factor holds.
     diagonal
         δ >= 0, shape (n,) or the batch shape of the factor and n: diag(δ) is added to the operator, and 2nr² + O(r³) to
         the work. Not for a sharded factor.
 
-    Returns
-    -------
-    Tensor
-        Of the shape of ``rhs``, in the dtype of the factor.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For shapes, values, dtypes and devices that do not fit, before anything is computed.
-
     Notes
     -----
-    The part of V inside the range is divided by d + λ after a subtraction. So the relative error there is about ε (d +
-    λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis is multiplied in the same way. A LowRankRoot has no direction of value
-    0, so every value under τ counts as τ. For a root, a τ other than 0 needs the eigenvalues of S and waits for a GPU,
-    unless S is diagonal as `root_update` leaves it. U and V may be DTensors sharded on their rows: ``docs/sharded.md``.
+    The relative error of the part inside the range is about ε (d + λ)/(τ + λ), and an error ‖UᵀU − I‖ of a basis is
+    multiplied in the same way. Every value of a root under τ counts as τ. For a root, a τ other than 0 needs the
+    eigenvalues of S and waits for a GPU, unless S is diagonal as `root_update` leaves it. U and V may be DTensors
+    sharded on their rows: ``docs/sharded.md``.
 
-    The derivative treats U, d, F and S as separate variables. If S = FᵀF is computed from F, the derivative by F
-    includes S. It is finite if eigenvalues coincide or are 0, as in ``zeros``. For a root with τ > 0 it can be taken
-    once. It does not exist at a value τ: the derivative of a value under τ is taken there.
-
-    References
-    ----------
-    Woodbury's identity, in the eigenbasis; derivation: ``docs/damped.md``.
+    The derivative treats U, d, F and S as separate variables: compute S = FᵀF from F where F varies. For a root with τ
+    > 0 it can be taken once. Source: Woodbury's identity, in the eigenbasis; derivation, errors and derivatives:
+    ``docs/damped.md``.
 
     Examples
     --------
@@ -90,27 +70,13 @@ def damped_solve(
 
 @ranged("n,r", "n,m")
 def damped_power(
-    lowrank: LowRank,
-    rhs: Tensor,
-    damping: float | Tensor,
-    exponent: float,
-    *,
-    tail: Tail = 0.0,
-    diagonal: None = None,
+    lowrank: LowRank, rhs: Tensor, damping: Number, exponent: float, *, tail: Tail = 0.0, diagonal: None = None
 ) -> Tensor:
     """(M̂ + τ(I − P) + λI)^p V for any real p: −1/2 for whitening, 1/2 for sampling, −1/4 for Shampoo.
 
-    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. For a LowRankRoot, S is diagonalised first
-    (order r), and this waits for the device. Differentiable in every tensor argument. Raises as `damped_solve` does.
-
-    Parameters
-    ----------
-    lowrank, rhs, damping, tail
-        As in `damped_solve`, and so is the result.
-    exponent
-        p, any real number; −1 is `damped_solve`.
-    diagonal
-        None: beside a diagonal only the inverse and the determinant have a low-rank form.
+    Equivalent to the matrix power by a dense ``eigh``, in 4nrm operations. ``exponent`` is p; all else, errors and
+    derivatives included, is as in `damped_solve`, but that there is no diagonal: beside one only the inverse and the
+    determinant have a low-rank form. For a LowRankRoot, S is diagonalised first, which waits for the device.
 
     Examples
     --------
@@ -126,28 +92,13 @@ def damped_power(
 
 
 @ranged("n,r")
-def damped_logdet(
-    lowrank: LowRank, damping: float | Tensor, *, tail: Tail = 0.0, diagonal: Tensor | None = None
-) -> Tensor:
+def damped_logdet(lowrank: LowRank, damping: Number, *, tail: Tail = 0.0, diagonal: Tensor | None = None) -> Tensor:
     """Log-determinant of M̂ + τ(I − P) + λI, Σ log(dᵢ + λ) + (n − r) log(τ + λ): half of a Gaussian likelihood.
 
     Equivalent to ``torch.linalg.slogdet(lowrank.dense() + damping * I).logabsdet`` (for τ = 0), from the r eigenvalues
-    or a Cholesky factorisation of S + λI. Differentiable in what it depends on; raises as `damped_solve` does.
-
-    Parameters
-    ----------
-    lowrank, damping, tail, diagonal
-        As in `damped_solve`. The result is of the batch shape of the factor, in its dtype.
-
-    Notes
-    -----
-    No determinant is formed that could leave the range of the dtype. Orthonormal U do not change the determinant:
-    without a diagonal there is no derivative by U, and for a root the derivative is by S. If F varies, compute S = FᵀF
-    from F. Otherwise derivatives are as in `damped_solve`.
-
-    References
-    ----------
-    The matrix determinant lemma; derivation: ``docs/damped.md``.
+    or a Cholesky factorisation of S + λI, by the matrix determinant lemma (``docs/damped.md``). Of the batch shape of
+    the factor, in its dtype. Arguments, errors and derivatives are as in `damped_solve`; without a diagonal there is
+    no derivative by U or F, on which the determinant does not depend.
 
     Examples
     --------
@@ -156,7 +107,11 @@ def damped_logdet(
     >>> brandla.damped_logdet(factor, damping=1.0).exp()
     tensor(4.)
     """
-    return check_logdet("damped_logdet", lowrank, damping, tail=tail, diagonal=diagonal).logdet()
+    return check_side("damped_logdet", lowrank, damping, tail, diagonal=diagonal).logdet()
+
+
+# What `damped_logdet` takes, as `brandla.grouped` checks it.
+check_logdet = check_side
 
 
 class Solve(NamedTuple):
@@ -175,7 +130,7 @@ class Solve(NamedTuple):
         """Return the product with the block, or with each of a list."""
         side, block = self.side, self.block
         if side.diagonal is not None:
-            return side.beside(side.diagonal).solve(block)
+            return side.solve_beside(side.diagonal, block)
         inverse = side.inverse() if self.exponent == -1 else None
         return side.stacked().operator(self.exponent).on(block, side.rows) if inverse is None else inverse @ block
 
@@ -198,17 +153,10 @@ def solve_together(problems: Sequence[Solve]) -> list[Tensor]:
 
 
 def check_solve(
-    function: str,
-    lowrank: LowRank,
-    rhs: Tensor,
-    damping: Number,
-    exponent: float = -1.0,
-    *,
-    tail: Tail = 0.0,
-    diagonal: Tensor | None = None,
+    function: str, lowrank: LowRank, rhs: Tensor, damping: Number, exponent: float = -1.0, **options: Any
 ) -> Solve:
     """Check what every damped application takes."""
-    side = check_side(function, lowrank, damping, tail)
+    side = check_side(function, lowrank, damping, **options)
     block, basis = side.data(function, "rhs", rhs, "lowrank"), side.basis
     n = side.rows.count(basis)
     vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == (*basis.shape[:-2], n))
@@ -216,26 +164,4 @@ def check_solve(
     if rhs.ndim == 0 or block.shape[-2] != n:
         _check.fail_value(function, f"rhs must have n = {n} rows, as lowrank does; got shape {tuple(rhs.shape)}")
     block = side.here(function, "rhs", block)
-    exponent = check_exponent(function, exponent)
-    return Solve(_with_diagonal(function, side, diagonal), block, vector, exponent)
-
-
-def check_logdet(function: str, lowrank: LowRank, damping: Number, *, tail: Tail, diagonal: Tensor | None) -> Side:
-    """Check the arguments of `damped_logdet`."""
-    return _with_diagonal(function, check_side(function, lowrank, damping, tail), diagonal)
-
-
-def _with_diagonal(function: str, side: Side, diagonal: Tensor | None) -> Side:
-    """Check δ if there is one, and return the side with it, in the batch shape of the factor."""
-    if diagonal is None:
-        return side
-    if side.rows is not WHOLE:
-        rule = "diagonal must be None where the factor is sharded on its rows"
-        _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")
-    basis, diagonal = side.basis, side.data(function, "diagonal", diagonal, "lowrank")
-    if diagonal.shape not in (basis.shape[-2:-1], basis.shape[:-1]):
-        rule = f"diagonal must have shape ({basis.shape[-2]},) or {tuple(basis.shape[:-1])}, the batch shape and n"
-        _check.fail_value(function, f"{rule}; got {tuple(diagonal.shape)}")
-    # Each entry is a number beside a row of the basis.
-    _check.scalar(function, "diagonal", diagonal, "the factor", basis[..., None])
-    return side._replace(diagonal=diagonal.expand(basis.shape[:-1]))
+    return Solve(side, block, vector, _check.exponent(function, exponent))

@@ -16,19 +16,8 @@ import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import (
-    LowRank,
-    Number,
-    Shifted,
-    Side,
-    Tail,
-    aligned,
-    check_batch,
-    check_exponent,
-    check_side,
-    join,
-)
-from brandla.lowrank import over, stack_numbers
+from brandla._shifted import LowRank, Shifted, Side, Tail, aligned, check_side, join
+from brandla.lowrank import Number, over, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall
 from brandla_kernels.damped_apply import scaled_sum
@@ -41,8 +30,8 @@ def kron_damped_solve(
     left: LowRank,
     right: LowRank,
     matrix: Data,
-    left_damping: float | Tensor,
-    right_damping: float | Tensor,
+    left_damping: Number,
+    right_damping: Number,
     *,
     left_tail: Tail = 0.0,
     right_tail: Tail = 0.0,
@@ -55,24 +44,18 @@ def kron_damped_solve(
 
     Parameters
     ----------
-    left, right
-        G of order p and A of order q: LowRankEigh, LowRankRoot or Tracked, in any combination.
+    left, right, left_tail, right_tail
+        G of order p and A of order q, in any combination of kinds, and τ of each, as in `damped_solve`.
     matrix
         W, shape (..., p, q), or a pair P (..., p, k), Q (..., q, k).
     left_damping, right_damping
         λ_G, λ_A > 0: numbers, or tensors of batch shape.
-    left_tail, right_tail
-        τ of each factor, as in `damped_solve`.
 
     Notes
     -----
-    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype; a pair has no such limit.
-    The basis and the data of either side of a pair, or the left basis and W, may be DTensors sharded on their rows:
-    ``docs/sharded.md``.
-
-    References
-    ----------
-    J. Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
+    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype. The basis and the data of either
+    side of a pair, or the left basis and W, may be DTensors sharded on their rows: ``docs/sharded.md``. Source: J.
+    Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
 
     Examples
     --------
@@ -92,7 +75,7 @@ def kron_damped_power(
     left: LowRank,
     right: LowRank,
     matrix: Tensor,
-    damping: float | Tensor,
+    damping: Number,
     exponent: float,
     *,
     left_tail: Tail = 0.0,
@@ -103,33 +86,23 @@ def kron_damped_power(
 
     Equivalent to the power of the operator W ↦ G W A + δW by a dense ``eigh`` of order pq, in 4pq(r_G + r_A)
     operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates;
-    ∓1/2 whitens and samples. Derivatives and errors are as there.
+    ∓1/2 whitens and samples. Factors, tails and errors are as there.
 
     Parameters
     ----------
-    left, right, left_tail, right_tail
-        As in `kron_damped_solve`. For a LowRankRoot, eigenvectors are formed first, and this waits for the device.
-        Every value of a root up to τ, or not resolved, counts as τ.
     matrix
         W, shape (..., p, q). A pair (P, Q) raises an error, because the result does not keep the pair's rank.
-    damping
-        δ > 0: a number, or a tensor of batch shape.
-    exponent
-        Any real number.
+    damping, exponent
+        δ > 0, a number or a tensor of batch shape, and any real number.
     values
         Shape (..., r_G, r_A), >= 0. They replace the products of eigenvalues gⱼ aᵢ where both factors hold a direction,
         such as second moments measured in that basis (EK-FAC, SOAP). Elsewhere, products and tails stay.
 
     Notes
     -----
-    The part in both spans is U ((``values`` + δ)^p ∘ UᵀWV) Vᵀ, for optimizers that treat it apart; the rest is the
-    result less that. The derivative by a LowRankRoot passes through its eigenvectors: it is right where its
-    eigenvalues differ or are 0.
-
-    References
-    ----------
-    T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values; derivation:
-    ``docs/damped.md``.
+    For a LowRankRoot, eigenvectors are formed first, and this waits for the device. Every value of a root up to τ, or
+    not resolved, counts as τ. The derivative is right where its eigenvalues differ or are 0. Source: T. George, C.
+    Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values; derivation: ``docs/damped.md``.
 
     Examples
     --------
@@ -147,7 +120,7 @@ def kron_damped_power(
 def kron_damped_logdet(
     left: LowRank,
     right: LowRank,
-    damping: float | Tensor,
+    damping: Number,
     *,
     left_tail: Tail = 0.0,
     right_tail: Tail = 0.0,
@@ -155,9 +128,8 @@ def kron_damped_logdet(
 ) -> Tensor:
     """Log-determinant of A ⊗ G + δI, of batch shape, for the evidence of a Laplace approximation.
 
-    Equivalent to the sum of logarithms of all pq eigenvalues. Eigenvalues outside the spans are counted, not formed.
-    Differentiable in what it depends on. The arguments are those of `kron_damped_power`. Raises as `damped_logdet`
-    does.
+    Equivalent to the sum of logarithms of all pq eigenvalues; those outside the spans are counted, not formed.
+    Arguments are those of `kron_damped_power`, errors and derivatives as in `damped_logdet`.
 
     Examples
     --------
@@ -202,11 +174,10 @@ class Kron(NamedTuple):
 def kron_together(problems: Sequence[Kron]) -> list[Any]:
     """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
     lefts, rights, data = zip(*problems, strict=True)
-    of_list = Kron(join(lefts), join(rights), list(data))
-    if isinstance(data[0], Tensor):
-        return list(of_list.solution())
-    pairs = tuple(map(list, zip(*data, strict=True)))
-    return list(zip(*of_list._replace(data=pairs).solution(), strict=True))
+    pairs = isinstance(data[0], tuple)
+    of_list: Any = tuple(map(list, zip(*data, strict=True))) if pairs else list(data)
+    solution = Kron(join(lefts), join(rights), of_list).solution()
+    return list(zip(*solution, strict=True)) if pairs else list(solution)
 
 
 class Joint(NamedTuple):
@@ -257,29 +228,14 @@ class Power(NamedTuple):
 
     def result(self) -> Tensor:
         """Apply the power."""
-        (in_both, in_left, in_right, scale), left, right = self._coefficients()
+        (in_both, in_left, in_right, scale), left, right = self.coefficients()
         u, v, w = aligned(left, right, self.matrix)
         projected = u.mT @ w
         rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
         columns = (w @ v) * in_right[..., None, :]
         return scaled_sum(scale.expand(w.shape[:-2]), w, torch.cat([u, columns], -1), torch.cat([rows, v.mT], -2))
 
-    def results(self) -> Sequence[Tensor]:
-        """Apply the power of each pair of a list, in launches for all of them; V and products are padded."""
-        (in_both, in_left, in_right, scale), left, right = self._coefficients()
-        scale = scale.expand(len(left))
-        turned = _padded(right)
-        columns = times(self.matrix, turned)
-        inner = in_both * ops.project(left, columns)
-        columns = ops.rotate(left, columns, inner, torch.diag_embed(in_right))
-        beside = times(columns, scale[:, None, None] * turned.mT)
-        applied: Any = ops.damped_apply(left, in_left, scale, self.matrix)
-        summed: Sequence[Tensor] = torch._foreach_add(
-            applied, [own[:, : len(each)] for own, each in zip(beside, right, strict=True)]
-        )
-        return summed
-
-    def _coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
+    def coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
         """Return z, z_U, z_V and β, and U and V."""
         (left, of_left), (right, of_right) = self.joint.left.spanned(), self.joint.right.spanned()
         parts = self.joint.parts(*of_left, *of_right)
@@ -292,25 +248,32 @@ class Power(NamedTuple):
 
 
 def powers_together(problems: Sequence[Power]) -> Sequence[Tensor]:
-    """Apply powers of one exponent, of factors of one kind and rank each, to one W each."""
+    """Apply powers of one exponent, of factors of one kind and rank each, to one W each.
+
+    In launches for all of them: V and products are stacked, with rows of zeros below the shorter ones.
+    """
+    matrices: Any = [problem.matrix for problem in problems]
     joint = _joined([problem.joint for problem in problems])
-    return Power(joint, [problem.matrix for problem in problems], problems[0].exponent).results()
-
-
-def _padded(matrices: Sequence[Tensor]) -> Tensor:
-    """Stack tall matrices of one width, with rows of zeros below the shorter ones."""
-    if len({len(matrix) for matrix in matrices}) == 1:
-        return torch.stack(list(matrices))
-    padded: Tensor = pad_sequence(list(matrices), batch_first=True)
-    return padded
+    (in_both, in_left, in_right, scale), left, right = Power(joint, matrices, problems[0].exponent).coefficients()
+    scale = scale.expand(len(left))
+    one_size = len({len(basis) for basis in right}) == 1
+    turned = torch.stack(list(right)) if one_size else pad_sequence(list(right), batch_first=True)
+    columns = times(matrices, turned)
+    inner = in_both * ops.project(left, columns)
+    columns = ops.rotate(left, columns, inner, torch.diag_embed(in_right))
+    beside = times(columns, scale[:, None, None] * turned.mT)
+    applied: Any = ops.damped_apply(left, in_left, scale, matrices)
+    cut = [own[:, : len(each)] for own, each in zip(beside, right, strict=True)]
+    summed: Sequence[Tensor] = torch._foreach_add(applied, cut)
+    return summed
 
 
 def check_kron(
     function: str, left: LowRank, right: LowRank, data: Any, left_damping: Number, right_damping: Number, **tails: Tail
 ) -> Kron:
     """Check the arguments of `kron_damped_solve`."""
-    first = check_side(function, left, left_damping, tails["left_tail"], ("left", "left_damping", "left_tail"))
-    second = check_side(function, right, right_damping, tails["right_tail"], ("right", "right_damping", "right_tail"))
+    first = check_side(function, left, left_damping, tails["left_tail"], "left")
+    second = check_side(function, right, right_damping, tails["right_tail"], "right")
     _check.together(function, "right", second.basis, "left", first.basis)
     check_data = _check_matrix if isinstance(data, Tensor) else _check_pair
     return Kron(first, second, check_data(function, data, first, second))
@@ -322,14 +285,13 @@ def check_joint(
     """Check the factors of a product with one damping."""
     sides = []
     for name, lowrank in (("left", left), ("right", right)):
-        tail = f"{name}_tail"
-        sides.append(check_side(function, lowrank, 1.0, tails[tail], (name, "damping", tail)))
+        sides.append(check_side(function, lowrank, 1.0, tails[f"{name}_tail"], name))
         if sides[-1].rows is not WHOLE:
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
     first, second = (side.basis for side in sides)
     _check.together(function, "right", second, "left", first)
-    check_batch(function, "right", second, first, "left's")
+    _check.batches(function, "right", second, first, "left's")
     larger = first if first.ndim >= second.ndim else second
     damping = _check.scalar(function, "damping", damping, "the factors", larger, positive=True)
     if values is not None:
@@ -344,7 +306,7 @@ def check_power(
     function: str, left: LowRank, right: LowRank, matrix: Tensor, damping: Number, exponent: float, **options: Any
 ) -> Power:
     """Check the arguments of `kron_damped_power`; its options are those of `check_joint`."""
-    exponent = check_exponent(function, exponent)
+    exponent = _check.exponent(function, exponent)
     if isinstance(matrix, tuple):
         rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
         _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
@@ -361,8 +323,8 @@ def _check_matrix(function: str, matrix: Any, left: Side, right: Side) -> Tensor
     if tuple(matrix.shape[-2:]) != shape:
         rule = f"matrix must have shape (..., {shape[0]}, {shape[1]}), the orders of left and right"
         _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
-    check_batch(function, "matrix", data, right.basis)
-    check_batch(function, "right", right.basis, left.basis, "left's")
+    _check.batches(function, "matrix", data, right.basis)
+    _check.batches(function, "right", right.basis, left.basis, "left's")
     return left.here(function, "matrix", data)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from brandla import _check
 from brandla._sharded import everywhere, is_dtensor, rows_of, zero_rows
-from brandla._small import largest_of_gram, leading, unresolved
-from brandla._value import Value, extremes, facts, number
+from brandla._small import leading, unresolved
+from brandla._value import Value, shown
 from brandla.orthonormal import polish
 from brandla_kernels import project, rounded_gram, without_autocast
 
@@ -20,7 +20,63 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class _Symmetric(Value):
+class _Matrix(Value):
+    """What all matrices share, as products L diag(v) Rᵀ."""
+
+    __slots__ = ()
+    _sizes: ClassVar[str] = "n"
+    _shown: ClassVar[str]  # what the values are called in one line
+
+    @property
+    def rank(self) -> int:
+        """Number of eigenpairs, of columns or of singular triplets kept."""
+        return _product(self)[0].shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the matrix: (..., n, n), or (..., m, n) of a LowRankSVD."""
+        left, _, right = _product(self)
+        return torch.Size((*left.shape[:-1], right.shape[-2]))
+
+    @without_autocast
+    def __matmul__(self, block: Tensor) -> Tensor:
+        """Return the product with X (n,) or (..., n, m), by products with the parts alone."""
+        left, values, right = _product(self)
+        converted = _check.matching_data(f"{type(self).__name__} @", "the tensor", block, "the value", right)
+        columns = converted[..., None] if block.ndim == 1 else converted
+        if block.ndim == 0 or columns.shape[-2] != right.shape[-2]:
+            rule = f"the tensor must have {right.shape[-2]} rows"
+            _check.fail_value(f"{type(self).__name__} @", f"{rule}; got shape {tuple(block.shape)}")
+        if is_dtensor(right):
+            inner = right.mT @ columns
+        else:
+            batch = torch.broadcast_shapes(columns.shape[:-2], right.shape[:-2])
+            inner = project(*(part.expand(*batch, *part.shape[-2:]) for part in (right, columns)))
+        product = left @ (inner if values is None else values[..., None] * inner)
+        return product[..., 0] if block.ndim == 1 else product
+
+    @without_autocast
+    def dense(self) -> Tensor:
+        """Return the whole matrix, a tensor of its shape: for tests and small cases."""
+        left, values, right = _product(self)
+        scaled = everywhere(left) if values is None else everywhere(left) * everywhere(values)[..., None, :]
+        return scaled @ everywhere(right).mT
+
+    def is_finite(self: Any) -> Tensor:
+        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        _, values, _ = _product(self)
+        return torch.isfinite(self.gram).all(-1).all(-1) if values is None else torch.isfinite(values).all(-1)
+
+    def _facts(self: Any) -> list[str]:
+        _, values, _ = _product(self)
+        batch = [f"batch {tuple(self.shape[:-2])}"] if len(self.shape) > 2 else []
+        sizes = [f"{name}={size}" for name, size in zip(self._sizes, self.shape[-2:], strict=False)]
+        parts = [f"rank={self.rank}", _check.spelled(self.dtype), str(self.device)]
+        values = self.gram.diagonal(dim1=-2, dim2=-1) if values is None else values
+        return [*batch, *sizes, *parts, *shown(self._shown, values, 1)]
+
+
+class _Symmetric(_Matrix):
     """What the two kinds of symmetric matrices of order n share."""
 
     __slots__ = ()
@@ -50,15 +106,10 @@ class _Symmetric(Value):
         """Order of the matrix."""
         return parts_of(self)[1].shape[-2]
 
-    @property
-    def rank(self) -> int:
-        """Number of eigenpairs, or of columns, kept."""
-        return parts_of(self)[1].shape[-1]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape (..., n, n) of the matrix."""
-        return torch.Size((*parts_of(self)[1].shape[:-1], self.n))
+    def trace(self) -> Tensor:
+        """Return the trace of the matrix, of batch shape: the sum of the eigenvalues, or the trace of S."""
+        small, _ = parts_of(self)
+        return (small.diagonal(dim1=-2, dim2=-1) if isinstance(self, LowRankRoot) else small).sum(-1)
 
 
 class _EighParts(NamedTuple):
@@ -69,13 +120,9 @@ class _EighParts(NamedTuple):
 class LowRankEigh(_Symmetric, _EighParts):
     """M ≈ U diag(d) Uᵀ for a symmetric positive semi-definite M of order n.
 
-    Parameters
-    ----------
-    eigenvalues
-        d, shape (..., r), descending and >= 0.
-    eigenvectors
-        U, shape (..., n, r), orthonormal columns. If the rank of the data runs out, a column whose value is 0 may be a
-        zero column, so shapes never depend on the data.
+    ``eigenvalues`` are d, shape (..., r), descending and >= 0, and ``eigenvectors`` U, shape (..., n, r), orthonormal
+    columns. If the rank of the data runs out, a column whose value is 0 may be a zero column, so shapes never depend on
+    the data.
 
     Examples
     --------
@@ -87,33 +134,12 @@ class LowRankEigh(_Symmetric, _EighParts):
     """
 
     __slots__ = ()
+    _shown = "eigenvalues"
     _remedy = "brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale"
-
-    @without_autocast
-    def __matmul__(self, block: Tensor) -> Tensor:
-        """Return U diag(d) Uᵀ X for X (n,) or (..., n, m), by products with U alone."""
-        return _applied("LowRankEigh @", self.eigenvectors, self.eigenvalues, self.eigenvectors, block)
-
-    def trace(self) -> Tensor:
-        """Return the sum of the eigenvalues, of batch shape."""
-        return self.eigenvalues.sum(-1)
 
     def largest_eigenvalue(self) -> Tensor:
         """Return d₁, of batch shape; 0 at rank 0."""
         return self.eigenvalues[..., 0] if self.rank else self.eigenvalues.sum(-1)
-
-    @without_autocast
-    def dense(self) -> Tensor:
-        """Return U diag(d) Uᵀ, shape (..., n, n): for tests and small cases."""
-        values, vectors = map(everywhere, self)
-        return (vectors * values[..., None, :]) @ vectors.mT
-
-    def is_finite(self) -> Tensor:
-        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
-        return torch.isfinite(self.eigenvalues).all(-1)
-
-    def _facts(self) -> list[str]:
-        return [*facts(self, "n"), *extremes("eigenvalues", self.eigenvalues)]
 
 
 class _RootParts(NamedTuple):
@@ -127,12 +153,8 @@ class LowRankRoot(_Symmetric, _RootParts):
     Nothing in it is orthonormal, so nothing can lose orthogonality. M is held to about ε·d₁ (d₁ its largest
     eigenvalue): take it if damping is at least 10⁻⁴ d₁ in float32. `to_eigh` gives eigenvectors.
 
-    Parameters
-    ----------
-    root
-        F, shape (..., n, r), any columns.
-    gram
-        S = FᵀF, shape (..., r, r), to rounding. The updates carry it along and do not measure it again.
+    ``root`` is F, shape (..., n, r), any columns, and ``gram`` S = FᵀF, shape (..., r, r), to rounding: the updates
+    carry it along and do not measure it again.
 
     Examples
     --------
@@ -144,6 +166,7 @@ class LowRankRoot(_Symmetric, _RootParts):
     """
 
     __slots__ = ()
+    _shown = "diagonal of gram"
     _remedy = "brandla.root_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale"
 
     @classmethod
@@ -156,15 +179,6 @@ class LowRankRoot(_Symmetric, _RootParts):
         vectors = rows.local(function, "eigh.eigenvectors", eigh.eigenvectors)
         root = vectors * rows.shared(values.sqrt())[..., None, :]
         return cls(rows.tall_result(root), rows.small_result(torch.diag_embed(values)))
-
-    @without_autocast
-    def __matmul__(self, block: Tensor) -> Tensor:
-        """Return F Fᵀ X for X (n,) or (..., n, m), by products with F alone."""
-        return _applied("LowRankRoot @", self.root, None, self.root, block)
-
-    def trace(self) -> Tensor:
-        """Return the trace of S, which is the trace of the matrix, of batch shape."""
-        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     @without_autocast
     def to_eigh(self) -> LowRankEigh:
@@ -187,20 +201,16 @@ class LowRankRoot(_Symmetric, _RootParts):
         """Estimate d₁ from below by two power iterations on S, of batch shape, with no sync."""
         function = "LowRankRoot.largest_eigenvalue"
         rows = rows_of(function, "root", self.root, self.gram)
-        return rows.small_result(largest_of_gram(rows.small(function, "gram", self.gram)))
-
-    @without_autocast
-    def dense(self) -> Tensor:
-        """Return F Fᵀ, shape (..., n, n): for tests and small cases."""
-        root = everywhere(self.root)
-        return root @ root.mT
-
-    def is_finite(self) -> Tensor:
-        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
-        return torch.isfinite(self.gram).all(-1).all(-1)
-
-    def _facts(self) -> list[str]:
-        return [*facts(self, "n"), *extremes("diagonal of gram", self.gram.diagonal(dim1=-2, dim2=-1))]
+        gram = rows.small(function, "gram", self.gram)
+        if gram.shape[-1] == 0:
+            return rows.small_result(gram.sum((-2, -1)))
+        tiny = torch.finfo(gram.dtype).tiny
+        # From all unit vectors: exact for a diagonal.
+        scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
+        relative = gram / scale[..., None, None]
+        lengths = torch.linalg.vector_norm(relative, dim=-2, keepdim=True).clamp_min(tiny)
+        largest: Tensor = torch.linalg.vector_norm(relative @ (relative / lengths), dim=-2).amax(-1)
+        return rows.small_result(largest * scale)
 
 
 class _SVDParts(NamedTuple):
@@ -209,18 +219,12 @@ class _SVDParts(NamedTuple):
     Vh: Tensor
 
 
-class LowRankSVD(Value, _SVDParts):
+class LowRankSVD(_Matrix, _SVDParts):
     """X ≈ U diag(S) Vh, fields as in ``torch.linalg.svd``.
 
-    Parameters
-    ----------
-    U
-        Left singular vectors, shape (..., m, r), orthonormal columns.
-    S
-        Singular values, shape (..., r), descending and >= 0.
-    Vh
-        Right singular vectors as rows, shape (..., r, n). Where a value is 0, its column of U and its row of Vh may be
-        zero.
+    ``U`` are left singular vectors, shape (..., m, r), orthonormal columns, ``S`` singular values, shape (..., r),
+    descending and >= 0, and ``Vh`` right singular vectors as rows, shape (..., r, n). Where a value is 0, its column of
+    U and its row of Vh may be zero.
 
     Examples
     --------
@@ -233,6 +237,8 @@ class LowRankSVD(Value, _SVDParts):
     """
 
     __slots__ = ()
+    _sizes = "mn"
+    _shown = "values"
     _remedy = (
         "brandla.svd_update adds L Rᵀ, of another such value L = U * S[..., None, :] and R = Vh.mT; its decay= scales"
     )
@@ -259,58 +265,21 @@ class LowRankSVD(Value, _SVDParts):
         return cls(left, values, torch.zeros(*batch_shape, rank, n, dtype=dtype, device=left.device))
 
     @property
-    def rank(self) -> int:
-        """Number of singular triplets kept."""
-        return self.S.shape[-1]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape (..., m, n) of the matrix."""
-        return torch.Size((*self.U.shape[:-1], self.Vh.shape[-1]))
-
-    @property
     def mT(self) -> LowRankSVD:  # noqa: N802
         """The decomposition of Xᵀ. `brandla.svd_append` on it appends rows to X."""
         return LowRankSVD(self.Vh.mT, self.S, self.U.mT)
 
-    @without_autocast
-    def __matmul__(self, block: Tensor) -> Tensor:
-        """Return U diag(S) Vh Y for Y (n,) or (..., n, k), by products with U and Vh alone."""
-        return _applied("LowRankSVD @", self.U, self.S, self.Vh.mT, block)
-
-    @without_autocast
-    def dense(self) -> Tensor:
-        """Return U diag(S) Vh, shape (..., m, n): for tests and small cases."""
-        left, values, right = map(everywhere, self)
-        return (left * values[..., None, :]) @ right
-
-    def is_finite(self) -> Tensor:
-        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
-        return torch.isfinite(self.S).all(-1)
-
-    def _facts(self) -> list[str]:
-        return [*facts(self, "m", "n"), *extremes("values", self.S)]
-
-
-def _applied(function: str, left: Tensor, values: Tensor | None, right: Tensor, block: Tensor) -> Tensor:
-    """Return L diag(v) RᵀX."""
-    n = right.shape[-2]
-    converted = _check.matching_data(function, "the tensor", block, "the value", right)
-    columns = converted[..., None] if block.ndim == 1 else converted
-    if block.ndim == 0 or columns.shape[-2] != n:
-        _check.fail_value(function, f"the tensor must have {n} rows; got shape {tuple(block.shape)}")
-    if is_dtensor(right):
-        inner = right.mT @ columns
-    else:
-        batch = torch.broadcast_shapes(columns.shape[:-2], right.shape[:-2])
-        inner = project(*(part.expand(*batch, *part.shape[-2:]) for part in (right, columns)))
-    product = left @ (inner if values is None else values[..., None] * inner)
-    return product[..., 0] if block.ndim == 1 else product
-
 
 Factor = TypeVar("Factor", LowRankEigh, LowRankRoot)
-# The names of the small part of a symmetric factor and of the tall one.
-NAMES = {LowRankEigh: ("eigenvalues", "eigenvectors"), LowRankRoot: ("gram", "root")}
+Number = float | Tensor
+
+
+def _product(value: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return L, v and R of a matrix L diag(v) Rᵀ; a root has no v."""
+    if isinstance(value, LowRankSVD):
+        return value.U, value.S, value.Vh.mT
+    small, tall = parts_of(value)
+    return tall, None if isinstance(value, LowRankRoot) else small, tall
 
 
 def parts_of(factor: Any) -> tuple[Tensor, Tensor]:
@@ -324,7 +293,7 @@ def of_parts(kind: type[Any], small: Tensor, tall: Any) -> Any:
     return LowRankRoot(tall, small) if kind is LowRankRoot else LowRankEigh(small, tall)
 
 
-def over(value: float | Tensor, dims: int = 1) -> float | Tensor:
+def over(value: Number, dims: int = 1) -> Number:
     """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
     return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
@@ -345,7 +314,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return base.view(len(parts), *first.shape)
 
 
-def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
+def stack_numbers(numbers: Sequence[Number], like: Tensor) -> Number:
     """Return the one number that all are, or a tensor of them."""
     first = numbers[0]
     if not [number for number in numbers if isinstance(number, Tensor)]:
@@ -357,7 +326,7 @@ def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> float | Te
 
 
 def two_numbers(
-    first: float | Tensor, second: float | Tensor, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
+    first: Number, second: Number, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return two numbers as tensors of batch shape, by one kernel where neither is a tensor yet, or both are one."""
     if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape:
@@ -385,15 +354,9 @@ class Tracked(Value, _TrackedParts[Factor]):
     Start one with `track`; the update functions take it in place of the factor and return the next one. Both numbers
     are carried along on the device: they cost no pass over tall matrices and no sync.
 
-    Parameters
-    ----------
-    lowrank
-        The LowRankEigh or LowRankRoot.
-    error_bound
-        Tensor of batch shape: an upper bound of ‖M − M̂‖₂, up to rounding: a few ε·‖M‖ an update.
-    trace
-        Tensor of batch shape: tr M of the whole stream, what truncation left out included. ``tail="mean"`` of the
-        damped functions comes from it.
+    ``lowrank`` is the LowRankEigh or LowRankRoot. Of batch shape, ``error_bound`` is an upper bound of ‖M − M̂‖₂, up to
+    rounding, a few ε·‖M‖ an update, and ``trace`` is tr M of the whole stream, what truncation left out included:
+    ``tail="mean"`` of the damped functions comes from it.
 
     Examples
     --------
@@ -413,7 +376,7 @@ class Tracked(Value, _TrackedParts[Factor]):
         return self.lowrank.shape
 
     def _facts(self: Any) -> list[str]:
-        return [repr(self.lowrank), *number("error bound", self.error_bound), *number("trace", self.trace)]
+        return [repr(self.lowrank), *shown("error bound", self.error_bound), *shown("trace", self.trace)]
 
 
 class _CentredParts(NamedTuple):
@@ -429,16 +392,9 @@ class Centred(Value, _CentredParts):
     Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of
     ``svd.U`` are the principal axes. Right vectors are not kept: a moving mean moves every column seen.
 
-    Parameters
-    ----------
-    svd
-        LowRankSVD with an empty Vh (..., r, 0).
-    mean
-        Shape (..., m), float64: the mean of the columns so far, weighted as decay weights them.
-    weight
-        Tensor of batch shape, float64: the number N of columns so far, weighted in the same way.
-    scatter
-        Tensor of batch shape, float64: Σ‖x − mean‖² of the columns so far, what truncation left out included.
+    ``svd`` is a LowRankSVD with an empty Vh (..., r, 0). Of the columns so far, in float64 and weighted as decay
+    weights them, ``mean`` (..., m) is the mean, ``weight``, of batch shape, their number N, and ``scatter``, of batch
+    shape, Σ‖x − mean‖², what truncation left out included.
 
     Examples
     --------
@@ -487,7 +443,7 @@ class Centred(Value, _CentredParts):
         return torch.isfinite(self.scatter)
 
     def _facts(self) -> list[str]:
-        return [repr(self.svd), *number("weight", self.weight)]
+        return [repr(self.svd), *shown("weight", self.weight)]
 
 
 def check_symmetric(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
@@ -552,14 +508,8 @@ class Rank:
 
     The result has the shapes of rank ``max``. A value under the tolerance becomes 0 with a zero vector, on the device
     and with no sync, and enters the error bound of a tracked factor. Later data fills zero columns again.
-    ``(values > 0).sum(-1)`` is the number of values kept.
-
-    Parameters
-    ----------
-    max
-        Largest rank, at least 1.
-    tol
-        Relative tolerance, in [0, 1): of eigenvalues for the symmetric updates, of singular values for the SVD.
+    ``(values > 0).sum(-1)`` is the number of values kept. ``max`` is at least 1, and ``tol`` in [0, 1): of eigenvalues
+    for the symmetric updates, of singular values for the SVD.
 
     Examples
     --------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
@@ -44,14 +44,17 @@ class LinearOperator(Protocol):
         """Product with a block of vectors (n, p)."""
 
 
+Matrix = Tensor | LinearOperator
+
+
 @ranged("n,n", "r")
 def randomized_eigh(
-    matrix: Tensor | LinearOperator,
+    matrix: Matrix,
     rank: int,
     *,
     oversample: int = 10,
     power_iterations: int = 2,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     start: Tensor | None = None,
 ) -> LowRankEigh:
     """Leading ``rank`` eigenpairs of a symmetric positive semi-definite matrix by randomized Nyström approximation.
@@ -66,10 +69,9 @@ def randomized_eigh(
         which `brandla.checked` verifies as far as the result shows it. Half precision gives a result in float32.
     rank
         Number of eigenpairs, at most n.
-    oversample
-        Extra columns of the random start, dropped at the end.
-    power_iterations
-        Products with M, each followed by orthonormalisation, before the one that Nyström uses.
+    oversample, power_iterations
+        Extra columns of the random start, dropped at the end, and products with M, each followed by orthonormalisation,
+        before the one that Nyström uses.
     generator
         Source of the seed of the random signs; the default generator of the device otherwise.
     start
@@ -81,12 +83,9 @@ def randomized_eigh(
     -----
     0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved. Entries of M may be as large as
     max/(2n) and its norm as small as tiny/ε of the dtype. The derivative may be NaN where the rank of M is below the
-    number of columns of the start, rank + oversample, and is not defined where it is below ``rank``.
-
-    References
-    ----------
-    J. Tropp, A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
-    streaming data", NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
+    number of columns of the start, rank + oversample, and is not defined where it is below ``rank``. Source: J. Tropp,
+    A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data",
+    NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
 
     Examples
     --------
@@ -99,8 +98,7 @@ def randomized_eigh(
     rows, n = check_matrix(function, matrix)
     if rows != n:
         _check.fail_value(function, f"matrix must be square; got {tuple(matrix.shape)}; see randomized_svd")
-    width = _sketch_width(function, rank, oversample, n, f"the order n = {n}")
-    _check.count(function, "power_iterations", power_iterations, 0)
+    width = _sketch_width(function, rank, oversample, power_iterations, n, f"the order n = {n}")
     if start is not None:
         _check_start(function, matrix, start, width)
     if width == n:
@@ -129,12 +127,7 @@ def randomized_eigh(
 
 @ranged("m,n", "r")
 def randomized_svd(
-    matrix: Tensor | LinearOperator,
-    rank: int,
-    *,
-    oversample: int = 10,
-    power_iterations: int = 2,
-    generator: torch.Generator | None = None,
+    matrix: Matrix, rank: int, *, oversample: int = 10, power_iterations: int = 2, generator: Generator | None = None
 ) -> LowRankSVD:
     """Leading ``rank`` singular triplets of a matrix by a randomized range finder.
 
@@ -154,15 +147,10 @@ def randomized_svd(
 
     Notes
     -----
-    Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with
-    p = ``oversample`` ≥ 2. The test matrix here has random signs, the same on every device and exact in
-    every precision (``docs/randomized.md``). Entries of X may be as large as max/(m + n) of the dtype, and its norm
-    as small as tiny/ε.
-
-    References
-    ----------
-    N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1, theorem 10.5. Derivation:
-    ``docs/randomized.md``.
+    Without power iterations and for a Gaussian test matrix, E‖X − QQᵀX‖_F² ≤ (1 + r/(p − 1)) Σ_{j>r} σ_j² with p =
+    ``oversample`` ≥ 2. The test matrix here has random signs. Entries of X may be as large as max/(m + n) of the dtype,
+    and its norm as small as tiny/ε. Source: N. Halko, P.-G. Martinsson, J. Tropp, SIAM Review 53 (2011), algorithms 4.4
+    and 5.1, theorem 10.5. Derivation: ``docs/randomized.md``.
 
     Examples
     --------
@@ -173,8 +161,8 @@ def randomized_svd(
     """
     function = "randomized_svd"
     m, n = check_matrix(function, matrix)
-    width = _sketch_width(function, rank, oversample, min(m, n), f"min(m, n) with m = {m}, n = {n}")
-    _check.count(function, "power_iterations", power_iterations, 0)
+    because = f"min(m, n) with m = {m}, n = {n}"
+    width = _sketch_width(function, rank, oversample, power_iterations, min(m, n), because)
     if width == m:
         basis = _identity(matrix, m)
     else:
@@ -223,12 +211,12 @@ def scale_of(image: Tensor) -> Tensor:
     return largest / torch.frexp(largest).mantissa
 
 
-def _seed(matrix: Tensor | LinearOperator, generator: torch.Generator | None) -> Tensor:
+def _seed(matrix: Matrix, generator: Generator | None) -> Tensor:
     """Draw the seed of a test matrix, on the device: nothing waits for it."""
     return torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
 
 
-def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, generator: torch.Generator | None) -> Tensor:
+def _sketch(function: str, matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
     """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
     if width == matrix.shape[-1]:
         return product(function, matrix, _identity(matrix, width))
@@ -237,17 +225,17 @@ def _sketch(function: str, matrix: Tensor | LinearOperator, width: int, generato
     return product(function, matrix, _signs(matrix, width, generator))
 
 
-def _identity(matrix: Tensor | LinearOperator, order: int) -> Tensor:
+def _identity(matrix: Matrix, order: int) -> Tensor:
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return torch.eye(order, dtype=dtype, device=matrix.device).expand(*matrix.shape[:-2], order, order)
 
 
-def _signs(matrix: Tensor | LinearOperator, width: int, generator: torch.Generator | None) -> Tensor:
+def _signs(matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
     dtype, (*batch, _, n) = torch.promote_types(matrix.dtype, torch.float32), matrix.shape
     return signs(_seed(matrix, generator), n, width, batch_shape=tuple(batch), dtype=dtype)
 
 
-def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, int]:
+def check_matrix(function: str, matrix: Matrix) -> tuple[int, int]:
     """Check a tensor or a linear operator, and return its rows and columns."""
     if isinstance(matrix, Tensor):
         _check.data(function, "matrix", matrix)
@@ -271,9 +259,10 @@ def check_matrix(function: str, matrix: Tensor | LinearOperator) -> tuple[int, i
     return int(matrix.shape[-2]), int(matrix.shape[-1])
 
 
-def _sketch_width(function: str, rank: int, oversample: int, most: int, because: str) -> int:
+def _sketch_width(function: str, rank: int, oversample: int, powers: int, most: int, because: str) -> int:
     _check.count(function, "rank", rank, 1)
     _check.count(function, "oversample", oversample, 0)
+    _check.count(function, "power_iterations", powers, 0)
     if rank > most:
         _check.fail_value(function, f"rank must be at most {most}, {because}; got {rank}")
     # Few random signs may be dependent: a small matrix gets enough columns, or all.
@@ -281,7 +270,7 @@ def _sketch_width(function: str, rank: int, oversample: int, most: int, because:
     return min(max(rank + oversample, least), most)
 
 
-def _check_start(function: str, matrix: Tensor | LinearOperator, start: Tensor, width: int) -> None:
+def _check_start(function: str, matrix: Matrix, start: Tensor, width: int) -> None:
     _check.basis(function, "start", start)
     _check.same_device(function, "start", start, "matrix", cast(Tensor, matrix))
     lead, s = tuple(matrix.shape[:-1]), start.shape[-1]
@@ -290,7 +279,7 @@ def _check_start(function: str, matrix: Tensor | LinearOperator, start: Tensor, 
         _check.fail_value(function, f"{rule}; got {tuple(start.shape)}")
 
 
-def product(function: str, matrix: Tensor | LinearOperator, block: Tensor, *, adjoint: bool = False) -> Tensor:
+def product(function: str, matrix: Matrix, block: Tensor, *, adjoint: bool = False) -> Tensor:
     """Return X V or XᵀV, with long sums in slabs where X is a dense tensor; any other is a linear operator."""
     if is_dense(matrix):
         own = cast(Tensor, matrix)
@@ -312,6 +301,6 @@ def product(function: str, matrix: Tensor | LinearOperator, block: Tensor, *, ad
     return found.to(block.dtype)
 
 
-def is_dense(matrix: Tensor | LinearOperator) -> bool:
+def is_dense(matrix: Matrix) -> bool:
     """Say whether it is a tensor with all its entries, no linear operator and not sparse."""
     return isinstance(matrix, Tensor) and matrix.layout == torch.strided

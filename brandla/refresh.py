@@ -15,20 +15,15 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
 from brandla._small import safe_eigh
-from brandla.lowrank import LowRankEigh, over, stack_numbers
+from brandla.lowrank import LowRankEigh, Number, over, stack_numbers
 from brandla.orthonormal import factorize, times
-from brandla.randomized import LinearOperator, check_matrix, product, scale_of
+from brandla.randomized import Matrix, check_matrix, product, scale_of
 from brandla_kernels import Tall, project, reads_are_free, rotate, tall
 
 
 @ranged("n,r", "n,m")
 def eigh_refresh(
-    eigh: LowRankEigh,
-    matrix: Tensor | LinearOperator,
-    *,
-    decay: float | Tensor = 1.0,
-    weight: float | Tensor = 1.0,
-    iterations: int = 1,
+    eigh: LowRankEigh, matrix: Matrix, *, decay: Number = 1.0, weight: Number = 1.0, iterations: int = 1
 ) -> tuple[LowRankEigh, Tensor]:
     """Take a wide G into an eigenbasis: one step of subspace iteration with ``decay * U diag(d) Uᵀ + weight * G Gᵀ``.
 
@@ -43,16 +38,16 @@ def eigh_refresh(
         find different bases of one span.
     matrix
         G, a tensor (..., n, m), half precision beside a float32 factor included, or a linear operator (n, m) with
-        a transpose.
+        a transpose. Squares of its entries must be in range.
     decay, weight
-        ρ and w, >= 0: numbers, or tensors of batch shape.
+        ρ and w, as in `eigh_update`.
     iterations
         Products with the matrix, each followed by orthonormalisation. 1 serves on a stream, whose basis moves little.
 
     Returns
     -------
     LowRankEigh
-        Values diag(QᵀMQ), descending, and the vectors Q that they belong to; of the same rank.
+        Vectors Q of the same rank, not turned within their span, and their values diag(QᵀMQ), descending.
     Tensor
         The permutation p (..., r), int64: vector i of the result continues vector p[i] of ``eigh``. If you keep data
         for each old vector, move it along: second moments ``v`` (..., r) by ``v.gather(-1, p)``, rows ``v`` (r, m) by
@@ -60,14 +55,8 @@ def eigh_refresh(
 
     Notes
     -----
-    On a stationary stream U converges to the leading eigenspace of M: by the factor d_{r+1}/d_r a step. Single vectors
-    converge more slowly if their values are close. Q is not turned within its span to diagonalise QᵀMQ: this would take
-    an eigendecomposition and mix what belongs to single vectors. So the values are only the diagonal of QᵀMQ, and their
-    sum is tr(QᵀMQ). Squares of the entries of G must be in range.
-
-    References
-    ----------
-    N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv 2409.11321, for the use.
+    Convergence: ``docs/updates.md``. Source of the use: N. Vyas et al., "SOAP: Improving and Stabilizing Shampoo using
+    Adam", arXiv 2409.11321.
 
     Examples
     --------
@@ -84,12 +73,7 @@ def eigh_refresh(
 
 
 def check_refresh(
-    function: str,
-    eigh: LowRankEigh,
-    matrix: Tensor | LinearOperator,
-    decay: float | Tensor,
-    weight: float | Tensor,
-    iterations: int,
+    function: str, eigh: LowRankEigh, matrix: Matrix, decay: Number, weight: Number, iterations: int
 ) -> Refresh:
     """Check the arguments of `eigh_refresh`."""
     name = "eigh.eigenvectors"
@@ -114,8 +98,8 @@ class Refresh(NamedTuple):
     values: Tensor  # d     (..., r)
     vectors: Tall  # U      (..., n, r)
     matrix: Any  # G        (..., n, m), or an operator
-    decay: float | Tensor
-    weight: float | Tensor
+    decay: Number
+    weight: Number
     iterations: int
 
     def one(self) -> tuple[LowRankEigh, Tensor]:
@@ -129,22 +113,22 @@ class Refresh(NamedTuple):
         matrix = self._replace(values=(self.values * over(self.decay))[..., None], weight=over(self.weight, 2))
         vectors = self.vectors
         for _ in range(self.iterations):
-            nearly, transform, _ = factorize(matrix._image(_begun(vectors)))
+            block = _begun(vectors)
+            old, new = matrix._coefficients(block)
+            # M X is divided by a power of two: near its largest entry, or of a list, near that of diag(XᵀMX).
+            if isinstance(block, list):
+                scale = scale_of(matrix._quotients(old, new)[..., None, :])
+                image = rotate(self.vectors, self.matrix, matrix.values * old / scale, matrix.weight * new / scale)
+            else:
+                image = self.vectors @ (matrix.values * old) + product("eigh_refresh", self.matrix, matrix.weight * new)
+                image = image / scale_of(image)
+            nearly, transform, _ = factorize(image)
             vectors = times(nearly, transform)
         quotients = matrix._quotients(*matrix._coefficients(vectors))
         values, order = quotients.sort(dim=-1, descending=True, stable=True)
         if isinstance(vectors, list):
             return values, times(nearly, tall.columns_at(transform, order)), order
         return values, tall.columns_at(vectors, order), order
-
-    def _image(self, block: Tall) -> Tall:
-        """Return M X over a power of two: near its largest entry, or of a list, that of diag(XᵀMX)."""
-        old, new = self._coefficients(block)
-        if isinstance(block, list):
-            scale = scale_of(self._quotients(old, new)[..., None, :])
-            return rotate(self.vectors, self.matrix, self.values * old / scale, self.weight * new / scale)
-        image = self.vectors @ (self.values * old) + product("eigh_refresh", self.matrix, self.weight * new)
-        return image / scale_of(image)
 
     def _quotients(self, old: Tensor, new: Tensor) -> Tensor:
         """Return the diagonal of XᵀMX as sums of squares of UᵀX and GᵀX."""
@@ -194,17 +178,9 @@ def _begun(vectors: Tall) -> Tall:
 def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:
     """Replace some eigenpairs by the Ritz pairs of M in the span of their vectors, and sort.
 
-    Rayleigh–Ritz: E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E. The truncation errors that updates left in those
-    directions go. Raises as `brandla.eigh_update` does.
-
-    Parameters
-    ----------
-    eigh
-        d (..., r) and U (..., n, r).
-    matrix
-        M, shape (..., n, n), symmetric positive semi-definite.
-    subset
-        Indices s of the columns to correct, shape (m,), int64.
+    Rayleigh–Ritz: E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E, for the indices s of ``subset`` (m,), int64, and a
+    symmetric positive semi-definite M (..., n, n). The truncation errors that updates left in those directions go.
+    Raises as `brandla.eigh_update` does.
     """
     function = "ritz_correct"
     _check.eigh(function, "eigh", eigh)

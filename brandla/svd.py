@@ -12,7 +12,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import leading, safe_svd, signs_of, unit_scaled
-from brandla.lowrank import Centred, LowRankSVD, Rank, less, most_of, over, tolerance_of
+from brandla.lowrank import Centred, LowRankSVD, Number, Rank, less, most_of, over, tolerance_of
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
 from brandla_kernels import gram, without_denormals
@@ -22,7 +22,7 @@ SVD = TypeVar("SVD", LowRankSVD, Centred)
 
 @ranged("m,r,n", "m,k", "n,k")
 def svd_update(
-    svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None
+    svd: LowRankSVD, left: Tensor, right: Tensor, *, decay: Number = 1.0, rank: int | Rank | None = None
 ) -> LowRankSVD:
     """Best rank-``rank`` truncation of ``decay * U diag(S) Vh + left @ right.mT``.
 
@@ -35,22 +35,17 @@ def svd_update(
         U (..., m, r), S (..., r), Vh (..., r, n).
     left, right
         Shapes (..., m, k) and (..., n, k).
-    decay
-        ρ >= 0: a number, or a tensor of batch shape.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, n, r + k), by default the old rank r.
+    decay, rank
+        ρ >= 0, a number or a tensor of batch shape, and the rank of the result, a number or a `brandla.Rank` rule: at
+        most min(m, n, r + k), by default the old rank r.
 
     Notes
     -----
     Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors. In
-    float32 columns of ``left`` and ``right`` shorter than tiny/ε count as zero; values that leave the range of the
-    dtype give NaN. The derivative is right if the kept values are distinct and [U diag(S), left] and [V, right] have
-    full rank. Otherwise, as at a start from zeros, it may be NaN or wrong. U and ``left`` may be DTensors sharded on
-    their rows, and so may the transpose of Vh and ``right``: ``docs/sharded.md``.
-
-    References
-    ----------
-    M. Brand, Linear Algebra Appl. 415 (2006). Derivation: ``docs/updates.md``.
+    float32 columns shorter than tiny/ε count as zero; values that leave the range of the dtype give NaN. The derivative
+    is right if the kept values are distinct and [U diag(S), left] and [V, right] have full rank, which is not so at a
+    start from zeros. Each side may be sharded on its rows: ``docs/sharded.md``. Source: M. Brand, Linear Algebra Appl.
+    415 (2006). Derivation: ``docs/updates.md``.
 
     Examples
     --------
@@ -87,11 +82,12 @@ def svd_update(
 
 
 @ranged("m,r,n", "m,k")
-def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: int | Rank | None = None) -> SVD:
+def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Rank | None = None) -> SVD:
     """Best rank-``rank`` truncation of ``[decay * U diag(S) Vh, columns]``: streaming PCA and LSI.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(torch.cat([decay * svd.dense(), columns], dim=-1))``, in
-    O(m (r + k)² + n r²) + O((r + k)³) operations.
+    O(m (r + k)² + n r²) + O((r + k)³) operations. Returns what ``svd`` is, with Vh of shape (..., rank, n + k), or
+    (..., rank, 0) when centred.
 
     Parameters
     ----------
@@ -104,23 +100,13 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     decay, rank
         As in `svd_update`, the rank at most min(m, r + k). A decay below 1 forgets old columns.
 
-    Returns
-    -------
-    LowRankSVD or Centred
-        As ``svd`` was, with Vh of shape (..., rank, n + k), or none when centred.
-
     Notes
     -----
     Vh grows by k columns a call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S² in
     constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero triplets.
-    Values below the normal numbers of the dtype count as zero, and values that leave its range give NaN. The derivative
-    is right where the values kept are distinct and [U diag(S), A] has full rank, as for `svd_update`. U and A may be
-    DTensors sharded on their rows: ``docs/sharded.md``.
-
-    References
-    ----------
-    M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002.
-    Derivation: ``docs/updates.md``.
+    Values below the normal numbers of the dtype count as zero. Derivatives and sharding are as in `svd_update`. Source:
+    M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002. Derivation:
+    ``docs/updates.md``.
 
     Examples
     --------
@@ -131,13 +117,9 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: float | Tensor = 1.0, rank: 
     (tensor([3., 3.]), torch.Size([6, 2]))
     """
     function = "svd_append"
-    factor: LowRankSVD
-    if isinstance(svd, Centred):
-        _check.centred(function, "svd", svd)
-        factor = svd.svd
-    else:
-        _check.svd(function, "svd", svd)
-        factor = svd
+    check = _check.centred if isinstance(svd, Centred) else _check.svd
+    check(function, "svd", svd)
+    factor: LowRankSVD = svd.svd if isinstance(svd, Centred) else svd
     rows, vectors, columns = _here(function, ("svd.U", "columns"), factor.U, columns, factor.S)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
@@ -164,22 +146,10 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
     If nothing was truncated, equivalent to one stream of the columns of ``first`` and then of ``second``, in
     O(m (r₁ + r₂)²) operations.
 
-    Parameters
-    ----------
-    first, second
-        `Centred` values of the same m, batch shape and dtype.
-    rank
-        Rank of the result, a number or a `brandla.Rank` rule: at most min(m, r₁ + r₂ + 1), by default r₁.
-
-    Notes
-    -----
-    Σ (x − μ)(x − μ)ᵀ over both is the sum of both about their own means and s sᵀ with
-    s = √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁): the columns U₂ diag(S₂) and s are appended to the first.
-
-    References
-    ----------
-    D. Ross, J. Lim, R.-S. Lin, M.-H. Yang, "Incremental learning for robust visual tracking", Int. J. Comput. Vis. 77
-    (2008), for the shift of the mean.
+    Both are `Centred` values of the same m, batch shape and dtype. ``rank`` is that of the result, a number or a
+    `brandla.Rank` rule: at most min(m, r₁ + r₂ + 1), by default r₁. The columns U₂ diag(S₂) and
+    √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁) are appended to the first. Source: D. Ross, J. Lim, R.-S. Lin, M.-H. Yang, "Incremental
+    learning for robust visual tracking", Int. J. Comput. Vis. 77 (2008).
 
     Examples
     --------
@@ -258,7 +228,7 @@ def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Te
     return times_basis, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
 
 
-def _recentred(state: Centred, columns: Tensor, decay: float | Tensor, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _recentred(state: Centred, columns: Tensor, decay: Number, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return a batch about its own mean, with the distance between the means in it, and the new sums of the stream."""
     function, mean = "svd_append", state.mean
     rows.admit(function, "svd.mean", mean)

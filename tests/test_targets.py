@@ -1,6 +1,5 @@
 """Which GPU architecture takes whose tiles, and what runs where there are no kernels."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import brandla
-from brandla.demo import info, machine
+from brandla.demo import info
 from brandla_kernels import OPS, _op, _targets
 from brandla_kernels._targets import AMD, NVIDIA, nearest
 
@@ -35,7 +34,7 @@ def on(monkeypatch):
     def be(arch):
         for module in (_op, info):
             monkeypatch.setattr(module, "architecture", lambda index: arch)
-        monkeypatch.setattr(machine, "gpu_names", lambda: ["a GPU"])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
         monkeypatch.setattr(_op, "_HAS_TRITON", True)
         for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
             monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
@@ -81,13 +80,13 @@ def test_kernels_cannot_be_forced_where_there_are_none(on):
 )
 def test_info_says_whose_tiles_a_gpu_takes(on, arch, words):
     on(arch)
-    assert json.loads(info.as_json())["kernels"] == [words]
+    assert info.facts()["kernels"] == [words]
     assert f"kernels {words}" in info.as_text()
 
 
 def test_info_names_what_the_kernels_are_for_without_a_gpu():
     if not torch.cuda.device_count():
-        assert json.loads(info.as_json())["kernels"] == "for " + ", ".join(NVIDIA + AMD)
+        assert info.facts()["kernels"] == "for " + ", ".join(NVIDIA + AMD)
 
 
 def test_an_architecture_is_named_as_its_makers_do(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -27,11 +26,6 @@ def facts() -> dict[str, Any]:
             for name, op in sorted(OPS.items())
         },
     }
-
-
-def as_json() -> str:
-    """Return everything as JSON."""
-    return json.dumps(facts(), indent=2, ensure_ascii=False)
 
 
 def as_text() -> str:

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,10 +26,13 @@ def facts(packages: Sequence[str] = PACKAGES, sources: Sequence[str] = SOURCES) 
     """Return CPU, GPUs, versions, threads, load, date, and the commit of the sources."""
     built = dict(re.findall(r"\b(BLAS|LAPACK)_INFO=(\w+)", torch.__config__.show()))
     versions = {"brandla": brandla.__version__, "python": platform.python_version()}
+    # The processor's name, as far as the system tells it.
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.*\S)", about.read_text(encoding="utf-8") if about.exists() else "")
     return {
-        "cpu": cpu_name(),
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "gpus": gpu_names(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "platform": platform.platform(),
         "versions": versions | {name: version(name) for name in packages},
         **{part.lower(): built.get(part, "unknown") for part in ("BLAS", "LAPACK")},
@@ -48,19 +52,6 @@ def version(package: str) -> str | None:
         return "unknown" if importlib.util.find_spec(package) else None
 
 
-def cpu_name() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def gpu_names() -> list[str]:
-    """Return the names of the GPUs that torch sees."""
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
 def commit(sources: Sequence[str] = SOURCES) -> dict[str, Any]:
     """Return commit and whether the sources differ from it; None where this package is not tracked by git."""
     git = ("git", "-C", str(Path(__file__).parents[2]))
@@ -73,8 +64,6 @@ def commit(sources: Sequence[str] = SOURCES) -> dict[str, Any]:
 
 def said(*command: str) -> str | None:
     """Return what a command printed; None where there is no such command, or it failed."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return None

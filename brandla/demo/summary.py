@@ -129,10 +129,8 @@ def draw(content: Row, path: Path) -> bool:
     if rows.empty:
         return False
     figure = Figure(figsize=(9, 10), dpi=110, layout="constrained")
-    above, below = figure.subplots(2)
-    for axis in (above, below):
-        # Which colour-blind readers tell apart.
-        axis.set_prop_cycle(style.library["tableau-colorblind10"]["axes.prop_cycle"])
+    with style.context("tableau-colorblind10"):
+        above, below = figure.subplots(2)
     rank, target = settings["headline_rank"], 100 * settings["target"]
     ratios = rows[rows["rank"] == rank].pivot(index="step", columns="method", values="trace ratio")
     above.plot(ratios.index, ratios, label=list(ratios))
@@ -145,11 +143,11 @@ def draw(content: Row, path: Path) -> bool:
         below.plot(looks["seconds"], (100 - 100 * looks["accuracy"]).clip(lower=0.1), label=method)
     below.axhline(100 - target, color="grey", linestyle="--", label=f"{target:g} % accuracy")
     below.set(title="Training on digits: test error, %", xlabel="seconds, mean over seeds", xscale="log", yscale="log")
-    below.xaxis.set_major_formatter("{x:g}")
-    below.yaxis.set_major_formatter("{x:g}")
+    for axis in (below.xaxis, below.yaxis):
+        axis.set_major_formatter("{x:g}")
     below.yaxis.set_minor_formatter("{x:g}")
-    for axis in (above, below):
-        axis.legend(ncols=2, fontsize=9)
+    for axes in (above, below):
+        axes.legend(ncols=2, fontsize=9)
     place = facts["gpus"][0] if settings["device"] != "cpu" and facts["gpus"] else facts["cpu"]
     about = f"{place}, {facts['threads']} threads, torch {facts['versions']['torch']}"
     figure.supxlabel(about + ("; interrupted" if facts["interrupted"] else ""), fontsize=9)
