@@ -59,8 +59,8 @@ def test_every_stage_runs_dry_and_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("name", "stage", "case", "table"),
     [
-        ("profile", ops.profile, ops.CHOLESKY, "updates"),
-        ("graph", graph.run, None, "no wait for the device"),
+        ("profile", ops.profile, "root_update", "updates"),
+        ("graph", graph.run, None, "captured"),
         ("tune", tune.run, None, "tiles"),
     ],
 )
@@ -220,6 +220,7 @@ def test_the_floor_is_set_by_the_slower_of_products_and_copy():
 def test_every_op_has_a_case_and_a_cost():
     for sizes in (FULL, TOY):
         assert {case.op for case in cases.cases(sizes)} == set(OPS)
+        assert len({(case.op, case.name) for case in cases.cases(sizes)}) == len(cases.cases(sizes))
         for case in cases.cases(sizes):
             assert min(cases.cost(case)) > 0
             assert sum(cases.work(case)[:3]) <= cases.cost(case).flops

@@ -47,9 +47,9 @@ class Stage(NamedTuple):
 STAGES = {
     "smoke": Stage(smoke.run, 90, lambda dry: list(OPS), together=12),
     "ceilings": Stage(ops.ceilings, 20),
-    "profile": Stage(ops.profile, 80, lambda dry: ops.PROFILED),
-    "core": Stage(ops.core, 40),
     "graph": Stage(graph.run, 90),
+    "profile": Stage(ops.profile, 80),
+    "core": Stage(ops.core, 40),
     "ops": Stage(ops.run, 110),
     "tests": Stage(programs.tests, 130, programs.cases, together=5),
     "sanitizer": Stage(programs.sanitize, 45),

@@ -4,6 +4,7 @@ One factor, and a network's worth in one call; beside torch's own ways, and agai
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from statistics import median
@@ -15,130 +16,116 @@ from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches import written_out
-from bench.benches.problems import DECAY, WEIGHT, require
-from bench.benches.timing import ratio
+from bench.benches.problems import DECAY, WEIGHT, Judgement
+from bench.benches.tasks import BRANDLA, DAMPING, ONE_BY_ONE, TASKS, TORCH_FORM, Shape, Task, check, kron, together
+from bench.benches.timing import of_median, ratio
 from bench.gpu import cases
-from bench.gpu.device import Device, Work, tensors_in
+from bench.gpu.cases import Case, forced, fresh
+from bench.gpu.device import Device, tensors_in
 from bench.gpu.frame import Findings
-from brandla import LowRankEigh, LowRankRoot, grouped
-from brandla_kernels import OPS, gram_ema_
+from brandla import LowRankEigh, LowRankRoot
+from brandla_kernels import gram_ema_
 
-DAMPING = 0.1
-AVERAGE: dict[str, Any] = {"decay": DECAY, "weight": WEIGHT, "compress": "cholesky"}
+CHOLESKY = "root_update, cholesky"
 CASE = 8.0
 # Of one factor n, r, k; of a list r, k, the number, and n in turn; of a dense moment n, k.
-FULL = ((4096, 256, 256), (128, 64), 64, (512, 1024, 2048, 4096, 8191), (8192, 8192))
-TOY = ((64, 8, 8), (6, 4), 4, (24, 48), (48, 16))
+FULL = (Shape(4096, 256, 256), (128, 64), 64, (512, 1024, 2048, 4096, 8191), (8192, 8192))
+TOY = (Shape(64, 8, 8), (6, 4), 4, (24, 48), (48, 16))
 
 
 class Call(NamedTuple):
-    """A function, a source of its inputs, and others' ways to the same.
+    """A task, others' ways to the same, and targets: microseconds of a replay, and how often it fits into others' time.
 
-    The target is of the ratio of the best of these ways, or of the first that is a loop, to the replay.
+    These are the best of the other ways, or one call each where there is a list.
     """
 
-    function: Callable[..., Any]
-    inputs: Callable[[], tuple[Any, ...]]
-    peers: Mapping[str, Callable[..., Any]] = {}
+    task: Callable[[], Task]
+    others: Mapping[str, Callable[..., Any]] = {}
     at_least: float | None = None
-    work: Work | None = None
+    at_most: float | None = None
+    has_ceiling: bool = False
 
 
 def run(found: Findings) -> None:
-    """Capture each call, and call each without a wait."""
     for name, call in calls(found.device).items():
-        found.attempt(f"{name}: graph", CASE, _replayed, found, name, call)
-        found.attempt(f"{name}: no wait for the device", 2, _never_waiting, found, name, call)
+        found.attempt(name, CASE, _captured, found, name, call)
 
 
 def calls(device: Device) -> dict[str, Call]:
     """Return the calls that promise to be capturable, with numbers and with tensors on the device as options."""
-    (n, r, k), (rank, columns), count, several, (side, wide) = TOY if device.dry else FULL
+    one, (rank, columns), count, several, (side, wide) = TOY if device.dry else FULL
     # Every third is one larger, as a layer with a bias has it.
-    listed = [size + (place % 3 == 0) for place, size in enumerate(islice(cycle(several), count))]
-    eigh, block = partial(cases.eigh, device, n, r), partial(device.normal, n, k)
-    rooted = lambda: (LowRankRoot.from_eigh(eigh()), block())
-    number = lambda: device.normal(1)[0].abs() + DAMPING
-    many = lambda: (
-        [LowRankRoot.from_eigh(cases.eigh(device, one, rank)) for one in listed],
-        [device.normal(one, columns) for one in listed],
-    )
-    moment = lambda: (torch.eye(side, device=device.tensors), (device.normal(side, wide) / side**0.5).bfloat16())
-    update, solve = partial(brandla.root_update, **AVERAGE), brandla.damped_solve
-    by_tensor = lambda factor, columns, decay: update(factor, columns, decay=decay)
-    kron = lambda left, right, matrix: brandla.kron_damped_solve(left, right, matrix, DAMPING, DAMPING)
-    two_sided = Work(float32=OPS["kron_damped_apply"].cost(n, n, r, r).flops, bytes=4 * 3 * n * n)
-    loop = lambda one: lambda *lists: [one(*parts) for parts in zip(*lists, strict=True)]
-    solve_all, solve_one = (partial(function, damping=DAMPING) for function in (grouped.damped_solve, solve))
-    loops = {"loop": loop(update), "loop of torch Brand updates": loop(_brand_of_torch)}
-    ways = {"torch form": cases.forced(kron), "one side, then the other": _one_by_one}
+    rows = [size + (place % 3 == 0) for place, size in enumerate(islice(cycle(several), count))]
+    moment = Case("gram_ema_", side, 1, wide, data=torch.bfloat16)
+    single = lambda name: TASKS[name].make(one, device)
+    grouped = lambda name: together(name, [Shape(n, rank, columns) for n in rows], device)
+
+    def with_option(task: Task, option: str, value: float | Tensor) -> Task:
+        """Return a task that is given a number, or a tensor that may be another one at each replay."""
+        call = lambda factor, data, value: task.function(factor, data, **{option: value})
+        return replace(task, function=call, arguments=(*task.arguments[:2], value))
+
+    def average() -> Task:
+        judge = lambda _: Judgement(cases.check(moment, device)[0], cases.allowed(moment))
+        return Task(_gram_ema, cases.operands(moment, device), judge, cases.work(moment))
+
+    tensor = partial(torch.tensor, device=device.tensors)
+    loop = lambda *lists: [_brand_of_torch(*parts) for parts in zip(*lists, strict=True)]
+    ways = {TORCH_FORM: forced(brandla.kron_damped_solve), "one side, then the other": _one_by_one}
+    two_sided = partial(kron, one, device, pair=False, square=True)
     return {
-        "root_update, cholesky": Call(update, rooted, {"torch Brand update": _brand_of_torch}),
-        "grouped.root_update, cholesky": Call(partial(grouped.root_update, **AVERAGE), many, loops, at_least=8),
-        "kron_damped_solve": Call(kron, lambda: (eigh(), eigh(), device.normal(n, n)), ways, 2, two_sided),
-        "damped_solve": Call(solve, lambda: (eigh(), block(), DAMPING), {"torch form": cases.forced(solve)}),
-        "grouped.damped_solve": Call(solve_all, many, {"loop": loop(solve_one)}),
-        "gram_ema_": Call(_gram_ema, moment, {"torch.addmm": _addmm}, at_least=1.5),
-        "root_update, cholesky, decay as a tensor": Call(by_tensor, lambda: (*rooted(), number())),
-        "damped_solve, damping as a tensor": Call(solve, lambda: (eigh(), block(), number())),
+        CHOLESKY: Call(lambda: single(CHOLESKY), {"torch Brand update": _brand_of_torch}, at_least=10, at_most=300),
+        f"grouped.{CHOLESKY}": Call(lambda: grouped(CHOLESKY), {"loop of torch Brand updates": loop}, at_least=8),
+        "kron_damped_solve": Call(two_sided, ways, at_least=2, has_ceiling=True),
+        "damped_solve": Call(lambda: single("damped_solve"), {TORCH_FORM: forced(brandla.damped_solve)}),
+        "grouped.damped_solve": Call(lambda: with_option(grouped("damped_solve"), "damping", DAMPING)),
+        "gram_ema_": Call(average, {"torch.addmm": _addmm}, at_least=1.5),
+        f"{CHOLESKY}, decay as a tensor": Call(lambda: with_option(single(CHOLESKY), "decay", tensor(DECAY))),
+        "damped_solve, damping as a tensor": Call(
+            lambda: with_option(single("damped_solve"), "damping", tensor(DAMPING))
+        ),
     }
 
 
-def _replayed(found: Findings, name: str, call: Call) -> None:
-    device, static, later = found.device, call.inputs(), call.inputs()
-    results = [[part.clone() for part in tensors_in(call.function(*inputs))] for inputs in (static, later, static)]
-    _is_right(name, call, static)
+def _captured(found: Findings, name: str, call: Call) -> None:
+    """Hold a call to float64, its replay to the call, and its time to others'; then call it without a wait."""
+    device, task = found.device, call.task()
+    check(name, task.call(BRANDLA))
+    static = fresh(task.arguments)
+    later = tree_map_only(Tensor, lambda part: part / 2, static)
+    results = [[part.clone() for part in tensors_in(task.function(*given))] for given in (static, later, static)]
     _same(f"{name}: two calls", results[2], results[0])
-    captured, replay = device.capture(lambda: call.function(*static))
-    replay()
-    device.synchronize()
-    _same(f"{name}: replay and call", captured, results[0])
-    for old, new in zip(tensors_in(static), tensors_in(later), strict=True):
-        old.copy_(new)
-    replay()
-    device.synchronize()
-    _same(f"{name}: replay with new data and call", captured, results[1])
-    peers = {peer: partial(other, *static) for peer, other in call.peers.items()}
-    ways = {"replay": replay, "eager": lambda: call.function(*static)} | peers
+    captured, replay = device.capture(lambda: task.function(*static))
+    for what, given, expected in (("", static, results[0]), (" with new data", later, results[1])):
+        for old, new in zip(tensors_in(static), tensors_in(given), strict=True):
+            old.copy_(new)
+        replay()
+        device.synchronize()
+        _same(f"{name}: replay{what} and call", captured, expected)
+    others = {way: partial(other, *static) for way, other in call.others.items()}
+    others |= {way: task.call(way).again for way in task.others}
+    ways = {"replay": replay, "eager": partial(task.function, *static)} | others
     times = device.alternating(ways, 2 * found.sizes.seconds)
-    taken = {way: 1e6 * median(samples) for way, samples in times.items()}
-    own = {f"{way} µs": taken.pop(way) for way in ("replay", "eager")}
-    found.row("graphs", call=name, **{"equal to the bit": "yes"}, **own)
-    for peer, microseconds in taken.items():
-        found.row("others", call=name, way=peer, **{"µs": microseconds})
-    if taken:
-        best = "loop" if "loop" in taken else min(taken, key=taken.__getitem__)
+    taken = {way: median(samples) for way, samples in times.items()}
+    for way, seconds in taken.items():
+        found.row("graphs", call=name, way=way, **{"µs": 1e6 * seconds})
+    microseconds = of_median([1e6 * seconds for seconds in times["replay"]])
+    found.figure(name, "in a graph", microseconds, unit="µs", at_most=call.at_most)
+    if others:
+        best = ONE_BY_ONE if ONE_BY_ONE in others else min(others, key=taken.__getitem__)
         found.figure(name, f"in a graph: {best} / it", ratio(times[best], times["replay"]), at_least=call.at_least)
-    if call.work is not None:
-        floor = found.ceilings.floor(call.work)
-        part, note = floor.seconds / median(times["replay"]), f"bound by {floor.bound_by}"
+    if call.has_ceiling:
+        floor = found.ceilings.floor(task.work)
+        part, note = floor.seconds / taken["replay"], f"bound by {floor.bound_by}"
         found.figure(name, "in a graph: part of its ceiling", part, at_least=0.5, unit="", note=note)
-
-
-def _is_right(name: str, call: Call, inputs: tuple[Any, ...]) -> None:
-    """Hold a call to its torch form: a dozen sums of n terms, in other orders, each well conditioned."""
-    # Of a root a column of F Fᵀ counts: F alone is not determined.
-    image, is_root = lambda root: root.root @ root.root[0], lambda part: isinstance(part, LowRankRoot)
-    own, torchs = (
-        tensors_in(tree_map_only(LowRankRoot, image, function(*inputs), is_leaf=is_root))
-        for function in (call.function, cases.forced(call.function))
-    )
-    limit = 64 * max(max(part.shape) for part in own) ** 0.5 * torch.finfo(torch.float32).eps
-    error = cases.error_of(own, torchs)
-    require(error <= limit, f"{name}: relative error {error:.1e} beside the torch form, allowed {limit:.1e}")
+    with device.never_waiting():
+        task.function(*static)
+    found.row("captured", call=name, **{"equal to the bit": "yes", "waits for the device": "no"})
 
 
 def _same(what: str, one: Any, other: Any) -> None:
     said = lambda differences: f"{what} differ: {differences}"
     torch.testing.assert_close(tensors_in(one), tensors_in(other), rtol=0, atol=0, msg=said)
-
-
-def _never_waiting(found: Findings, name: str, call: Call) -> None:
-    inputs = call.inputs()
-    call.function(*inputs)
-    with found.device.never_waiting():
-        call.function(*inputs)
-    found.row("no wait for the device", call=name, waits="none")
 
 
 # --- Others' ways
@@ -149,25 +136,25 @@ def _brand_of_torch(root: LowRankRoot, columns: Tensor) -> tuple[Tensor, Tensor]
     return written_out.brand_update(root.gram.diagonal(), root.root, columns, DECAY, WEIGHT)
 
 
-def _one_by_one(left: LowRankEigh, right: LowRankEigh, matrix: Tensor) -> Tensor:
+def _one_by_one(left: LowRankEigh, right: LowRankEigh, matrix: Tensor, *dampings: float) -> Tensor:
     """Return the two-sided solve as two one-sided ones, each of two products."""
-    for values, vectors in (left, right):
-        inner = (-values / (values + DAMPING) / DAMPING)[:, None] * (vectors.mT @ matrix)
-        matrix = torch.addmm(matrix, vectors, inner, beta=1 / DAMPING).mT
+    for (values, vectors), damping in zip((left, right), dampings, strict=True):
+        inner = (-values / (values + damping) / damping)[:, None] * (vectors.mT @ matrix)
+        matrix = torch.addmm(matrix, vectors, inner, beta=1 / damping).mT
     return matrix
 
 
-def _gram_ema(matrix: Tensor, columns: Tensor) -> Tensor:
+def _gram_ema(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> Tensor:
     """Update a copy, for a graph's inputs must stay: the copy counts as the op's."""
     updated = matrix.clone()
-    gram_ema_(updated, columns, DECAY, WEIGHT)
+    gram_ema_(updated, columns, decay, weight)
     return updated
 
 
-def _addmm(matrix: Tensor, columns: Tensor) -> Tensor:
+def _addmm(matrix: Tensor, columns: Tensor, decay: float, weight: float) -> Tensor:
     """Return torch's fastest addmm that keeps the moment in float32: from half data where torch has that."""
     try:
-        return torch.addmm(matrix, columns, columns.mT, torch.float32, beta=DECAY, alpha=WEIGHT)
+        return torch.addmm(matrix, columns, columns.mT, torch.float32, beta=decay, alpha=weight)
     except RuntimeError:
         data = columns.float()
-        return torch.addmm(matrix, data, data.mT, beta=DECAY, alpha=WEIGHT)
+        return torch.addmm(matrix, data, data.mT, beta=decay, alpha=weight)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from bench.benches.problems import require
-from bench.gpu.cases import Case, Size, allowed, error_of, fresh, operands, results
+from bench.gpu.cases import Case, allowed, error_of, fresh, grouped, operands, results
 from bench.gpu.device import Device, Gpu, Stub, tensors_in
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
-from brandla_kernels._grouped import _padded
 
-# The second is wider than the kernels that keep a Gram matrix in registers allow.
-SIZES = (Size(37, 5, 3, 41, 2), Size(150, 70, 67, 41, 2))
+# n, r and k, the width, and a number of small matrices. The second has ranks above those of the kernels that keep a
+# Gram matrix in registers.
+SIZES = ((37, 5, 3, 41, 2), (150, 70, 67, 41, 2))
 COMPILATION = 30.0
 
 
@@ -47,24 +47,14 @@ def calls(name: str, device: Device, *, quick: bool) -> Iterator[tuple[str, Case
     signature = OPS[name].signature
     positions = {operand.position for operand in signature.operands}
     for size, dtype in list(product(SIZES, (torch.float32, torch.float64)))[: 1 if quick else None]:
-        case = Case(name, size, dtype, dtype)
-        single, words = operands(case, device), f"{name}, n {size.n}, r {size.r}, k {size.k}, {dtype}"
+        case = Case(name, *size, dtype, dtype)
+        single, words = operands(case, device), f"{name}, n {case.n}, r {case.r}, k {case.k}, {dtype}"
         yield words, case, single
         if signature.lists:
             twice = (torch.stack([part, part]) if place in positions else part for place, part in enumerate(single))
             yield f"{words}, batched", case, tuple(twice)
-            smaller = size._replace(n=size.n - 7, r=max(size.r - 2, 1), k=max(size.k - 1, 1), width=size.width - 8)
-            other = operands(case._replace(size=smaller), device)
-            yield f"{words}, grouped", case, grouped(name, [single, other])
-
-
-def grouped(name: str, problems: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Return the arguments of the grouped op: lists, and small matrices stacked and padded with zeros."""
-    arguments = list(problems[0])
-    for operand in OPS[name].signature.operands:
-        own = [problem[operand.position] for problem in problems]
-        arguments[operand.position] = own if operand.listed else _padded(own)
-    return tuple(arguments)
+            smaller = case._replace(n=case.n - 7, r=case.r - 2, k=case.k - 1, width=case.width - 8)
+            yield f"{words}, grouped", case, grouped(name, [single, operands(smaller, device)])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from bench.gpu import cases
-from bench.gpu.cases import Case, Size
+from bench.gpu.cases import Case
 from bench.gpu.device import replayed
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
@@ -37,7 +37,7 @@ def run(found: Findings) -> None:
         for name in NAMES:
             if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
-            case = Case(name, Size(n, r, r, sizes.width, sizes.cores))
+            case = Case(name, n, r, r, sizes.width, sizes.cores)
             if device.dry or found.left() > CHOICE:
                 with choosing({}) as made:
                     cases.launches(case, device)

@@ -59,8 +59,8 @@ def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, be
     times, how = replayed(device, calls, sets, sizes.seconds)
     floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), timing.of_median(times["op"])
     row = {
-        "n": case.size.n,
-        "r": case.size.r,
+        "n": case.n,
+        "r": case.r,
         "dtype": str(case.dtype).removeprefix("torch."),
         "data": str(case.data).removeprefix("torch."),
         "by": op.implementation(device.tensors.type)[0],
