@@ -23,7 +23,6 @@ from bench.frame.figures import spelled
 from bench.frame.pages import markdown
 from bench.frame.pictures import bars
 from bench.frame.study import application
-from bench.gpu import frame
 from bench.studies import accuracy, defaults, expand_reduce, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
 
@@ -100,11 +99,7 @@ PAGES = {
 
 
 def machines_of(folder: Path) -> Machines:
-    found = {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
-    for studies in found.values():
-        if "gpu" in studies:
-            studies["gpu"] = frame.roofline(studies["gpu"])
-    return found
+    return {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
 
 
 def first(study: str, machines: Machines) -> list[Row]:

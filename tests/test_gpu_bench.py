@@ -52,7 +52,7 @@ def test_every_stage_runs_dry_and_is_written(tmp_path):
     assert status == 0
     assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys(sections, "done")
     assert {row["op"] for row in sections["smoke"]["tables"]["smoke"]} == set(OPS)
-    assert {row["op"] for row in sections["core"]["tables"]["small core"]} == set(cases.SMALL)
+    assert {row["op"] for row in sections["core"]["tables"]["rows"]} == set(cases.SMALL)
     assert "no figure here is a gpu figure" in (tmp_path / "gpu.txt").read_text(encoding="utf-8").lower()
 
 

@@ -116,7 +116,14 @@ class Run:
 
     def report(self) -> dict[str, dict[str, Any]]:
         found = frame.sections(self.path)
-        results.write(STUDY, self.machine, {"sections": found}, self.folder)
+        unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
+        # The page has ops and ceilings as the study of ceilings keeps them.
+        shown = {
+            name: [row for each in found.values() for row in each["tables"].get(name, [])]
+            for name in ("rows", "ceilings")
+        }
+        facts = self.machine | {"interrupted": unfinished or False}
+        results.write(STUDY, facts, {"sections": found, **shown}, self.folder)
         text, parts = StringIO(), [frame.section(name, found[name], self.dry) for name in found]
         whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
         Console(width=frame.WIDTH, file=text, highlight=False).print(*whole, sep="\n")

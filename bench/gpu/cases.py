@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, require
-from bench.gpu.device import Device, Work, size_of
+from bench.gpu.device import MOST_SETS, Device, Work, size_of
 from brandla_kernels import OPS, Cost
 from brandla_kernels._grouped import _padded
 
@@ -159,10 +159,10 @@ def grouped(op: str, problems: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     return tuple(arguments)
 
 
-def inputs(case: Case, device: Device) -> list[tuple[Any, ...]]:
-    """Return as many sets of arguments as outlast the cache in turn."""
+def inputs(case: Case, device: Device, most: int = MOST_SETS) -> list[tuple[Any, ...]]:
+    """Return as many sets of arguments as outlast the cache in turn, but no more than ``most``."""
     first = operands(case, device)
-    return [first, *(operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
+    return [first, *(operands(case, device) for _ in range(min(most, device.sets(size_of(first))) - 1))]
 
 
 def launches(case: Case, device: Device) -> list[Any]:

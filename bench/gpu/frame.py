@@ -196,12 +196,3 @@ def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
         names = [name for name, record in found.items() if record["status"] == status]
         parts += [Text(f"{status}: {', '.join(names)}")] if names else []
     return Group(*parts)
-
-
-def roofline(content: Row) -> Row:
-    """Return the ops and ceilings of a result file as the study of ceilings keeps them, for the page."""
-    found = content["sections"]
-    unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
-    tables = {name: rows for section in found.values() for name, rows in section["tables"].items()}
-    facts = content["facts"] | {"interrupted": unfinished or False}
-    return {"facts": facts, **{name: tables.get(name, []) for name in ("rows", "ceilings")}}

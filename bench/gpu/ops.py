@@ -16,8 +16,8 @@ from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
 from bench.benches.tasks import BRANDLA, TASKS, Shape, check
 from bench.benches.timing import ratio
 from bench.gpu import cases
-from bench.gpu.cases import SMALL, Case, forced
-from bench.gpu.device import replayed
+from bench.gpu.cases import SMALL, Case
+from bench.gpu.device import MOST_SETS
 from bench.gpu.frame import Findings
 from bench.profiling import table_of
 from bench.studies import roofline
@@ -56,14 +56,21 @@ def run(found: Findings) -> None:
         found.attempt(f"{case.op}, {case.name}", CASE, _measure, found, case)
 
 
-def _measure(found: Findings, case: Case) -> None:
-    row = roofline.measured(case, found.sizes, found.device, found.ceilings, beside_torch=True)
+def _measure(found: Findings, case: Case, most: int = MOST_SETS) -> None:
+    row = roofline.measured(case, found.sizes, found.device, found.ceilings, beside_torch=True, most=most)
     found.row("rows", op=case.op, case=case.name, **row)
     n, r = TOY_JUDGED if found.device.dry else JUDGED
     large = case.n >= n and case.r == case.k == r
     if large and case.dtype == case.data == torch.float32 and case.op not in SMALL:
         part, note = row["of_ceiling"].value, f"bound by {row['bound_by']}"
         found.figure(GROUP, f"{case.op}, {case.name}", part, at_least=0.6, unit="", note=note)
+
+
+def core(found: Findings) -> None:
+    """Time the small core by its order, for one factor and for many, on what the cache holds, as it does in an update."""
+    for (r, k), count, op in product(TOY_ORDERS if found.device.dry else ORDERS, FACTORS, SMALL):
+        case = Case(op, 4 * r, r, k, r, count)
+        found.attempt(f"{op}, {case.name}", 4, _measure, found, case, 1)
 
 
 # --- Updates
@@ -95,23 +102,3 @@ def _profile(found: Findings, name: str) -> None:
         found.add("notes", f"the eager torch update would not pass the same check: {error}")
     for row in table_of(Case(name, n, r, k), device, found.ceilings)[: KERNELS + 1]:
         found.row(f"kernels of {name}, {words}", **row)
-
-
-# --- The small core
-
-
-def core(found: Findings) -> None:
-    """Time the small core by its order, for one factor and for many."""
-    for (r, k), count, op in product(TOY_ORDERS if found.device.dry else ORDERS, FACTORS, SMALL):
-        case = Case(op, 4 * r, r, k, r, count)
-        found.attempt(f"{op}, {case.name}", 4, _core, found, case)
-
-
-def _core(found: Findings, case: Case) -> None:
-    error, _ = cases.check(case, found.device)
-    op, inputs = OPS[case.op], [cases.operands(case, found.device)]
-    times, how = replayed(found.device, {"op": op, "torch": forced(op)}, inputs, found.sizes.seconds)
-    own, others = (1e6 * median(times[name]) for name in ("op", "torch"))
-    sizes = {"order": case.order, "r": case.r, "factors": case.cores}
-    taken = {"µs": own, "torch form µs": others, "× torch": others / own}
-    found.row("small core", op=case.op, **sizes, **taken, error=error, how=how)
