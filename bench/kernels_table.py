@@ -56,16 +56,16 @@ def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
         config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
         facts: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
         facts |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
+        facts |= {"ops": sorted(case.ops), "products": [], "matrix_instructions": []}
         try:
             compiled = compile_for(target, case.launch)
         except RuntimeError as error:
-            nothing: Facts = {"products": [], "matrix_instructions": [], "faults": [f"does not compile: {error}"]}
-            facts |= dict.fromkeys(COUNTED, 0) | nothing
+            facts |= {"faults": [f"does not compile: {error}"], **dict.fromkeys(COUNTED, 0)}
         else:
-            facts |= {name: getattr(compiled, name) for name in COUNTED} | {"faults": faults(compiled)}
+            facts |= {"faults": faults(compiled), **{name: getattr(compiled, name) for name in COUNTED}}
             facts["products"] = sorted({f"{dtype} {precision}" for dtype, precision in compiled.products})
             facts["matrix_instructions"] = list(compiled.matrix_instructions)
-        found.append(facts | {"ops": sorted(case.ops)})
+        found.append(facts)
     return found
 
 
@@ -150,7 +150,7 @@ def estimates(sizes: cases.Sizes) -> pd.DataFrame:
     times = (1e6 * summed["time"]).map(spelled) + " " + summed[["launch", "bytes", "flops"]].idxmax(axis=1)
     first = summed.xs(next(iter(GPUS)), level="GPU")
     products = [
-        ", ".join(f"{spelled(row[bits] / 1e9)} of {bits} bits" for bits in BITS if row[bits])
+        ", ".join(f"{spelled(row[bits] / 1e9)} of {bits} bits" for bits in BITS if row.get(bits))
         for row in first.to_dict("records")
     ]
     cells = first[["launches"]].assign(MB=first["MB"].map(spelled), Gflop=products).replace("", "–")

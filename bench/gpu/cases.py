@@ -62,7 +62,8 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         if self.op in SMALL:
-            return f"{self.cores} cores of order {self.order}" + ("" if self.r == self.k else f", r {self.r}")
+            order = self.k + (0 if self.op == "cholesky_inverse_core" else self.r)
+            return f"{self.cores} cores of order {order}" + ("" if self.r == self.k else f", r {self.r}")
         own, columns = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.data))
         kinds = own if own == columns else f"{own}, {columns} columns"
         ranks = f"r = k {self.r}" if self.r == self.k else f"r {self.r}, k {self.k}"
@@ -72,11 +73,6 @@ class Case(NamedTuple):
     def wide(self) -> int:
         """Columns of a matrix that is neither tall nor small."""
         return min(self.n, self.width)
-
-    @property
-    def order(self) -> int:
-        """That of the small matrices."""
-        return self.k + (0 if self.op == "cholesky_inverse_core" else self.r)
 
 
 def cases(sizes: Sizes) -> list[Case]:

@@ -62,9 +62,6 @@ class Findings:
     def figure(self, group: str, case: str, value: Any, **about: Any) -> None:
         self.add("figures", Figure.of(group, case, value, **about).record())
 
-    def fail(self, case: str, error: str, trace: str) -> None:
-        self.add("failures", {"case": case, "error": error, "traceback": trace})
-
     def attempt(self, case: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
         """Call, if this process is there for the case and has the seconds for it; record what fails and go on.
 
@@ -82,7 +79,8 @@ class Findings:
             self.device.synchronize()
         except Exception as error:
             first = next(iter(str(error).splitlines()), "")
-            self.fail(case, f"{type(error).__name__}: {first}", traceback.format_exc())
+            said = f"{type(error).__name__}: {first}"
+            self.add("failures", {"case": case, "error": said, "traceback": traceback.format_exc()})
             self.device.synchronize()
         finally:
             faulthandler.cancel_dump_traceback_later()

@@ -23,7 +23,7 @@ from bench.gpu import cases
 from bench.gpu.cases import Case, forced, fresh
 from bench.gpu.device import Device, tensors_in
 from bench.gpu.frame import Findings
-from brandla import LowRankEigh, LowRankRoot
+from brandla import LowRankEigh
 from brandla_kernels import gram_ema_
 
 CHOLESKY = "root_update, cholesky"
@@ -70,11 +70,13 @@ def calls(device: Device) -> dict[str, Call]:
         return Task(_gram_ema, cases.operands(moment, device), judge, cases.work(moment))
 
     tensor = partial(torch.tensor, device=device.tensors)
-    loop = lambda *lists: [_brand_of_torch(*parts) for parts in zip(*lists, strict=True)]
+    # The update of an orthonormal basis in eager torch; a basis of this size takes the same time.
+    brand = lambda root, columns: written_out.brand_update(root.gram.diagonal(), root.root, columns, DECAY, WEIGHT)
+    loop = lambda *lists: [brand(*parts) for parts in zip(*lists, strict=True)]
     ways = {TORCH_FORM: forced(brandla.kron_damped_solve), "one side, then the other": _one_by_one}
     two_sided = partial(kron, one, device, pair=False, square=True)
     return {
-        CHOLESKY: Call(lambda: single(CHOLESKY), {"torch Brand update": _brand_of_torch}, at_least=10, at_most=300),
+        CHOLESKY: Call(lambda: single(CHOLESKY), {"torch Brand update": brand}, at_least=10, at_most=300),
         f"grouped.{CHOLESKY}": Call(lambda: grouped(CHOLESKY), {"loop of torch Brand updates": loop}, at_least=8),
         "kron_damped_solve": Call(two_sided, ways, at_least=2, has_ceiling=True),
         "damped_solve": Call(lambda: single("damped_solve"), {TORCH_FORM: forced(brandla.damped_solve)}),
@@ -129,11 +131,6 @@ def _same(what: str, one: Any, other: Any) -> None:
 
 
 # --- Others' ways
-
-
-def _brand_of_torch(root: LowRankRoot, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the update of an orthonormal basis in eager torch; a basis of this size takes the same time."""
-    return written_out.brand_update(root.gram.diagonal(), root.root, columns, DECAY, WEIGHT)
 
 
 def _one_by_one(left: LowRankEigh, right: LowRankEigh, matrix: Tensor, *dampings: float) -> Tensor:

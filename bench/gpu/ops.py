@@ -21,7 +21,6 @@ from bench.gpu.device import MOST_SETS
 from bench.gpu.frame import Findings
 from bench.profiling import table_of
 from bench.studies import roofline
-from brandla_kernels import OPS
 
 # Seconds that a case takes: the check, two timings; and the compilation of all together.
 CASE, COMPILATION = 3.0, 30.0
@@ -67,7 +66,7 @@ def _measure(found: Findings, case: Case, most: int = MOST_SETS) -> None:
 
 
 def core(found: Findings) -> None:
-    """Time the small core by its order, for one factor and for many, on what the cache holds, as it does in an update."""
+    """Time the small core by its order, for one factor and for many, on what is in the cache, as in an update."""
     for (r, k), count, op in product(TOY_ORDERS if found.device.dry else ORDERS, FACTORS, SMALL):
         case = Case(op, 4 * r, r, k, r, count)
         found.attempt(f"{op}, {case.name}", 4, _measure, found, case, 1)

@@ -35,7 +35,8 @@ class Finished(NamedTuple):
         if self.status is None:
             found.add("skipped", f"{case}: {self.words}{so_far}")
         elif self.status != 0 or error:
-            found.fail(case, f"{error}{self.words}", self.output[-KEPT:])
+            said = f"{error}{self.words}"
+            found.add("failures", {"case": case, "error": said, "traceback": self.output[-KEPT:]})
 
 
 def command(words: list[str], seconds: float, **variables: str) -> Finished:
