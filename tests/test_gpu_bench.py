@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bench import report
 from bench.benches.timing import Interval
 from bench.gpu import __main__ as command
-from bench.gpu import cases, frame, graph, ops, programs, tune
+from bench.gpu import cases, frame, functions, programs, tune
 from bench.gpu.__main__ import STAGES, Stage, app
 from bench.gpu.cases import FULL, TOY
 from bench.gpu.device import Ceilings, Stub, Work
@@ -59,8 +59,8 @@ def test_every_stage_runs_dry_and_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("name", "stage", "case", "table"),
     [
-        ("profile", ops.profile, "root_update", "updates"),
-        ("graph", graph.run, None, "captured"),
+        ("profile", functions.profile, "root_update", "updates"),
+        ("graph", functions.graphs, None, "captured"),
         ("tune", tune.run, None, "tiles"),
     ],
 )

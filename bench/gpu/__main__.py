@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bench.frame import results
 from bench.frame.study import machine_of
-from bench.gpu import frame, graph, ops, programs, smoke, tune
+from bench.gpu import frame, functions, ops, programs, smoke, tune
 from bench.gpu.device import Gpu, Stub
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
@@ -32,7 +32,7 @@ POLL = 0.5
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 # A look for a GPU that does not touch it, in case an import takes one: else no fork could use the GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "graph", "programs", "tune"))]
+PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "functions", "programs", "tune"))]
 
 
 class Stage(NamedTuple):
@@ -47,8 +47,8 @@ class Stage(NamedTuple):
 STAGES = {
     "smoke": Stage(smoke.run, 90, lambda dry: list(OPS), together=12),
     "ceilings": Stage(ops.ceilings, 20),
-    "graph": Stage(graph.run, 90),
-    "profile": Stage(ops.profile, 80),
+    "graph": Stage(functions.graphs, 90),
+    "profile": Stage(functions.profile, 80),
     "core": Stage(ops.core, 40),
     "ops": Stage(ops.run, 110),
     "tests": Stage(programs.tests, 130, programs.cases, together=5),

@@ -1,25 +1,17 @@
-"""The ceilings, and what is held to them: each op beside eager torch, each update kernel by kernel, and the small core.
+"""The ceilings, and what is held to them: each op beside eager torch, and the small core by its order.
 
 Each is checked against float64 first.
 """
 
 from itertools import product
-from statistics import median
 from time import monotonic
-from timeit import timeit
 
 import torch
 
-import brandla
-from bench.benches import written_out
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
-from bench.benches.tasks import BRANDLA, TASKS, Shape, check
-from bench.benches.timing import ratio
 from bench.gpu import cases
 from bench.gpu.cases import SMALL, Case
 from bench.gpu.device import MOST_SETS
 from bench.gpu.frame import Findings
-from bench.profiling import table_of
 from bench.studies import roofline
 
 # Seconds that a case takes: the check, two timings; and the compilation of all together.
@@ -27,9 +19,7 @@ CASE, COMPILATION = 3.0, 30.0
 GROUP = "part of the ceiling that binds, float32"
 # n and r from which on an op is held to its ceiling.
 JUDGED, TOY_JUDGED = (16384, 256), (48, 8)
-KERNELS, CALLS = 15, 100
-# n, r, k of the updates, and r, k of the small core, with one factor and a network's worth.
-SIZE, TOY = (4096, 256, 256), (64, 8, 8)
+# r and k of the small core, with one factor and a network's worth.
 ORDERS, TOY_ORDERS = ((32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256)), ((4, 4), (8, 5))
 FACTORS = (1, 64)
 
@@ -70,34 +60,3 @@ def core(found: Findings) -> None:
     for (r, k), count, op in product(TOY_ORDERS if found.device.dry else ORDERS, FACTORS, SMALL):
         case = Case(op, 4 * r, r, k, r, count)
         found.attempt(f"{op}, {case.name}", 4, _measure, found, case, 1)
-
-
-# --- Updates
-
-
-def profile(found: Findings) -> None:
-    for name in UPDATES:
-        found.attempt(name, 25, _profile, found, name)
-
-
-def _profile(found: Findings, name: str) -> None:
-    device, (n, r, k) = found.device, TOY if found.device.dry else SIZE
-    call = TASKS[name].task(Shape(n, r, k), device).call(BRANDLA)
-    check(name, call)
-    factor, columns = call.arguments
-    eigh = factor.to_eigh() if isinstance(factor, brandla.LowRankRoot) else factor
-    brand = lambda: written_out.brand_update(*eigh, columns, DECAY, WEIGHT)
-    times = device.alternating({"eager": call.again, "torch": brand}, 3 * found.sizes.seconds)
-    words, calls = f"n {n}, r {r}, k {k}", 3 if device.dry else CALLS
-    # How long the host takes for a call, with the device left to catch up.
-    device.synchronize()
-    host = 1e6 * timeit(call.again, number=calls) / calls
-    device.synchronize()
-    found.row("updates", update=name, **{f"{way} µs": 1e6 * median(times[way]) for way in times}, host=host)
-    found.figure(name, f"{words}: eager torch Brand update / it", ratio(times["torch"], times["eager"]))
-    try:
-        call.judge(brandla.LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
-    except WrongResultError as error:
-        found.add("notes", f"the eager torch update would not pass the same check: {error}")
-    for row in table_of(Case(name, n, r, k), device, found.ceilings)[: KERNELS + 1]:
-        found.row(f"kernels of {name}, {words}", **row)

@@ -1,6 +1,6 @@
-"""Public functions as CUDA graphs: replay equals call to the bit, nothing waits for the device, and what both take.
+"""Public functions, of one factor and of a network's worth: as CUDA graphs beside torch's ways, and kernel by kernel.
 
-One factor, and a network's worth in one call; beside torch's own ways, and against the targets set for them.
+A replay equals the call to the bit, and nothing waits for the device. Each is checked against float64 first.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from statistics import median
+from timeit import timeit
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +17,21 @@ from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches import written_out
-from bench.benches.problems import DECAY, WEIGHT, Judgement
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, Judgement, WrongResultError
 from bench.benches.tasks import BRANDLA, DAMPING, ONE_BY_ONE, TASKS, TORCH_FORM, Shape, Task, check, kron, together
 from bench.benches.timing import of_median, ratio
 from bench.gpu import cases
 from bench.gpu.cases import Case, forced, fresh
 from bench.gpu.device import Device, tensors_in
 from bench.gpu.frame import Findings
-from brandla import LowRankEigh
+from bench.profiling import table_of
+from brandla import LowRankEigh, LowRankRoot
 from brandla_kernels import gram_ema_
 
 CHOLESKY = "root_update, cholesky"
 CASE = 8.0
+# Rows of kernels, and calls that the host is timed with.
+KERNELS, CALLS = 15, 100
 # Of one factor n, r, k; of a list r, k, the number, and n in turn; of a dense moment n, k.
 FULL = (Shape(4096, 256, 256), (128, 64), 64, (512, 1024, 2048, 4096, 8191), (8192, 8192))
 TOY = (Shape(64, 8, 8), (6, 4), 4, (24, 48), (48, 16))
@@ -46,7 +50,7 @@ class Call(NamedTuple):
     has_ceiling: bool = False
 
 
-def run(found: Findings) -> None:
+def graphs(found: Findings) -> None:
     for name, call in calls(found.device).items():
         found.attempt(name, CASE, _captured, found, name, call)
 
@@ -128,6 +132,37 @@ def _captured(found: Findings, name: str, call: Call) -> None:
 def _same(what: str, one: Any, other: Any) -> None:
     said = lambda differences: f"{what} differ: {differences}"
     torch.testing.assert_close(tensors_in(one), tensors_in(other), rtol=0, atol=0, msg=said)
+
+
+# --- Updates, kernel by kernel
+
+
+def profile(found: Findings) -> None:
+    for name in UPDATES:
+        found.attempt(name, 25, _profile, found, name)
+
+
+def _profile(found: Findings, name: str) -> None:
+    device, shape = found.device, (TOY if found.device.dry else FULL)[0]
+    call = TASKS[name].make(shape, device).call(BRANDLA)
+    check(name, call)
+    factor, columns = call.arguments
+    eigh = factor.to_eigh() if isinstance(factor, LowRankRoot) else factor
+    brand = lambda: written_out.brand_update(*eigh, columns, DECAY, WEIGHT)
+    times = device.alternating({"eager": call.again, "torch": brand}, 3 * found.sizes.seconds)
+    words, calls = "n {}, r {}, k {}".format(*shape), 3 if device.dry else CALLS
+    # How long the host takes for a call, with the device left to catch up.
+    device.synchronize()
+    host = 1e6 * timeit(call.again, number=calls) / calls
+    device.synchronize()
+    found.row("updates", update=name, **{f"{way} µs": 1e6 * median(times[way]) for way in times}, host=host)
+    found.figure(name, f"{words}: eager torch Brand update / it", ratio(times["torch"], times["eager"]))
+    try:
+        call.judge(LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
+    except WrongResultError as error:
+        found.add("notes", f"the eager torch update would not pass the same check: {error}")
+    for row in table_of(Case(name, *shape[:3]), device, found.ceilings)[: KERNELS + 1]:
+        found.row(f"kernels of {name}, {words}", **row)
 
 
 # --- Others' ways
