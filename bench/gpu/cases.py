@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, require
-from bench.gpu.device import MOST_SETS, Device, Work, size_of
+from bench.gpu.device import MOST_SETS, Device, Work, size_of, tensors_in
 from brandla_kernels import OPS, Cost
 from brandla_kernels._grouped import _padded
 
@@ -205,12 +205,10 @@ def work(case: Case) -> Work:
 # --- Check
 
 
-def results(case: Case, call: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Call, and return what was returned or overwritten."""
+def results(call: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
+    """Call, and return the tensors that were returned or overwritten."""
     result = call(*arguments)
-    if result is None:
-        return (arguments[0],)
-    return result if isinstance(result, tuple) else (result,)
+    return tensors_in(arguments[0] if result is None else result)
 
 
 def fresh(arguments: Sequence[Any], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -226,14 +224,14 @@ def check(case: Case, device: Device, call: Callable[..., Any] | None = None) ->
     shift is that of its dtype and which computes in float64 anyway, on the arguments themselves.
     """
     op, arguments = OPS[case.op], operands(case, device)
-    exact = results(case, op.torch_form, fresh(arguments, None if case.op == "root_core" else torch.float64))
+    exact = results(op.torch_form, fresh(arguments, None if case.op == "root_core" else torch.float64))
 
     def error(call: Callable[..., Any]) -> float:
         # The second result takes the memory of the first, filled with NaN where it was not written.
-        for part in results(case, call, fresh(arguments)):
+        for part in results(call, fresh(arguments)):
             part.fill_(float("nan") if part.is_floating_point() else 0)
         del part
-        return error_of(results(case, call, fresh(arguments)), exact)
+        return error_of(results(call, fresh(arguments)), exact)
 
     own, peer = error(call or op), error(op.torch_form)
     limit = allowed(case)

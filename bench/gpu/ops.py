@@ -1,19 +1,28 @@
-"""The ceilings, and what is held to them: each op beside eager torch, and the small core by its order.
+"""Single ops: small calls, then the ceilings, each op beside eager torch, and the small core by its order.
 
-Each is checked against float64 first.
+The small calls fill no tile and are held to the torch form, the others to float64. ``python -m bench.gpu.ops`` makes
+the small ones without a record, for compute-sanitizer; ``--quick`` makes fewer.
 """
 
+import sys
+from collections.abc import Iterator
 from itertools import product
 from time import monotonic
+from typing import Any
 
 import torch
 
+from bench.benches.problems import require
 from bench.gpu import cases
-from bench.gpu.cases import SMALL, Case
-from bench.gpu.device import MOST_SETS
+from bench.gpu.cases import SMALL, Case, fresh, operands, results
+from bench.gpu.device import MOST_SETS, Device, Gpu, Stub
 from bench.gpu.frame import Findings
 from bench.studies import roofline
+from brandla_kernels import OPS
 
+# n, r, k, the width, and a number of small matrices. The second is wider than the kernels that keep a Gram matrix in
+# registers allow.
+SIZES = ((37, 5, 3, 41, 2), (150, 70, 67, 41, 2))
 # Seconds that a case takes: the check, two timings; and the compilation of all together.
 CASE, COMPILATION = 3.0, 30.0
 GROUP = "part of the ceiling that binds, float32"
@@ -22,6 +31,45 @@ JUDGED, TOY_JUDGED = (16384, 256), (48, 8)
 # r and k of the small core, with one factor and a network's worth.
 ORDERS, TOY_ORDERS = ((32, 32), (64, 32), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256)), ((4, 4), (8, 5))
 FACTORS = (1, 64)
+
+
+# --- Small calls: one problem, a batch and a list
+
+
+def smoke(found: Findings) -> None:
+    for name in OPS:
+        found.attempt(name, COMPILATION, _try, found, name)
+
+
+def _try(found: Findings, name: str) -> None:
+    start, most, count, op = monotonic(), 0.0, 0, OPS[name]
+    for words, case, arguments in calls(name, found.device, quick=found.device.dry):
+        form = op.grouped_form if isinstance(arguments[0], list) else op.torch_form
+        own, torchs = (results(call, fresh(arguments)) for call in (op, form))
+        used = cases.error_of(own, torchs) / cases.allowed(case)
+        found.device.synchronize()
+        # The limit is that of float64, from which the torch form may be as far.
+        require(used <= 2, f"{words}: {used:.2g} times the error allowed")
+        most, count = max(most, used), count + 1
+    found.row("smoke", op=name, calls=count, **{"of the error allowed": most / 2, "s": monotonic() - start})
+
+
+def calls(name: str, device: Device, *, quick: bool) -> Iterator[tuple[str, Case, tuple[Any, ...]]]:
+    """Yield small calls of an op: their words, the case, and the arguments."""
+    signature = OPS[name].signature
+    positions = {operand.position for operand in signature.operands}
+    for size, dtype in list(product(SIZES, (torch.float32, torch.float64)))[: 1 if quick else None]:
+        case = Case(name, *size, dtype, dtype)
+        single, words = operands(case, device), f"{name}, n {case.n}, r {case.r}, k {case.k}, {dtype}"
+        yield words, case, single
+        if signature.lists:
+            twice = (torch.stack([part, part]) if place in positions else part for place, part in enumerate(single))
+            yield f"{words}, batched", case, tuple(twice)
+            smaller = case._replace(n=case.n - 7, r=case.r - 2, k=case.k - 1, width=case.width - 8)
+            yield f"{words}, grouped", case, cases.grouped(name, [single, operands(smaller, device)])
+
+
+# --- Times at the ceilings
 
 
 def ceilings(found: Findings) -> None:
@@ -60,3 +108,14 @@ def core(found: Findings) -> None:
     for (r, k), count, op in product(TOY_ORDERS if found.device.dry else ORDERS, FACTORS, SMALL):
         case = Case(op, 4 * r, r, k, r, count)
         found.attempt(f"{op}, {case.name}", 4, _measure, found, case, 1)
+
+
+if __name__ == "__main__":
+    _device, _quick = Gpu() if torch.cuda.is_available() else Stub(), "--quick" in sys.argv
+    _all = [(words, OPS[one], arguments) for one in OPS for words, _, arguments in calls(one, _device, quick=_quick)]
+    # All kernels together, so that the calls find them.
+    _device.precompile([made for _, op, given in _all if op.launch for made in _device.recorded(op.launch, *given)])
+    for words, op, given in _all:
+        op(*given)
+        _device.synchronize()
+        print(f"called {words}", flush=True)

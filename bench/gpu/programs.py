@@ -110,7 +110,7 @@ def pytest_runtest_logfinish() -> None:
 # --- compute-sanitizer: no access out of bounds, no race in shared memory
 
 NAME = "compute-sanitizer"
-CALLS = [sys.executable, "-m", "bench.gpu.smoke"]
+CALLS = [sys.executable, "-m", "bench.gpu.ops"]
 # Where the tool itself cannot work, which says nothing of the kernels.
 REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
 
