@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,8 +98,8 @@ class Cpu(Stub):
 
     def __init__(self) -> None:
         super().__init__()
-        found = re.fullmatch(r"(\d+)K\s*", CACHE.read_text(encoding="ascii")) if CACHE.exists() else None
-        self.cache_bytes = 2**10 * int(found.group(1)) if found else USUAL_CACHE
+        size = CACHE.read_text(encoding="ascii").strip() if CACHE.exists() else ""
+        self.cache_bytes = 2**10 * int(size.removesuffix("K")) if size else USUAL_CACHE
 
     def capture(self, function: Function) -> tuple[Any, Function]:
         return function(), function
