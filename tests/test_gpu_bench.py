@@ -220,7 +220,6 @@ def test_the_floor_is_set_by_the_slower_of_products_and_copy():
 def test_every_op_has_a_case_and_a_cost():
     for sizes in (FULL, TOY):
         assert {case.op for case in cases.cases(sizes)} == set(OPS)
-        assert len({(case.op, case.name) for case in cases.cases(sizes)}) == len(cases.cases(sizes))
         for case in cases.cases(sizes):
             assert min(cases.cost(case)) > 0
             assert sum(cases.work(case)[:3]) <= cases.cost(case).flops

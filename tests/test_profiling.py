@@ -34,19 +34,12 @@ def test_every_op_and_function_is_profiled_on_a_cpu(op):
     every, *kernels = table_of(Case(op, *SIZES), Stub(), CEILINGS)
     assert every["µs"] == pytest.approx(sum(row["µs"] for row in kernels))
     assert kernels == sorted(kernels, key=lambda row: -row["µs"])
-    assert any(row["TFLOP/s"] for row in kernels) or op in (
-        "cholesky_inverse_core",
-        "eigh_core",
-        "gram_ema_",
-        "rotate_",
-    )
-
-
-def test_the_row_of_all_kernels_has_the_cost_of_the_op():
-    every = table_of(Case("project", *SIZES), Stub(), CEILINGS)[0]
-    seconds = every["µs"] / 1e6
-    assert every["TFLOP/s"] * seconds * 1e12 == pytest.approx(2 * 96 * 8 * 8)
-    assert every["GB/s"] * seconds * 1e9 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
+    without = ("cholesky_inverse_core", "eigh_core", "gram_ema_", "rotate_")
+    assert any(row["TFLOP/s"] for row in kernels) or op in without
+    if op == "project":
+        # The row of all kernels has the cost of the op.
+        assert every["TFLOP/s"] * every["µs"] * 1e6 == pytest.approx(2 * 96 * 8 * 8)
+        assert every["GB/s"] * every["µs"] * 1e3 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
 
 
 def test_what_is_printed_names_size_time_and_the_way_deeper():
