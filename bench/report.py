@@ -47,9 +47,9 @@ class Page(NamedTuple):
     """What a page, or a part of one, shows of the first of its studies; all of them have CSV files there."""
 
     studies: tuple[str, ...]
-    answer: Callable[[Row], str]
-    drawn: Mapping[str, tuple[str, pictures.Draw]]  # by the names of the pictures: what they show, and what draws them
     shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
+    drawn: Mapping[str, tuple[str, pictures.Draw]] = {}  # by the names of the pictures: what they show, and what draws
+    answer: Callable[[Row], str] = lambda content: ""
     question: str = ""  # that is answered
     heading: str = ""  # the mark of headings above the tables
 
@@ -70,7 +70,7 @@ def asked(name: str, question: str, module: Any, *studies: str) -> Page:
         if len(cells := module.table(content)):
             yield f"{min(MOST, len(cells))} of {len(cells)} rows of `{studies[0]}.json`:", cells.head(MOST)
 
-    return Page(studies, module.answer, {name: (f"{question} ({studies[0]}.json)", draw)}, shown, question)
+    return Page(studies, shown, {name: (f"{question} ({studies[0]}.json)", draw)}, module.answer, question)
 
 
 RANDOMIZED, DAMPED = Functions(("randomized",)), Functions(("damped", "kron_damped"))
@@ -90,12 +90,11 @@ OF_KFAC = {
     "kfac-cost": ("Cost of a step over SGD's against the width", kfac_page.draw_costs),
     "kfac-width": ("Steps and seconds to a target against the width", kfac_page.draw_widths),
 }
-UNASKED = lambda content: ""
 PAGES = {
     **{name: asked(name, *about) for name, about in QUESTIONS.items()},
-    "defaults": Page(("defaults",), UNASKED, {}, defaults.shown, heading="####"),
-    "expand-reduce": Page(("expand-reduce",), UNASKED, {"expand-reduce": COURSES}, expand_reduce.shown, heading="####"),
-    "kfac-study": Page(("kfac-study",), kfac_page.answer, OF_KFAC, kfac_page.shown, heading="##"),
+    "defaults": Page(("defaults",), defaults.shown, heading="####"),
+    "expand-reduce": Page(("expand-reduce",), expand_reduce.shown, {"expand-reduce": COURSES}, heading="####"),
+    "kfac-study": Page(("kfac-study",), kfac_page.shown, OF_KFAC, kfac_page.answer, heading="##"),
 }
 
 

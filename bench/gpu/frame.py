@@ -32,8 +32,6 @@ Row = dict[str, Any]
 # Seconds after which one case that does not end takes its process with it; and what is kept of an output.
 HANG, KEPT = 60.0, 4000
 WIDTH = 165
-# Kept in the result file, too wide for a table.
-LEFT_OUT = ["configs"]
 DRY = "DRY RUN on the CPU, at toy sizes and by the wall clock. No figure here is a GPU figure, and no target is judged."
 
 
@@ -168,8 +166,9 @@ def section(name: str, record: Row, dry: bool) -> RenderableType:
         cells = figures.judged(rows).assign(note=[row.note for row in rows])
         parts.append(pages.on_terminal(cells, red=[row.met is False and not dry for row in rows]))
     for title, rows in record["tables"].items():
-        # Ceilings and ops are those of the study of ceilings.
-        tables = dict(study.shown({title: rows})) or {title: pd.DataFrame(rows).drop(columns=LEFT_OUT, errors="ignore")}
+        # Ceilings and ops are those of the study of ceilings; what was tried of tiles is too wide for a table.
+        cells = pd.DataFrame(rows).drop(columns="configs", errors="ignore")
+        tables = dict(study.shown({title: rows})) or {title: cells}
         parts += [pages.on_terminal(cells, words) for words, cells in tables.items()]
     parts += [Text(f"  note: {note}") for note in record["notes"]]
     parts += [Text(f"  skipped: {case}", "yellow") for case in record["skipped"]]
