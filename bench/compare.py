@@ -117,13 +117,6 @@ def changes(name: str, old: Row, new: Row, least: float) -> pd.DataFrame:
     return pd.DataFrame(cells | {"factor": factor, "noise": noise, "regression": factor < 1 / (1 + noise)})
 
 
-def committed(folder: str, name: str) -> Row | None:
-    """Return the last committed file of a study."""
-    file = (results.FOLDER / folder / f"{name}.json").relative_to(ROOT).as_posix()
-    content = machine.said("git", "-C", str(ROOT), "show", f"HEAD:{file}")
-    return json.loads(content) if content else None
-
-
 app = application(__doc__)
 
 
@@ -138,7 +131,11 @@ def main(
     for folder, name, after in studies:
         if name not in RATIOS:
             continue
-        before = committed(folder, name) if old is None else results.read(old / folder).get(name)
+        if old is None:
+            file = (results.FOLDER / folder / f"{name}.json").relative_to(ROOT).as_posix()
+            before = json.loads(machine.said("git", "-C", str(ROOT), "show", f"HEAD:{file}") or "null")
+        else:
+            before = results.read(old / folder).get(name)
         if before is None:
             said = "nothing is committed for this kind of machine"
         elif before == after:

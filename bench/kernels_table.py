@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from enum import StrEnum
@@ -57,16 +56,16 @@ def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
         config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
         facts: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
         facts |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
+        facts |= {"ops": sorted(case.ops), "products": [], "matrix_instructions": []}
         try:
             compiled = compile_for(target, case.launch)
         except RuntimeError as error:
-            nothing: Facts = {"products": [], "matrix_instructions": [], "faults": [f"does not compile: {error}"]}
-            facts |= dict.fromkeys(COUNTED, 0) | nothing
+            facts |= {"faults": [f"does not compile: {error}"], **dict.fromkeys(COUNTED, 0)}
         else:
-            facts |= {name: getattr(compiled, name) for name in COUNTED} | {"faults": faults(compiled)}
+            facts |= {"faults": faults(compiled), **{name: getattr(compiled, name) for name in COUNTED}}
             facts["products"] = sorted({f"{dtype} {precision}" for dtype, precision in compiled.products})
             facts["matrix_instructions"] = list(compiled.matrix_instructions)
-        found.append(facts | {"ops": sorted(case.ops)})
+        found.append(facts)
     return found
 
 
@@ -90,6 +89,7 @@ def tables(found: list[Facts]) -> Iterator[Table]:
 
 # --- Estimates
 
+BITS = (16, 32, 64)
 # Seconds between the starts of two kernels, an assumption: 2 in a graph, up to 8 from the host.
 LAUNCH = 4e-6
 CAPTION = (
@@ -130,26 +130,31 @@ class _Published(Stub):
 
 
 def seconds(launch: Launch, gpu: Gpu) -> dict[str, float]:
-    """Return the parts of the estimate: the time is that of the launch and the longer of the two others."""
+    """Return the parts of the estimate, and the time: that of the launch and the longer of the two others."""
     busy = min(1.0, math.prod(launch.grid) / gpu.multiprocessors)
-    products = sum(flops / gpu.flops[bits] for bits, flops in launch.work.flops.items())
-    return {"launch": LAUNCH, "bytes": launch.work.bytes / gpu.bytes, "flops": products / busy}
+    products = sum(flops / gpu.flops[bits] for bits, flops in launch.work.flops.items()) / busy
+    moved = launch.work.bytes / gpu.bytes
+    return {"launch": LAUNCH, "bytes": moved, "flops": products, "time": LAUNCH + max(moved, products)}
 
 
 def estimates(sizes: cases.Sizes) -> pd.DataFrame:
     """Return a row for each kernel of an op at a size; kernels that an op starts again are added up."""
-    rows: list[Facts] = []
-    for case in cases.cases(sizes):
-        kernels: dict[str, Facts] = {}
-        for name, gpu in GPUS.items():
-            by_kernel: dict[str, list[Launch]] = {}
-            for launch in cases.launches(case, _Published(gpu)):
-                by_kernel.setdefault(launch.name, []).append(launch)
-            for kernel, launches in by_kernel.items():
-                row = kernels.setdefault(kernel, {"op": case.op, "case": case.name, "kernel": kernel} | _work(launches))
-                row[f"{name}, µs"] = _time([seconds(launch, gpu) for launch in launches])
-        rows += kernels.values()
-    return pd.DataFrame(rows)
+    rows = [
+        {"op": case.op, "case": case.name, "kernel": launch.name, "GPU": name, "launches": 1}
+        | {"MB": launch.work.bytes / 1e6, **launch.work.flops, **seconds(launch, gpu)}
+        for case in cases.cases(sizes)
+        for name, gpu in GPUS.items()
+        for launch in cases.launches(case, _Published(gpu))
+    ]
+    summed = pd.DataFrame(rows).groupby(["op", "case", "kernel", "GPU"], sort=False).sum()
+    times = (1e6 * summed["time"]).map(spelled) + " " + summed[["launch", "bytes", "flops"]].idxmax(axis=1)
+    first = summed.xs(next(iter(GPUS)), level="GPU")
+    products = [
+        ", ".join(f"{spelled(row[bits] / 1e9)} of {bits} bits" for bits in BITS if row.get(bits))
+        for row in first.to_dict("records")
+    ]
+    cells = first[["launches"]].assign(MB=first["MB"].map(spelled), Gflop=products).replace("", "–")
+    return cells.join(times.unstack()[list(GPUS)].add_suffix(", µs")).reset_index()
 
 
 def updates() -> pd.DataFrame:
@@ -164,25 +169,10 @@ def updates() -> pd.DataFrame:
     for name, gpu in GPUS.items():
         with recording(target_named(gpu.target)) as launches, brandla.backend("triton"):
             grouped.root_update(roots, columns, decay=0.95, weight=0.05, compress="cholesky")
-        parts = [seconds(launch, gpu) for launch in launches]
-        time, least = sum(own["launch"] + max(own["bytes"], own["flops"]) for own in parts), moved / gpu.bytes
+        time, least = sum(seconds(launch, gpu)["time"] for launch in launches), moved / gpu.bytes
         row = {"GPU": name, "µs": round(1e6 * time), "of its bytes, µs": round(1e6 * least)}
         rows.append(row | {"ratio": round(time / least, 1), "with serial steps": round((time + steps) / least, 1)})
     return pd.DataFrame(rows)
-
-
-def _work(launches: list[Launch]) -> Facts:
-    moved, flops = sum(launch.work.bytes for launch in launches), Counter[int]()
-    for launch in launches:
-        flops.update(launch.work.flops)
-    products = ", ".join(f"{spelled(total / 1e9)} of {bits} bits" for bits, total in flops.items())
-    return {"launches": len(launches), "MB": spelled(moved / 1e6), "Gflop": products or "–"}
-
-
-def _time(launches: list[dict[str, float]]) -> str:
-    total = sum(parts["launch"] + max(parts["bytes"], parts["flops"]) for parts in launches)
-    longest = max(launches[0], key=lambda part: sum(parts[part] for parts in launches))
-    return f"{spelled(1e6 * total)} {longest}"
 
 
 # --- The command

@@ -5,6 +5,7 @@ is a number behind a mark of its own. ``--check`` writes nothing and fails where
 """
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
@@ -23,7 +24,6 @@ from bench.frame.figures import spelled
 from bench.frame.pages import markdown
 from bench.frame.pictures import bars
 from bench.frame.study import application
-from bench.gpu import frame
 from bench.studies import accuracy, defaults, expand_reduce, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
 
@@ -47,9 +47,9 @@ class Page(NamedTuple):
     """What a page, or a part of one, shows of the first of its studies; all of them have CSV files there."""
 
     studies: tuple[str, ...]
-    answer: Callable[[Row], str]
-    drawn: Mapping[str, tuple[str, pictures.Draw]]  # by the names of the pictures: what they show, and what draws them
     shown: Callable[[Row], Iterable[tuple[str, pd.DataFrame]]]
+    drawn: Mapping[str, tuple[str, pictures.Draw]] = {}  # by the names of the pictures: what they show, and what draws
+    answer: Callable[[Row], str] = lambda content: ""
     question: str = ""  # that is answered
     heading: str = ""  # the mark of headings above the tables
 
@@ -70,7 +70,7 @@ def asked(name: str, question: str, module: Any, *studies: str) -> Page:
         if len(cells := module.table(content)):
             yield f"{min(MOST, len(cells))} of {len(cells)} rows of `{studies[0]}.json`:", cells.head(MOST)
 
-    return Page(studies, module.answer, {name: (f"{question} ({studies[0]}.json)", draw)}, shown, question)
+    return Page(studies, shown, {name: (f"{question} ({studies[0]}.json)", draw)}, module.answer, question)
 
 
 RANDOMIZED, DAMPED = Functions(("randomized",)), Functions(("damped", "kron_damped"))
@@ -90,26 +90,16 @@ OF_KFAC = {
     "kfac-cost": ("Cost of a step over SGD's against the width", kfac_page.draw_costs),
     "kfac-width": ("Steps and seconds to a target against the width", kfac_page.draw_widths),
 }
-UNASKED = lambda content: ""
 PAGES = {
     **{name: asked(name, *about) for name, about in QUESTIONS.items()},
-    "defaults": Page(("defaults",), UNASKED, {}, defaults.shown, heading="####"),
-    "expand-reduce": Page(("expand-reduce",), UNASKED, {"expand-reduce": COURSES}, expand_reduce.shown, heading="####"),
-    "kfac-study": Page(("kfac-study",), kfac_page.answer, OF_KFAC, kfac_page.shown, heading="##"),
+    "defaults": Page(("defaults",), defaults.shown, heading="####"),
+    "expand-reduce": Page(("expand-reduce",), expand_reduce.shown, {"expand-reduce": COURSES}, heading="####"),
+    "kfac-study": Page(("kfac-study",), kfac_page.shown, OF_KFAC, kfac_page.answer, heading="##"),
 }
 
 
 def machines_of(folder: Path) -> Machines:
-    found = {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
-    for studies in found.values():
-        if "gpu" in studies:
-            studies["gpu"] = frame.roofline(studies["gpu"])
-    return found
-
-
-def first(study: str, machines: Machines) -> list[Row]:
-    """Return the file of a study on the first machine that has it, or nothing."""
-    return [found[study] for found in machines.values() if study in found][:1]
+    return {path.name: results.read(path) for path in sorted(folder.glob("*")) if path.is_dir()}
 
 
 # --- Blocks of pages. Their links are as seen from docs/.
@@ -146,14 +136,14 @@ def settings_of(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def overview(machines: Machines) -> Iterator[str]:
     """Yield all questions with their answers on the first machine that has one."""
+    found = ChainMap(*machines.values())
     for name in QUESTIONS:
-        page = PAGES[name]
+        page, study = PAGES[name], PAGES[name].studies[0]
         yield f"## [{page.question}]({FOLDER}/{name}.md)\n"
-        said = [
-            f"{page.answered(content)}\n`{page.studies[0]}.json`, {shortly(content['facts'])}.\n"
-            for content in first(page.studies[0], machines)
-        ]
-        yield from said or [NOTHING]
+        if study in found:
+            yield f"{page.answered(found[study])}\n`{study}.json`, {shortly(found[study]['facts'])}.\n"
+        else:
+            yield NOTHING
 
 
 # --- Blocks with one table, each of one study
@@ -194,23 +184,16 @@ TABLES: dict[str, tuple[str, str, Callable[[Row], pd.DataFrame]]] = {
 def of_table(name: str, machines: Machines) -> Iterator[str]:
     """Yield a table of the first machine that has its study."""
     target, study, table = TABLES[name]
-    for content in first(study, machines):
+    if content := ChainMap(*machines.values()).get(study):
         yield markdown(table(content))
         yield f"`make {target}`, {shortly(content['facts'])} (`{study}.json`).{pages.caveats(content['facts'])}"
-
-
-def block(name: str, machines: Machines) -> Iterator[str]:
-    """Return what stands between the marks of this name."""
-    if name == "overview":
-        return overview(machines)
-    return (of_page if name in PAGES else of_table)(name, machines)
 
 
 def quoted(match: re.Match[str], machines: Machines) -> str:
     """Return a mark with its number: the largest of the column in the rows that have these entries."""
     mark, study, table, entries, column, _ = match.groups()
     wanted = [entry.partition("=")[::2] for entry in entries.split("; ")]
-    rows = [row for content in first(study, machines) for row in content.get(table, [])]
+    rows = ChainMap(*machines.values()).get(study, {}).get(table, [])
     values = [row[column] for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
     values = [value[0] if isinstance(value, list) else value for value in values if value is not None]
     return mark + (f"{float(f'{max(values):.3g}'):g}" if values else "–")
@@ -251,7 +234,9 @@ def texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
         above = "../" * (len(path.relative_to(docs).parts) - 1) if docs in path.parents else ""
 
         def made(match: re.Match[str], above: str = above) -> str:
-            text = "\n".join(block(match[2], machines)).strip() or NOTHING.strip()
+            name, of = match[2], of_page if match[2] in PAGES else of_table
+            parts = overview(machines) if name == "overview" else of(name, machines)
+            text = "\n".join(parts).strip() or NOTHING.strip()
             return f"{match[1]}\n{LINK.sub(f']({above}', text)}\n\n{match[3]}"
 
         text = BLOCK.sub(made, path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bench import report
 from bench.benches.timing import Interval
 from bench.gpu import __main__ as command
-from bench.gpu import cases, frame, graph, ops, programs, tune
+from bench.gpu import cases, frame, functions, programs, tune
 from bench.gpu.__main__ import STAGES, Stage, app
 from bench.gpu.cases import FULL, TOY
 from bench.gpu.device import Ceilings, Stub, Work
@@ -52,15 +52,15 @@ def test_every_stage_runs_dry_and_is_written(tmp_path):
     assert status == 0
     assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys(sections, "done")
     assert {row["op"] for row in sections["smoke"]["tables"]["smoke"]} == set(OPS)
-    assert {row["op"] for row in sections["core"]["tables"]["small core"]} == set(cases.SMALL)
+    assert {row["op"] for row in sections["core"]["tables"]["rows"]} == set(cases.SMALL)
     assert "no figure here is a gpu figure" in (tmp_path / "gpu.txt").read_text(encoding="utf-8").lower()
 
 
 @pytest.mark.parametrize(
     ("name", "stage", "case", "table"),
     [
-        ("profile", ops.profile, ops.CHOLESKY, "updates"),
-        ("graph", graph.run, None, "no wait for the device"),
+        ("profile", functions.profile, "root_update", "updates"),
+        ("graph", functions.graphs, None, "captured"),
         ("tune", tune.run, None, "tiles"),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_wrong_result_is_not_timed(name):
     cases.check(case, Stub())
 
     def slightly_off(*arguments):
-        found = cases.results(case, OPS[name], arguments)
+        found = cases.results(OPS[name], arguments)
         for part in found:
             part.copy_(part * 1.001 if part.is_floating_point() else part)
         return found

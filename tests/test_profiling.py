@@ -1,18 +1,25 @@
-"""``make profile`` on a CPU, and what it makes of Proton's output."""
+"""``make profile`` on a CPU, and what it makes of a GPU's kernels."""
 
 import shlex
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from typer.testing import CliRunner
 
 from bench import profiling
 from bench.benches.timing import Interval
+from bench.gpu.cases import Case
 from bench.gpu.device import Ceilings, Stub
-from bench.profiling import NAMES, Request, app, by_torch, deeper, frames, prepare, rows_of, table_of
+from bench.profiling import NAMES, app, deeper, prepare, table_of, timed
 
-SIZES = {"n": 96, "r": 8, "k": 8, "m": 24, "cores": 2}
-SMALL = [part for name, size in SIZES.items() for part in (f"--{name}", str(size))]
+SIZES = (96, 8, 8, 24, 2)
+SMALL = [
+    part for name, size in zip(("n", "r", "k", "m", "cores"), SIZES, strict=True) for part in (f"--{name}", str(size))
+]
 CEILINGS = Ceilings(*(Interval(rate, rate, rate) for rate in (1e12, 5e13, 3e14, 8e14, 6e13)))
 
 
@@ -24,22 +31,15 @@ def _known_ceilings_and_few_calls(monkeypatch):
 
 @pytest.mark.parametrize("op", NAMES)
 def test_every_op_and_function_is_profiled_on_a_cpu(op):
-    every, *kernels = table_of(Request(op, **SIZES), Stub(), CEILINGS)
+    every, *kernels = table_of(Case(op, *SIZES), Stub(), CEILINGS)
     assert every["µs"] == pytest.approx(sum(row["µs"] for row in kernels))
     assert kernels == sorted(kernels, key=lambda row: -row["µs"])
-    assert any(row["TFLOP/s"] for row in kernels) or op in (
-        "cholesky_inverse_core",
-        "eigh_core",
-        "gram_ema_",
-        "rotate_",
-    )
-
-
-def test_the_row_of_all_kernels_has_the_cost_of_the_op():
-    every = table_of(Request("project", **SIZES), Stub(), CEILINGS)[0]
-    seconds = every["µs"] / 1e6
-    assert every["TFLOP/s"] * seconds * 1e12 == pytest.approx(2 * 96 * 8 * 8)
-    assert every["GB/s"] * seconds * 1e9 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
+    without = ("cholesky_inverse_core", "eigh_core", "gram_ema_", "rotate_")
+    assert any(row["TFLOP/s"] for row in kernels) or op in without
+    if op == "project":
+        # The row of all kernels has the cost of the op.
+        assert every["TFLOP/s"] * every["µs"] * 1e6 == pytest.approx(2 * 96 * 8 * 8)
+        assert every["GB/s"] * every["µs"] * 1e3 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
 
 
 def test_what_is_printed_names_size_time_and_the_way_deeper():
@@ -71,7 +71,7 @@ def test_what_cannot_be_profiled_is_said(arguments, rule):
 @pytest.mark.parametrize("op", ["cross_gram", "root_update, cholesky"])
 def test_the_lines_of_other_profilers_run_the_same_calls_bare(op):
     pytest.importorskip("triton")
-    ncu, nsys = deeper(Request(op, **SIZES), Stub())
+    ncu, nsys = deeper(Case(op, *SIZES), Stub())
     assert ("regex:cross_gram_kernel|sum_parts_kernel" in ncu) == (op == "cross_gram")
     for line in (ncu, nsys):
         words = shlex.split(line)
@@ -80,43 +80,43 @@ def test_the_lines_of_other_profilers_run_the_same_calls_bare(op):
         assert CliRunner().invoke(app, own).exit_code == 0
 
 
-def test_half_precision_is_that_of_the_data():
-    case = Request("project", n=96, r=8, k=8, dtype="bfloat16").case
-    assert (case.dtype, case.data) == (torch.float32, torch.bfloat16)
-    double = Request("project", n=96, r=8, k=8, dtype="float64")
-    assert any(row["float64"] for row in by_torch(prepare(double, Stub()), Stub(), 8 * double.case.dtype.itemsize))
+def test_float64_products_are_told_apart():
+    double = Case("project", *SIZES, torch.float64, torch.float64)
+    assert any(row["float64"] for row in timed(prepare(double, Stub()), Stub(), 64))
 
 
-def frame(name, metrics, *children):
-    return {"frame": {"name": name, "type": "function"}, "metrics": metrics, "children": list(children)}
+def test_half_precision_is_that_of_the_data(monkeypatch):
+    asked = []
+    monkeypatch.setattr(profiling, "prepare", lambda case, device: asked.append(case) or [])
+    for dtype in ("bfloat16", "float64"):
+        CliRunner().invoke(app, ["--op", "project", *SMALL, "--dtype", dtype, "--bare"])
+    assert [(case.dtype, case.data) for case in asked] == [(torch.float32, torch.bfloat16), 2 * (torch.float64,)]
 
 
-def test_a_tree_of_proton_is_summed_by_launch():
-    """Time is in the launch's own frame, or in one of the compiled kernel below it; both have been so."""
-    work = {"flops32": 2e9, "flops64": 1e9, "bytes": 4e6}
-    tree = frame(
-        "ROOT",
-        {"count": 0, "time (ns)": 0},
-        frame("tall_product_kernel [n=8]", work | {"count": 2, "time (ns)": 3000}),
-        frame("tall_product_kernel [n=9]", work, frame("tall_product_kernel", {"count": 1, "time (ns)": 500})),
-        frame("elementwise", {"count": 4, "time (ns)": 100}),
-        frame("__proton_launch_metadata", {}, frame("copy", {"count": 9, "time (ns)": 9})),
-    )
-    every, *kernels = rows_of(list(frames(tree)), 1, CEILINGS)
-    assert (every["launches"], every["µs"]) == (7, pytest.approx(3.6))
-    assert [(row["kernel"], row["launches"], row["µs"]) for row in kernels] == [
-        ("tall_product_kernel [n=8]", 2, pytest.approx(3.0)),
-        ("tall_product_kernel [n=9]", 1, pytest.approx(0.5)),
-        ("elementwise", 4, pytest.approx(0.1)),
+def test_kernels_of_a_gpu_have_its_time_and_the_work_that_launches_tell(monkeypatch):
+    """Kernels alone count, not the calls and the named ranges around them, and work is summed by kernel."""
+    hook = pytest.importorskip("triton").knobs.runtime.launch_enter_hook
+    told = [{"name": f"tall_product_kernel [n={n}]", "flops32": 5e7, "flops64": 6e7, "bytes": 1e6} for n in (8, 9)]
+    kernel = {"device_type": DeviceType.CUDA, "is_user_annotation": False, "flops": 0}
+    events = [
+        SimpleNamespace(key="tall_product_kernel", count=2, self_device_time_total=20, **kernel),
+        SimpleNamespace(key="elementwise", count=4, self_device_time_total=2, **kernel),
+        SimpleNamespace(key="aten::mul", count=4, self_device_time_total=2, **kernel | {"device_type": DeviceType.CPU}),
+        SimpleNamespace(key="root_update", count=1, self_device_time_total=22, **kernel | {"is_user_annotation": True}),
     ]
-    assert kernels[0]["TFLOP/s"] == pytest.approx(1e3)
-    assert kernels[-1]["of ceiling"] is None
-
-
-def test_a_kernel_is_held_to_the_ceiling_that_binds():
-    found = list(frames(frame("project", {"count": 1, "time (ns)": 2000, "flops32": 1e8, "bytes": 1e6})))
-    row = rows_of(found, 1, CEILINGS)[1]
-    assert row["TFLOP/s"] == pytest.approx(50)
-    assert row["GB/s"] == pytest.approx(500)
-    # 10⁸ flops take 1 µs at 10¹⁴ flop/s, and 10⁶ bytes 1 µs at 10¹² byte/s.
-    assert row["of ceiling"] == pytest.approx(0.5)
+    profiler = nullcontext(SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: profiler)
+    monkeypatch.setattr(Stub, "dry", False)
+    launch = [partial(hook, SimpleNamespace(get=lambda each=each: each)) for each in told]
+    monkeypatch.setattr(profiling, "prepare", lambda case, device: [lambda: [start() for start in launch]])
+    every, *kernels = table_of(Case("root_update", *SIZES), Stub(), CEILINGS)
+    assert (every["launches"], every["µs"]) == (6, pytest.approx(22))
+    assert [(row["kernel"], row["launches"], row["µs"]) for row in kernels] == [
+        ("tall_product_kernel", 2, pytest.approx(20)),
+        ("elementwise", 4, pytest.approx(2)),
+    ]
+    assert kernels[0]["TFLOP/s"] == pytest.approx(2.2e8 / 20e-6 / 1e12)
+    assert kernels[0]["GB/s"] == pytest.approx(2e6 / 20e-6 / 1e9)
+    # 10⁸ flops take 1 µs at 10¹⁴ flop/s, and 1.2 · 10⁸ in float64 2 µs at 6 · 10¹³.
+    assert kernels[0]["of ceiling"] == pytest.approx(3 / 20)
+    assert kernels[1]["of ceiling"] is None

@@ -102,7 +102,7 @@ def test_function(name, by, shape, device, timed) -> None:
 
 
 def shape_of(case: Case) -> Shape:
-    return Shape(*case.size[:3], case.dtype, None if case.data == case.dtype else case.data)
+    return Shape(case.n, case.r, case.k, case.dtype, None if case.data == case.dtype else case.data)
 
 
 def test_op(op_case, by, device, timed) -> None:

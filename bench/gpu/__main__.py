@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bench.frame import results
 from bench.frame.study import machine_of
-from bench.gpu import frame, graph, ops, programs, smoke, tune
+from bench.gpu import frame, functions, ops, programs, tune
 from bench.gpu.device import Gpu, Stub
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
@@ -32,7 +32,7 @@ POLL = 0.5
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 # A look for a GPU that does not touch it, in case an import takes one: else no fork could use the GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("smoke", "ops", "graph", "programs", "tune"))]
+PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("ops", "functions", "programs", "tune"))]
 
 
 class Stage(NamedTuple):
@@ -45,11 +45,11 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "smoke": Stage(smoke.run, 90, lambda dry: list(OPS), together=12),
+    "smoke": Stage(ops.smoke, 90, lambda dry: list(OPS), together=12),
     "ceilings": Stage(ops.ceilings, 20),
-    "profile": Stage(ops.profile, 80, lambda dry: ops.PROFILED),
+    "graph": Stage(functions.graphs, 90),
+    "profile": Stage(functions.profile, 80),
     "core": Stage(ops.core, 40),
-    "graph": Stage(graph.run, 90),
     "ops": Stage(ops.run, 110),
     "tests": Stage(programs.tests, 130, programs.cases, together=5),
     "sanitizer": Stage(programs.sanitize, 45),
@@ -116,7 +116,12 @@ class Run:
 
     def report(self) -> dict[str, dict[str, Any]]:
         found = frame.sections(self.path)
-        results.write(STUDY, self.machine, {"sections": found}, self.folder)
+        unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
+        tables = {name: rows for each in found.values() for name, rows in each["tables"].items()}
+        # A page has the ops and ceilings as the study of ceilings keeps them.
+        shown = {name: tables.get(name, []) for name in ("rows", "ceilings")}
+        facts = self.machine | {"interrupted": unfinished or False}
+        results.write(STUDY, facts, {"sections": found, **shown}, self.folder)
         text, parts = StringIO(), [frame.section(name, found[name], self.dry) for name in found]
         whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
         Console(width=frame.WIDTH, file=text, highlight=False).print(*whole, sep="\n")

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, require
-from bench.gpu.device import Device, Work, size_of
+from bench.gpu.device import MOST_SETS, Device, Work, size_of, tensors_in
 from brandla_kernels import OPS, Cost
+from brandla_kernels._grouped import _padded
 
 # What an op must not exceed, in units of √L ε for sums of up to L terms. One TF32 product, at 3e-4, is above it up to
 # L = 4·10⁵.
@@ -42,14 +44,30 @@ FULL = Sizes()
 TOY = Sizes(2**16, 32, (48,), (8,), ((48, 8, 5),), (48, 8), most_square=48, width=16, cores=3, seconds=0.0)
 
 
-class Size(NamedTuple):
-    """Sizes of a call: n rows, rank r, k columns, and the widths of what is not tall."""
+class Case(NamedTuple):
+    """An op at a size, in a dtype, with data columns perhaps in another: n rows, rank r, k columns.
 
-    n: int
-    r: int
-    k: int
-    width: int
-    cores: int
+    What is neither tall nor small has ``width`` columns at most, and an op on small matrices takes ``cores`` of them.
+    """
+
+    op: str
+    n: int = 16384
+    r: int = 256
+    k: int = 256
+    width: int = 4096
+    cores: int = 32
+    dtype: torch.dtype = torch.float32
+    data: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        if self.op in SMALL:
+            order = self.k + (0 if self.op == "cholesky_inverse_core" else self.r)
+            return f"{self.cores} cores of order {order}" + ("" if self.r == self.k else f", r {self.r}")
+        own, columns = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.data))
+        kinds = own if own == columns else f"{own}, {columns} columns"
+        ranks = f"r = k {self.r}" if self.r == self.k else f"r {self.r}, k {self.k}"
+        return f"n {self.n}, {ranks}, {kinds}"
 
     @property
     def wide(self) -> int:
@@ -57,43 +75,21 @@ class Size(NamedTuple):
         return min(self.n, self.width)
 
 
-class Case(NamedTuple):
-    """An op at a size, in a dtype, with data columns perhaps in another."""
-
-    op: str
-    size: Size
-    dtype: torch.dtype = torch.float32
-    data: torch.dtype = torch.float32
-
-    @property
-    def name(self) -> str:
-        own, columns = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.data))
-        kinds = own if own == columns else f"{own}, {columns} columns"
-        n, r, k, _, cores = self.size
-        if self.op in SMALL:
-            return f"{cores} cores of order {self.order}"
-        return f"n {n}, " + (f"r = k {r}" if r == k else f"r {r}, k {k}") + f", {kinds}"
-
-    @property
-    def order(self) -> int:
-        """That of the small matrices."""
-        return self.size.k + (0 if self.op == "cholesky_inverse_core" else self.size.r)
-
-
 def cases(sizes: Sizes) -> list[Case]:
     """Return all cases, those with r ≠ k and in other dtypes last."""
+    size = {"width": sizes.width, "cores": sizes.cores}
     listed = [
-        Case(name, Size(n, r, k, sizes.width, sizes.cores))
+        Case(name, n, r, k, **size)
         for n, r, k in (*((n, r, r) for r in sizes.ranks for n in sizes.rows), *sizes.uneven)
         for name in OPS
         # The size of a small matrix has no n; a Gram matrix has no r.
         if (n == sizes.rows[0] if name in SMALL else name != "gram_ema_" or n <= sizes.most_square)
     ]
     n, r = sizes.other_dtypes
-    other, float64 = Size(n, r, r, sizes.width, sizes.cores), torch.float64
-    halves = [Case(name, other, data=torch.bfloat16) for name in ("project", "cross_gram", "gram_ema_")]
+    other, float64 = partial(Case, n=n, r=r, k=r, **size), torch.float64
+    halves = [other(name, data=torch.bfloat16) for name in ("project", "cross_gram", "gram_ema_")]
     doubles = ("project", "cross_gram", "rotate", "damped_apply", "gram")
-    return listed + halves + [Case(name, other, float64, float64) for name in doubles]
+    return listed + halves + [other(name, dtype=float64, data=float64) for name in doubles]
 
 
 # --- Operands. In-place ops are timed many times on the same tensors: their rotations and decays keep values of order 1
@@ -101,7 +97,7 @@ def cases(sizes: Sizes) -> list[Case]:
 
 def operands(case: Case, device: Device) -> tuple[Any, ...]:
     """Return new arguments of the op."""
-    (n, r, k, _, cores), wide = case.size, case.size.wide
+    (_, n, r, k, _, cores, *_), wide = case, case.wide
     normal = lambda *shape: device.normal(*shape, dtype=case.dtype)
     data = lambda *shape: device.normal(*shape).to(case.data)
     # Columns of length about 1.
@@ -119,10 +115,6 @@ def operands(case: Case, device: Device) -> tuple[Any, ...]:
         grams = ((root.mT @ root).to(case.dtype), root.mT @ columns, columns.mT @ columns)
         numbers = (torch.full((cores,), number, device=root.device).double() for number in (DECAY, WEIGHT))
         return *(grams[place] for place in order), *numbers
-
-    def cholesky_core() -> tuple[Any, ...]:
-        panel = normal(cores, 4 * k, k).double()
-        return panel.mT @ panel, panel.square().sum(-2).sqrt(), THRESHOLD
 
     def eigh_rotation() -> tuple[Any, ...]:
         """Return ascending levels and any vectors: an eigendecomposition would take longer than the op."""
@@ -143,7 +135,9 @@ def operands(case: Case, device: Device) -> tuple[Any, ...]:
         "damped_inverse": lambda: (*inverse(n), normal(n, k)),
         "pair_damped_inverse": lambda: (*inverse(n), *inverse(wide), normal(n, k), normal(wide, k)),
         "kron_damped_inverse": lambda: (*inverse(n), *inverse(wide), normal(n, wide)),
-        "cholesky_inverse_core": cholesky_core,
+        "cholesky_inverse_core": lambda: (
+            *((panel := normal(cores, 4 * k, k).double()).mT @ panel, panel.square().sum(-2).sqrt(), THRESHOLD),
+        ),
         "root_core": lambda: (*core(0, 1, 2), r, 0.0, True),
         "eigh_core": lambda: core(1, 2, 0),
         "eigh_rotation": eigh_rotation,
@@ -152,10 +146,19 @@ def operands(case: Case, device: Device) -> tuple[Any, ...]:
     return table[case.op]()
 
 
-def inputs(case: Case, device: Device) -> list[tuple[Any, ...]]:
-    """Return as many sets of arguments as outlast the cache in turn."""
+def grouped(op: str, problems: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return the arguments of the grouped op: lists, and small matrices stacked and padded with zeros."""
+    arguments = list(problems[0])
+    for operand in OPS[op].signature.operands:
+        own = [problem[operand.position] for problem in problems]
+        arguments[operand.position] = own if operand.listed else _padded(own)
+    return tuple(arguments)
+
+
+def inputs(case: Case, device: Device, most: int = MOST_SETS) -> list[tuple[Any, ...]]:
+    """Return as many sets of arguments as outlast the cache in turn, but no more than ``most``."""
     first = operands(case, device)
-    return [first, *(operands(case, device) for _ in range(device.sets(size_of(first)) - 1))]
+    return [first, *(operands(case, device) for _ in range(min(most, device.sets(size_of(first))) - 1))]
 
 
 def launches(case: Case, device: Device) -> list[Any]:
@@ -168,10 +171,10 @@ def launches(case: Case, device: Device) -> list[Any]:
 
 
 def cost(case: Case) -> Cost:
-    function, (n, r, k, _, cores), wide = OPS[case.op].cost, case.size, case.size.wide
+    function, (_, n, r, k, _, cores, *_), wide = OPS[case.op].cost, case, case.wide
     known = {"n": n, "r": r, "k": k, "m": k, "s": r, "width": k, "p": n, "q": wide, "left_rank": r, "right_rank": r}
+    known |= {"itemsize": case.dtype.itemsize}
     known |= {"eigh_rotation": {"m": r + k}, "sketch": {"m": n, "n": wide}}.get(case.op, {})
-    known["itemsize"] = case.dtype.itemsize
     total = function(**{name: known[name] for name in inspect.signature(function).parameters})
     if case.op in SMALL:
         return Cost(cores * total.flops, cores * total.bytes)
@@ -180,7 +183,7 @@ def cost(case: Case) -> Cost:
 
 def work(case: Case) -> Work:
     """Return the least work of a call: what the ceilings are compared with."""
-    (flops, moved), (n, r, k, *_) = cost(case), case.size
+    (flops, moved), (_, n, r, k, *_) = cost(case), case
     # What float32 data cannot do without, in float32 and in float64. A symmetric result needs one triangle only.
     least = {
         "gram": (0, n * k**2),
@@ -202,12 +205,10 @@ def work(case: Case) -> Work:
 # --- Check
 
 
-def results(case: Case, call: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Call, and return what was returned or overwritten."""
+def results(call: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
+    """Call, and return the tensors that were returned or overwritten."""
     result = call(*arguments)
-    if result is None:
-        return (arguments[0],)
-    return result if isinstance(result, tuple) else (result,)
+    return tensors_in(arguments[0] if result is None else result)
 
 
 def fresh(arguments: Sequence[Any], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -223,14 +224,14 @@ def check(case: Case, device: Device, call: Callable[..., Any] | None = None) ->
     shift is that of its dtype and which computes in float64 anyway, on the arguments themselves.
     """
     op, arguments = OPS[case.op], operands(case, device)
-    exact = results(case, op.torch_form, fresh(arguments, None if case.op == "root_core" else torch.float64))
+    exact = results(op.torch_form, fresh(arguments, None if case.op == "root_core" else torch.float64))
 
     def error(call: Callable[..., Any]) -> float:
         # The second result takes the memory of the first, filled with NaN where it was not written.
-        for part in results(case, call, fresh(arguments)):
+        for part in results(call, fresh(arguments)):
             part.fill_(float("nan") if part.is_floating_point() else 0)
         del part
-        return error_of(results(case, call, fresh(arguments)), exact)
+        return error_of(results(call, fresh(arguments)), exact)
 
     own, peer = error(call or op), error(op.torch_form)
     limit = allowed(case)
@@ -258,7 +259,7 @@ def allowed(case: Case) -> float:
     if case.op == "root_core":
         # Its shift, 32 ε of the dtype times ‖K‖, is another one in float64.
         return 8 * 32 * eps
-    return ROUNDINGS * (case.size.n + case.size.r + case.size.k) ** 0.5 * eps
+    return ROUNDINGS * (case.n + case.r + case.k) ** 0.5 * eps
 
 
 # --- Other ways, and tensors

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,8 +98,8 @@ class Cpu(Stub):
 
     def __init__(self) -> None:
         super().__init__()
-        found = re.fullmatch(r"(\d+)K\s*", CACHE.read_text(encoding="ascii")) if CACHE.exists() else None
-        self.cache_bytes = 2**10 * int(found.group(1)) if found else USUAL_CACHE
+        size = CACHE.read_text(encoding="ascii").strip() if CACHE.exists() else ""
+        self.cache_bytes = 2**10 * int(size.removesuffix("K")) if size else USUAL_CACHE
 
     def capture(self, function: Function) -> tuple[Any, Function]:
         return function(), function
@@ -204,18 +203,17 @@ def replayed(
 
     They are replayed as graphs of one call for each set of inputs. What cannot be captured is called from the host.
     """
-    functions, how = {}, {}
+    functions, stopped = {}, []
     for name, call in calls.items():
-        all_sets = lambda call=call: [call(*one) for one in inputs]
+        functions[name] = all_sets = lambda call=call: [call(*one) for one in inputs]
         try:
-            functions[name], how[name] = device.capture(all_sets)[1], "graph replay"
+            functions[name] = device.capture(all_sets)[1]
         except RuntimeError as error:
             device.synchronize()
-            functions[name], how[name] = all_sets, f"events, as {type(error).__name__} stopped the capture"
+            stopped.append(f"{name} by events, as {type(error).__name__} stopped the capture")
     samples = device.alternating(functions, limit)
     divided = {name: [second / len(inputs) for second in samples[name]] for name in functions}
-    same = len(set(how.values())) == 1
-    return divided, how[name] if same else "; ".join(f"{name}: {method}" for name, method in how.items())
+    return divided, "; ".join(stopped) or "graph replay"
 
 
 # --- Ceilings: a large copy and large products in torch, in the same run

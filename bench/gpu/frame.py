@@ -32,8 +32,6 @@ Row = dict[str, Any]
 # Seconds after which one case that does not end takes its process with it; and what is kept of an output.
 HANG, KEPT = 60.0, 4000
 WIDTH = 165
-# Kept in the result file, too wide for a table.
-LEFT_OUT = ["configs"]
 DRY = "DRY RUN on the CPU, at toy sizes and by the wall clock. No figure here is a GPU figure, and no target is judged."
 
 
@@ -62,9 +60,6 @@ class Findings:
     def figure(self, group: str, case: str, value: Any, **about: Any) -> None:
         self.add("figures", Figure.of(group, case, value, **about).record())
 
-    def fail(self, case: str, error: str, trace: str) -> None:
-        self.add("failures", {"case": case, "error": error, "traceback": trace})
-
     def attempt(self, case: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
         """Call, if this process is there for the case and has the seconds for it; record what fails and go on.
 
@@ -82,7 +77,8 @@ class Findings:
             self.device.synchronize()
         except Exception as error:
             first = next(iter(str(error).splitlines()), "")
-            self.fail(case, f"{type(error).__name__}: {first}", traceback.format_exc())
+            said = f"{type(error).__name__}: {first}"
+            self.add("failures", {"case": case, "error": said, "traceback": traceback.format_exc()})
             self.device.synchronize()
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -170,8 +166,9 @@ def section(name: str, record: Row, dry: bool) -> RenderableType:
         cells = figures.judged(rows).assign(note=[row.note for row in rows])
         parts.append(pages.on_terminal(cells, red=[row.met is False and not dry for row in rows]))
     for title, rows in record["tables"].items():
-        # Ceilings and ops are those of the study of ceilings.
-        tables = dict(study.shown({title: rows})) or {title: pd.DataFrame(rows).drop(columns=LEFT_OUT, errors="ignore")}
+        # Ceilings and ops are those of the study of ceilings; what was tried of tiles is too wide for a table.
+        cells = pd.DataFrame(rows).drop(columns="configs", errors="ignore")
+        tables = dict(study.shown({title: rows})) or {title: cells}
         parts += [pages.on_terminal(cells, words) for words, cells in tables.items()]
     parts += [Text(f"  note: {note}") for note in record["notes"]]
     parts += [Text(f"  skipped: {case}", "yellow") for case in record["skipped"]]
@@ -196,12 +193,3 @@ def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
         names = [name for name, record in found.items() if record["status"] == status]
         parts += [Text(f"{status}: {', '.join(names)}")] if names else []
     return Group(*parts)
-
-
-def roofline(content: Row) -> Row:
-    """Return the ops and ceilings of a result file as the study of ceilings keeps them, for the page."""
-    found = content["sections"]
-    unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
-    tables = {name: rows for section in found.values() for name, rows in section["tables"].items()}
-    facts = content["facts"] | {"interrupted": unfinished or False}
-    return {"facts": facts, **{name: tables.get(name, []) for name in ("rows", "ceilings")}}

@@ -35,7 +35,8 @@ class Finished(NamedTuple):
         if self.status is None:
             found.add("skipped", f"{case}: {self.words}{so_far}")
         elif self.status != 0 or error:
-            found.fail(case, f"{error}{self.words}", self.output[-KEPT:])
+            said = f"{error}{self.words}"
+            found.add("failures", {"case": case, "error": said, "traceback": self.output[-KEPT:]})
 
 
 def command(words: list[str], seconds: float, **variables: str) -> Finished:
@@ -64,30 +65,30 @@ FOLDER = "tests/kernels/interpreted"
 WORKERS, MOST, LEAST = 3, 120.0, 15.0
 OUTCOMES = ("passed", "failed", "error", "skipped")
 # Warnings of other versions than those of `constraints.txt` are no failures of a kernel.
-PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
+OPTIONS = ["-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
 
 
 def cases(dry: bool) -> list[str]:
     """Return the files; all in one for a dry run, which collects and runs none."""
     files = sorted((ROOT / FOLDER).glob("test_*.py"), key=lambda file: -file.stat().st_size)
-    return [FOLDER] if dry else [file.name for file in files] or [FOLDER]
+    return [FOLDER] if dry or not files else [f"{FOLDER}/{file.name}" for file in files]
 
 
 def tests(found: Findings) -> None:
     for name in cases(found.device.dry):
-        found.attempt(name, LEAST, _collect if found.device.dry else _shard, found, name)
-
-
-def _collect(found: Findings, folder: str) -> None:
-    finished = command([*PYTEST[:3], "-q", "--collect-only", folder], 120, TRITON_INTERPRET="1")
-    found.row("tests that a GPU would run", folder=folder, collected=finished.output.count("::"))
-    finished.judge(found, "collection")
+        found.attempt(name, LEAST, _shard, found, name)
 
 
 def _shard(found: Findings, name: str) -> None:
-    workers = ["-n", str(WORKERS), "-p", "bench.gpu.programs"] if util.find_spec("xdist") else []
-    finished = command([*PYTEST, *workers, f"{FOLDER}/{name}"], min(found.left(), MOST), OMP_NUM_THREADS="1")
-    found.row("tests", file=name, **counts(finished.output), status=finished.words)
+    pytest = [sys.executable, "-m", "pytest"]
+    if found.device.dry:
+        finished = command([*pytest, "-q", "--collect-only", name], MOST, TRITON_INTERPRET="1")
+        number = {"collected": finished.output.count("::")}
+    else:
+        workers = ["-n", str(WORKERS), "-p", "bench.gpu.programs"] if util.find_spec("xdist") else []
+        finished = command([*pytest, *OPTIONS, *workers, name], min(found.left(), MOST), OMP_NUM_THREADS="1")
+        number = counts(finished.output)
+    found.row("tests", file=name, **number, status=finished.words)
     finished.judge(found, name)
 
 
@@ -109,7 +110,7 @@ def pytest_runtest_logfinish() -> None:
 # --- compute-sanitizer: no access out of bounds, no race in shared memory
 
 NAME = "compute-sanitizer"
-CALLS = [sys.executable, "-m", "bench.gpu.smoke"]
+CALLS = [sys.executable, "-m", "bench.gpu.ops"]
 # Where the tool itself cannot work, which says nothing of the kernels.
 REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
 

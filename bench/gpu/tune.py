@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from bench.gpu import cases
-from bench.gpu.cases import Case, Size
+from bench.gpu.cases import Case
 from bench.gpu.device import replayed
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
@@ -37,7 +37,7 @@ def run(found: Findings) -> None:
         for name in NAMES:
             if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
-            case = Case(name, Size(n, r, r, sizes.width, sizes.cores))
+            case = Case(name, n, r, r, sizes.width, sizes.cores)
             if device.dry or found.left() > CHOICE:
                 with choosing({}) as made:
                     cases.launches(case, device)
@@ -118,17 +118,10 @@ def choosing(instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         made[choice] = instead[choice] if choice in instead else choose(*args, **kwargs)
         return made[choice]
 
-    def chooses(function: Any) -> bool:
-        """Say whether a function answers with tiles or, for a target, with a number of stretches."""
-        if not callable(function) or getattr(function, "__module__", None) != configs.__name__:
-            return False
-        answer = function.__annotations__.get("return")
-        return answer == "Config" or (answer == "int" and "target" in function.__annotations__)
-
     with ExitStack() as stack:
-        for name, choose in inspect.getmembers(configs, chooses):
-            # What a choice itself asks for is noted too, so nothing is taken from memory.
-            stack.enter_context(mock.patch.object(configs, name, partial(chosen, name, inspect.unwrap(choose))))
+        for name, choose in inspect.getmembers(configs, inspect.isfunction):
+            if name.endswith("splits") or choose.__annotations__.get("return") == "Config":
+                stack.enter_context(mock.patch.object(configs, name, partial(chosen, name, choose)))
         yield made
 
 

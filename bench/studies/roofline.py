@@ -16,7 +16,7 @@ from bench.frame.figures import spelled
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu import cases
 from bench.gpu.cases import FULL, TOY, Case, Sizes
-from bench.gpu.device import Ceilings, Device, measure, replayed
+from bench.gpu.device import MOST_SETS, Ceilings, Device, measure, replayed
 from brandla_kernels import OPS
 
 USUAL = replace(
@@ -49,18 +49,20 @@ def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
         yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
 
 
-def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, beside_torch: bool = False) -> Row:
+def measured(
+    case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, beside_torch: bool = False, most: int = MOST_SETS
+) -> Row:
     """Return the time of an op, the least time that its work takes at the ceilings, and their ratio.
 
-    It is timed in turn with its torch form if that is wanted.
+    It is timed in turn with its torch form if that is wanted, on so many sets of inputs at most.
     """
-    op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device)
+    op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device, most)
     calls = {"op": op} | ({"torch": cases.forced(op)} if beside_torch else {})
     times, how = replayed(device, calls, sets, sizes.seconds)
     floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), timing.of_median(times["op"])
     row = {
-        "n": case.size.n,
-        "r": case.size.r,
+        "n": case.n,
+        "r": case.r,
         "dtype": str(case.dtype).removeprefix("torch."),
         "data": str(case.data).removeprefix("torch."),
         "by": op.implementation(device.tensors.type)[0],

@@ -97,7 +97,7 @@ TOY = Sizes(SMALL, (0, 8, 8), (4, 8), (96, 0, 8), (4, 8), (96, 8, 0), dense=64, 
 
 def gram_ema(shape: Shape, device: Device) -> Task:
     """Return the update of a dense n × n moment."""
-    case = cases.Case("gram_ema_", cases.Size(*shape[:3], shape.n, 1))
+    case = cases.Case("gram_ema_", *shape[:3], shape.n, 1)
     judge = lambda _: Judgement(cases.check(case, device)[0], cases.allowed(case))
     return Task(OPS["gram_ema_"], cases.operands(case, device), judge, cases.work(case))
 

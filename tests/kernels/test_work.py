@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 triton = pytest.importorskip("triton")
 
 import brandla_kernels  # noqa: E402
-from bench.gpu import cases, smoke  # noqa: E402
-from bench.gpu.cases import Case, Size  # noqa: E402
+from bench.gpu import cases  # noqa: E402
+from bench.gpu.cases import Case  # noqa: E402
 from bench.gpu.device import Stub  # noqa: E402
 from brandla_kernels import OPS  # noqa: E402
 from brandla_kernels._kernels import inner_product  # noqa: E402
@@ -23,13 +23,13 @@ from brandla_kernels._kernels.launch import Config, metadata, recording  # noqa:
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has no launch hooks")
 
 # Narrow enough for Gram matrices in the registers of a program, and too wide for that.
-NARROW, WIDE = Size(n=1200, r=40, k=24, width=72, cores=3), Size(n=1200, r=136, k=100, width=136, cores=3)
+NARROW, WIDE = Case("", n=1200, r=40, k=24, width=72, cores=3), Case("", n=1200, r=136, k=100, width=136, cores=3)
 of_every_size = pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
 FLOAT32, FLOAT64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 def case_of(op, size=NARROW, dtype=FLOAT32, data=None):
-    return Case(op, size, dtype, data or dtype)
+    return size._replace(op=op, dtype=dtype, data=data or dtype)
 
 
 def recorded(case, arguments=None):
@@ -94,7 +94,7 @@ def test_bytes_beyond_the_cost_are_what_one_launch_leaves_to_the_next(op, size):
 
 
 def test_a_long_sum_is_split_and_its_parts_are_counted():
-    (first, second) = recorded(case_of("gram_ema_", Size(n=96, r=8, k=4096, width=96, cores=1)))
+    (first, second) = recorded(Case("gram_ema_", n=96, r=8, k=4096, width=96, cores=1))
     parts = first.arguments["parts_ptr"]
     assert first.work.bytes == 4 * (96 * 4096 + parts.numel())
     splits = first.arguments["SPLITS"]
@@ -109,9 +109,9 @@ def test_a_long_sum_is_split_and_its_parts_are_counted():
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.signature.lists])
 def test_a_list_is_counted_problem_by_problem(op):
     """One rank and width, as stacks are padded to the largest; n as different as it gets."""
-    chosen = [case_of(op, Size(n=n, r=24, k=16, width=40, cores=1)) for n in (64, 1000, 250)]
+    chosen = [Case(op, n=n, r=24, k=16, width=40, cores=1) for n in (64, 1000, 250)]
     problems = [cases.operands(case, Stub()) for case in chosen]
-    launches = recorded(chosen[0], smoke.grouped(op, problems))
+    launches = recorded(chosen[0], cases.grouped(op, problems))
     alone = [recorded(chosen[0], arguments) for arguments in problems]
     assert flops_of(launches) == sum(map(flops_of, alone))
     if op not in ("rotate_", "kron_damped_apply", "kron_damped_inverse"):
@@ -221,7 +221,7 @@ def test_a_plan_starts_what_the_launcher_would_and_tells_the_same_work(name, lis
 
     def new():
         problems = [cases.operands(case_of(name, size), Stub()) for size in (NARROW, NARROW._replace(n=500))]
-        return smoke.grouped(name, problems) if listed else problems[0]
+        return cases.grouped(name, problems) if listed else problems[0]
 
     arguments, kept = new(), new()
     started(op, kept)
