@@ -304,13 +304,12 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return first[None]
     base, size = None if torch.compiler.is_compiling() else first._base, first.numel()
-    if base is None or base.requires_grad or base.numel() != len(parts) * size or not base.is_contiguous():
+    if base is None or base.requires_grad or not size or not base.is_contiguous():
         return torch.stack(list(parts))
+    own = [part for part in parts if part._base is base and part.is_contiguous() and not part.requires_grad]
     start = base.storage_offset()
-    for index, part in enumerate(parts):
-        follows = part._base is base and part.storage_offset() == start + index * size and part.is_contiguous()
-        if not follows or part.requires_grad:
-            return torch.stack(list(parts))
+    if [part.storage_offset() for part in own] != [*range(start, start + base.numel(), size)]:
+        return torch.stack(list(parts))
     return base.view(len(parts), *first.shape)
 
 
