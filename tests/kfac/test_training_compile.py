@@ -42,7 +42,8 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * width, width, dtype=torch.float64)
 
     def forward(self, inputs):
-        return inputs + self.down(nn.functional.relu(self.up(self.norm(inputs)), inplace=True))
+        # The rows of a norm, which is used twice, are made of the input and the gradient of each use.
+        return self.norm(inputs + self.down(nn.functional.relu(self.up(self.norm(inputs)), inplace=True)))
 
 
 def blocks(count=1):

@@ -40,9 +40,8 @@ class Mistakes:
     """Warnings about the training loop and the layers, each given once."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
-        # Layers and sides that were named, by what they were named for.
-        self._named: set[tuple[str, str]] = set()
+        # Messages, and layers and sides that were named, by what they were named for.
+        self._told: set[str | tuple[str, str]] = set()
         # Curvatures whose factors have been looked at.
         self._begun: dict[Layer, Curvature] = {}
         self._empty = 0
@@ -110,9 +109,9 @@ class Mistakes:
             _UNSEEN: {layer.name: "" for layer in unseen if not layer.capture.refusal},
         }
         for what, about in topics.items():
-            new = [name for name in about if (what, name) not in self._named]
+            new = [name for name in about if (what, name) not in self._told]
             if new:
-                self._named |= {(what, name) for name in new}
+                self._told |= {(what, name) for name in new}
                 told = [f"{name}: {about[name]}" if about[name] else name for name in new]
                 more = f"; and {len(told) - _MOST_NAMED} more, see report()" if len(told) > _MOST_NAMED else ""
                 self._tell(f"{what}: {'; '.join(told[:_MOST_NAMED])}{more}")

@@ -32,14 +32,11 @@ class AttentionKind(ForwardKind):
             return own_forward(module)
         if module.bias_k is not None or module.add_zero_attn:
             return "it adds positions to keys and values (add_bias_kv, add_zero_attn)"
-        packed = module.in_proj_weight is not None
-        names = ["in_proj_weight"] if packed else [f"{part}_proj_weight" for part in "qkv"]
-        if reason := why_left(module, *names) or why_left(module.out_proj, "weight"):
-            return reason
         inner: list[Kind] = [SliceKind(forward, f"{part}_proj", index) for index, part in enumerate("qkv")]
-        if packed:
+        if module.in_proj_weight is not None:
             inner = [PackedKind(forward, "in_proj_weight", "in_proj_bias", "in_proj")]
-        return [*inner, cls(forward, "weight", "bias", "out_proj", module.out_proj)]
+        reason = why_left(module, *(own._weight for own in inner)) or why_left(module.out_proj, "weight")
+        return reason or [*inner, cls(forward, "weight", "bias", "out_proj", module.out_proj)]
 
 
 class SliceKind(AttentionKind):

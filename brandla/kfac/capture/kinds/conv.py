@@ -111,14 +111,12 @@ class ConvTransposeKind(ConvKind):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """(C_in, C_out of a group, *kernel) as the convolution's (*groups, C_out of a group, window), mirrored."""
-        by_group: Tensor = _mirrored(weight).unflatten(0, (self.module.groups, -1))
+        mirrored = weight.flip(list(range(2, weight.ndim)))
+        by_group: Tensor = mirrored.unflatten(0, (self.module.groups, -1))
         return by_group.transpose(1, 2).reshape(*self.shape[0], *self.shape[1:])
 
     def tensor(self, matrix: Tensor) -> Tensor:
         d_in, d_out, *kernel = self.weight.shape
         groups = self.module.groups
-        return _mirrored(matrix.reshape(groups, d_out, d_in // groups, *kernel).transpose(1, 2).flatten(0, 1))
-
-
-def _mirrored(weight: Tensor) -> Tensor:
-    return weight.flip(list(range(2, weight.ndim)))
+        mirrored = matrix.reshape(groups, d_out, d_in // groups, *kernel).transpose(1, 2).flatten(0, 1)
+        return mirrored.flip(list(range(2, mirrored.ndim)))
