@@ -32,6 +32,7 @@ from brandla._shifted import LowRank, Side, Tail
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
 from brandla.root import Compress, Update, Updated, check_update, stack
+from brandla_kernels import number_of
 
 __all__ = [
     "damped_logdet",
@@ -395,7 +396,7 @@ def _laid_out(parts: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...] | Non
     places = dict(zip(different, count(), strict=False))
     layout += [places[id(tensor)] for tensor in tensors]
     tensors = list(different.values())
-    layout += [(tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors]
+    layout += [number_of((tensor.shape, tensor.dtype, tensor.device, tensor.layout)) for tensor in tensors]
     return tensors, tuple(layout)
 
 

@@ -1,7 +1,18 @@
 """The ops under brandla, one a file: torch form, registration as ``torch.ops.brandla.*``, cost in flops and bytes."""
 
 from brandla_kernels import tall
-from brandla_kernels._op import OPS, Backend, Cost, Op, backend, has_values, is_mapped, reads_are_free, without_autocast
+from brandla_kernels._op import (
+    OPS,
+    Backend,
+    Cost,
+    Op,
+    backend,
+    has_values,
+    is_mapped,
+    number_of,
+    reads_are_free,
+    without_autocast,
+)
 from brandla_kernels._signature import overlaps_itself
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core, live_columns
 from brandla_kernels.cross_gram import cross_gram
@@ -46,6 +57,7 @@ __all__ = [
     "kron_damped_apply",
     "kron_damped_inverse",
     "live_columns",
+    "number_of",
     "overlaps_itself",
     "pair_damped_inverse",
     "project",

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial, wraps
+from functools import cache, lru_cache, partial, wraps
+from itertools import count
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -35,6 +36,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Layouts of calls that an op remembers to have checked.
 _MOST_LAYOUTS = 1024
+
+_numbers = count()
 
 _library = torch.library.Library("brandla", "DEF")
 _imported = cache(importlib.import_module)
@@ -201,6 +204,15 @@ def recomputed(own: AnyOp, tensors: int) -> Callable[..., tuple[Tensor | None, .
     return backward
 
 
+@lru_cache(4096)
+def number_of(look: Hashable) -> int:
+    """Return a number that stands for what a tensor looks like, and for nothing else.
+
+    Thousands of tuples in the layout of a list would have the garbage collector go through them at every call.
+    """
+    return next(_numbers)
+
+
 def _launch(module: str, function: str, *args: Any) -> Any:
     return getattr(_imported(f"brandla_kernels._kernels.{module}"), function)(*args)
 
@@ -219,7 +231,7 @@ def _laid_out(arguments: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[
             layout.append(one)
     addresses = list(map(Tensor.data_ptr, tensors))
     for tensor, address in zip(tensors, addresses, strict=True):
-        layout.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % 16))
+        layout.append(number_of((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % 16)))
     return tensors, addresses, (*layout, len(set(addresses)))
 
 
