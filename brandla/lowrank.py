@@ -304,7 +304,8 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return first[None]
     base, size = None if torch.compiler.is_compiling() else first._base, first.numel()
-    if base is None or base.requires_grad or not size or not base.is_contiguous():
+    whole = base is not None and base.numel() == len(parts) * size > 0 and base.is_contiguous()
+    if base is None or base.requires_grad or not whole:
         return torch.stack(list(parts))
     own = [part for part in parts if part._base is base and part.is_contiguous() and not part.requires_grad]
     start = base.storage_offset()
