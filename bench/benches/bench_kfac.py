@@ -27,7 +27,7 @@ from bench.frame.samples import mnist, standardised
 from bench.studies import kfac_images
 from bench.studies.kfac_methods import Settings, Task
 from bench.studies.networks import two_hidden
-from bench.studies.peers import Maker, maker
+from bench.studies.peers import Maker
 from brandla.demo import data
 from brandla.demo.data import Parts, Split, seeded
 from brandla.demo.studies import Trainer
@@ -117,13 +117,8 @@ def singd(model: nn.Module) -> Step:
     return Trainer(model, SINGD(model, lr=1e-3, T=1, structures=("dense", "dense"))).step
 
 
-def asdfghjkl(model: nn.Module) -> Step:
-    """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
-    made = maker(model, BATCH, PERIOD, 0.03, 0.05)
-    return Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step
-
-
 # Other people's steps: the package, the step, and how many times as long as ours it is to take.
+asdfghjkl = lambda model: Maker(model, 0.01, cross_entropy, BATCH, PERIOD, 0.03, 0.05).step
 PEERS = {
     "singd, dense, T = 1": ("singd", singd, 8.0),
     f"asdfghjkl, K-FAC, inverse every {PERIOD}": ("asdl", asdfghjkl, 2.5),

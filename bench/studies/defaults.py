@@ -48,13 +48,9 @@ METHODS: dict[str, tuple[tuple[float, ...], dict[str, Any] | None]] = {
 }
 
 
-def after_letters() -> tuple[Split, Split]:
-    """Return windows of letters, and the one letter after each."""
-    windows = text()[0]
-    return shuffled(windows.images, windows.labels[:, -1])
-
-
 digits = partial(table, "digits")
+# The one letter after each window.
+after_letters = lambda: shuffled(text()[0].images, text()[0].labels[:, -1])
 # Data, network, its width, and the batch.
 TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], nn.Module], int, int]] = {
     "digits MLP 256": (digits, two_hidden, 256, 128),
@@ -62,9 +58,9 @@ TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], n
     "digits MLP 2048": (digits, lambda inputs, width: mlp(inputs, width, 10), 2048, 128),
     "digits CNN": (digits, strided, 256, 64),
     "digits graph": (digits, Graph, 512, 128),
-    "breast cancer MLP": (partial(table, "breast_cancer"), lambda n, width: mlp(n, width, width, 2), 256, 128),
-    "wine MLP": (partial(table, "wine"), lambda n, width: mlp(n, width, width, 3), 512, 128),
-    "diabetes MLP": (partial(table, "diabetes"), lambda n, width: mlp(n, width, width, 1), 256, 128),
+    "breast cancer MLP": (partial(table, "breast_cancer"), partial(two_hidden, outputs=2), 256, 128),
+    "wine MLP": (partial(table, "wine"), partial(two_hidden, outputs=3), 512, 128),
+    "diabetes MLP": (partial(table, "diabetes"), partial(two_hidden, outputs=1), 256, 128),
     "letters transformer": (text, Transformer, 128, 32),
     "letters MLP": (after_letters, letters_mlp, 512, 128),
 }
@@ -72,9 +68,8 @@ TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], n
 
 def pieces(settings: Settings, device: Device, _: Tables) -> Iterator[Piece]:
     """Return the runs of all tasks, seed by seed."""
-    tried = [
-        (method, rate) for method, (rates, _) in METHODS.items() for rate in (rates if settings.tuned else rates[:1])
-    ]
+    most = None if settings.tuned else 1
+    tried = [(method, rate) for method, (rates, _) in METHODS.items() for rate in rates[:most]]
     values = [(task, *own, seed) for seed in settings.seeds for task in TASKS for own in tried]
     return each("runs", ("task", "method", "rate", "seed"), values, run, settings, str(device.tensors))
 

@@ -23,7 +23,7 @@ from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from bench.studies import kfac_page
 from bench.studies.kfac_methods import OPTIMIZERS, points, spread
-from bench.studies.kfac_page import BASE, by_method, over_base, ranged, ratio
+from bench.studies.kfac_page import BASE, by_method, ranged, ratio
 from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data
 from brandla.demo.data import Split, seeded
@@ -93,11 +93,6 @@ METHODS = dict.fromkeys(FIRST_ORDER, ADAM_RANGES) | dict.fromkeys((EXPAND, REDUC
 COLOURS = kfac_page.COLOURS | {EXPAND: pictures.PALETTE[4], REDUCE: pictures.PALETTE[0]}
 
 
-def methods(task: Task) -> list[str]:
-    """Return the methods of a task: where each node has a term of the loss, there is nothing to reduce."""
-    return [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
-
-
 # --- Runs
 
 
@@ -121,9 +116,11 @@ def pieces(settings: Settings, device: Device, tables: Tables) -> Iterator[Piece
         yield {"numbers": numbers, "looks": looks}
 
     for task in settings.tasks:
-        trials = product([task], methods(task), range(settings.trials))
+        # Where each node has a term of the loss, there is nothing to reduce.
+        methods = [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
+        trials = product([task], methods, range(settings.trials))
         yield from each("trials", ("task", "method", "point"), trials, tried, cost=task.search_steps)
-        runs = [(task, method, seed) for seed in settings.seeds for method in methods(task)]
+        runs = [(task, method, seed) for seed in settings.seeds for method in methods]
         yield from each("runs", ("task", "method", "seed"), runs, measured, cost=task.steps)
 
 
@@ -181,7 +178,7 @@ def summary(content: Row, task: Row) -> pd.DataFrame:
     ended = looks.drop_duplicates(run, keep="last").set_index(run).assign(step=first).reset_index()
     words = lambda numbers: "; ".join(f"{name} {value:g}" for name, value in numbers.items())
     numbers = looks.groupby("method")["numbers"].first().map(words)
-    return by_method(ended, ("step", "accuracy", "loss")).assign(numbers=numbers)
+    return by_method(ended, ["step", "accuracy", "loss"]).assign(numbers=numbers)
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -193,7 +190,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
             columns = {
                 "method": found.index,
                 f"steps to {target}": ranged(found, "step", "{:.0f}".format),
-                f"× {BASE}": over_base(found, "step").map(ratio),
+                f"× {BASE}": found["step over"].map(ratio),
                 "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
                 "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
                 "loss after all steps": ranged(found, "loss", "{:.3f}".format),
