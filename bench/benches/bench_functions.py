@@ -22,9 +22,8 @@ from bench.benches.timing import TIMER, Interval, of_median
 from bench.frame.figures import Study, duration, spelled
 from bench.frame.pages import listed
 from bench.frame.pictures import Bars
-from bench.frame.study import machine_of
 from bench.gpu import cases
-from bench.gpu.cases import Case, fresh
+from bench.gpu.cases import fresh
 from bench.gpu.device import Ceilings, Device, Floor, Work, device_of, measure, size_of
 from bench.studies import roofline
 from brandla.demo.frame import plain
@@ -47,10 +46,6 @@ SECONDS, FEWEST, MOST = 0.25, 3, 100
 # Order of the product that is timed before and after each case, and the seconds it may take: what two runs have in
 # common. Before it there is a rest, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
-# Facts of the machine that pytest-benchmark's own record of a case has too.
-FACTS = ("cpu", "cores", "threads", "versions", "commit", "modified", "date", "gpu")
-# Characters of a reason.
-LONGEST = 160
 Row = dict[str, Any]
 
 
@@ -61,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         by = [BRANDLA, TORCH_FORM, COMPILED] if kind == "cuda" else [BRANDLA]
         sizes = cases.TOY if quick else cases.FULL if full else roofline.USUAL
         ops = list(itertools.product(cases.cases(sizes), by))
-        return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{shape_of(op)}" for op, one in ops])
+        return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{op.name}" for op, one in ops])
     found = []
     for group, names in (("", TASKS), ("grouped.", filter(TASKS.__contains__, GROUPED))):
         for name, shape in itertools.product(names, TOY if quick else FULL if full else USUAL):
@@ -101,10 +96,6 @@ def test_function(name, by, shape, device, timed) -> None:
 # --- Ops
 
 
-def shape_of(case: Case) -> Shape:
-    return Shape(*case.size[:3], case.dtype, None if case.data == case.dtype else case.data)
-
-
 def test_op(op_case, by, device, timed) -> None:
     def right() -> Right:
         op = OPS[op_case.op]
@@ -114,7 +105,8 @@ def test_op(op_case, by, device, timed) -> None:
         inputs = cases.inputs(op_case, device) if on_gpu else [cases.operands(op_case, device)]
         return Right([partial(call, *one) for one in inputs], cases.work(op_case), error)
 
-    timed(op_case.op, by, shape_of(op_case), right)
+    data = None if op_case.data == op_case.dtype else op_case.data
+    timed(op_case.op, by, Shape(*op_case.size[:3], op_case.dtype, data), right)
 
 
 # The name of its result file.
@@ -140,29 +132,29 @@ def device(quick) -> Device:
 
 
 @pytest.fixture(scope="module")
-def run(device) -> tuple[Ceilings, Callable[[], list[float]], Row]:
-    """Return the ceilings, a function that times a square product after a rest, and the facts of the machine.
-
-    The device times the product: pytest-benchmark has one function a case, and that is what the case is about.
-    """
+def ceilings(device) -> Ceilings:
     sizes = cases.TOY if device.dry else cases.FULL if device.tensors.type == "cuda" else roofline.USUAL
+    return measure(device, sizes)
+
+
+@pytest.fixture(scope="module")
+def reference(device) -> Callable[[], list[float]]:
+    """Return what times a square product after a rest, by the device: pytest-benchmark has one function a case."""
     left, right = (device.normal(REFERENCE, REFERENCE) for _ in range(2))
 
     def times() -> list[float]:
         time.sleep(0.0 if device.dry else REST)
         return device.alternating({"it": lambda: left @ right}, REFERENCE_SECONDS)["it"]
 
-    machine = machine_of(device)
-    return measure(device, sizes), times, {name: machine.get(name) for name in FACTS}
+    return times
 
 
 @pytest.fixture
-def timed(benchmark, quick, study, run) -> Callable[[str, str, Shape, Callable[[], Right]], None]:
+def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, Shape, Callable[[], Right]], None]:
     """Return a function that times what another one returns, and keeps the row.
 
     With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
     """
-    ceilings, reference, machine = run
 
     def kept(function: str, by: str, shape: Shape, right: Callable[[], Right]) -> None:
         benchmark.group = f"{function} {shape}"
@@ -184,7 +176,7 @@ def timed(benchmark, quick, study, run) -> Callable[[str, str, Shape, Callable[[
             row = about | {"error": error, "orthogonality": orthogonality}
             row |= {"blas_threads": threads} if on_numpy is not None else {}
             row |= {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
-            benchmark.extra_info.update(plain(row | machine))
+            benchmark.extra_info.update(plain(row))
             if benchmark.stats:
                 study.cases.append(row | row_of(benchmark.stats.stats.data, around, floor))
                 benchmark.extra_info["of_ceiling"] = study.cases[-1]["of_ceiling"].value
@@ -201,7 +193,7 @@ def tolerated(study: Study, about: Row) -> Iterator[None]:
         if about["by"] in OURS:
             raise
         said = str(error).strip().partition("\n")[0].replace("|", "/")
-        reason = f"{type(error).__name__}: {said}"[:LONGEST]
+        reason = f"{type(error).__name__}: {said}"[:160]
         study.refused.append(about | {"reason": reason})
         pytest.skip(f"not timed: {reason}")
 
@@ -261,9 +253,9 @@ class Functions(NamedTuple):
         columns = {
             "function": "`" + rows["function"] + "`",
             "by": rows["by"],
-            "ms": [spelled(1e3 * time) for time in rows["time"]],
-            "× brandla": [spelled(over) for over in rows["over"]],
-            "error": [f"{error:.2g}" for error in rows["error"]],
+            "ms": (1e3 * rows["time"]).map(spelled),
+            "× brandla": rows["over"].map(spelled),
+            "error": rows["error"].map("{:.2g}".format),
             "case": rows["shape"],
         }
         return pd.DataFrame(columns)
@@ -272,10 +264,5 @@ class Functions(NamedTuple):
         rows = self.beside(content)
         labels = rows["function"].where(~rows["other"], rows["function"] + ": " + rows["by"])
         values = pd.Series((1e3 * rows["time"]).to_numpy(float), labels).head(ROWS)
-        return Bars(
-            "Time beside the quickest others",
-            listed(list(rows["shape"].unique())),
-            values,
-            set(labels[rows["other"]]),
-            " ms",
-        )
+        below, others = listed(list(rows["shape"].unique())), set(labels[rows["other"]])
+        return Bars("Time beside the quickest others", below, values, others, " ms")

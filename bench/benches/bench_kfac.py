@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench.benches.timing import Interval, ratio, torch_calls
+from bench.benches.timing import Interval, ratio, shares, torch_calls
 from bench.frame.figures import read, spelled
 from bench.frame.pages import listed
 from bench.frame.pictures import Bars
@@ -66,13 +66,7 @@ FLOORS = {
     f"only the tall products and eigh of the root form, rank {rank}, {columns} columns": (rank, columns)
     for rank, columns in ((RANK, BATCH), (LESS, COLUMNS))
 }
-# What torch's operators do, for the profile of a step.
-KINDS = {
-    "aten::_linalg_eigh": "eigendecompositions",
-    **dict.fromkeys(
-        [f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")], "products"
-    ),
-}
+
 # The same where autograd does not form the gradients of weights.
 PAIR = ', gradient="pair"'
 options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
@@ -207,14 +201,7 @@ def test_calls_of_a_step(name, setting, figures) -> None:
 @pytest.mark.benchmark(group="where the time of a step goes, forward and backward passes included")
 @pytest.mark.parametrize("name", HELD_TO)
 def test_parts_of_a_step(name, step_of, figures) -> None:
-    step = step_of(name)
-    for _ in range(PERIOD):
-        step()
-    with torch.profiler.profile() as profiler:
-        for _ in range(PERIOD):
-            step()
-    times = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
-    for kind, share in (times.groupby(lambda key: KINDS.get(key, "everything else")).sum() / times.sum()).items():
+    for kind, share in shares(step_of(name), PERIOD).items():
         figures(f"{name}: {kind}", share, unit="")
 
 

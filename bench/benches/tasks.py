@@ -84,8 +84,8 @@ class Task:
         if implementation in OWN:
             function = forced(self.function) if implementation == TORCH_FORM else self.function
             return Call(function, self.arguments, self.judge)
-        peer = self.others[implementation]
-        given = tuple(tree_map_only(Tensor, peer.takes, list(self.given())))
+        peer, given = self.others[implementation], self.given()
+        given = tuple(tree_map_only(Tensor, Tensor.numpy, list(given))) if peer.on_numpy else given
         return Call(peer.call, given, self.judge_of(peer) if self.judge_of else self.judge, peer.on_numpy)
 
 

@@ -12,6 +12,7 @@ from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 from torch.autograd.profiler import profile
@@ -76,10 +77,9 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
 
 def of_median(samples: Sequence[float]) -> Interval:
     """Return the median with the interval between the order statistics that hold it with 95 %."""
-    ordered = sorted(samples)
-    count = len(ordered)
+    ordered, count = sorted(samples), len(samples)
     low = max(math.floor(count / 2 - 0.98 * math.sqrt(count)), 0)
-    return Interval(median(ordered), ordered[low], ordered[count - 1 - low])
+    return Interval(median(ordered), ordered[low], ordered[-1 - low])
 
 
 def slope(sizes: Sequence[int], times: Sequence[float]) -> Interval:
@@ -124,16 +124,28 @@ def peak_extra_bytes(function: Callable[[], Any], device_type: str = "cpu", *, w
     return torch.cuda.max_memory_allocated() - before
 
 
-class _Count(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+def shares(function: Callable[[], Any], calls: int) -> dict[str, float]:
+    """Return the part of each kind of torch's operators in the time of some calls; as many go before."""
+    kinds = {f"aten::{name}": "products" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")}
+    kinds["aten::_linalg_eigh"] = "eigendecompositions"
+    for _ in range(calls):
+        function()
+    with profile() as profiler:
+        for _ in range(calls):
+            function()
+    times = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
+    return (times.groupby(lambda key: kinds.get(key, "everything else")).sum() / times.sum()).to_dict()
 
 
 def torch_calls(function: Callable[[], object]) -> int:
     """Call once, and return how many calls reach torch's operators."""
-    with _Count() as mode:
+    reached = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            reached.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
         function()
-    return mode.count
+    return len(reached)

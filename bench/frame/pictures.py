@@ -7,6 +7,7 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +70,9 @@ def write(name: str, study: Row, folder: Path, draw: Draw) -> None:
 
 def stale(name: str, study: Row, folder: Path) -> bool:
     """Say whether a picture is missing or shows other figures."""
-
-    def carried(picture: Path) -> str | None:
-        if not picture.exists():
-            return None
-        with Image.open(picture) as image:
-            return image.info.get(DIGEST)
-
-    return any(carried(path(name, theme, folder)) != digest(study) for theme in THEMES)
+    drawn, wanted = [path(name, theme, folder) for theme in THEMES], digest(study)
+    carried = lambda picture: Image.open(BytesIO(picture.read_bytes())).info.get(DIGEST)
+    return any(not picture.exists() or carried(picture) != wanted for picture in drawn)
 
 
 def path(name: str, theme: Theme, folder: Path) -> Path:

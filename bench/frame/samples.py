@@ -20,8 +20,6 @@ FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind i
 # Of the training images, the last of every so many validate in the search.
 PARTS = 12
 FIFTH = 5
-# What an idx file of bytes starts with, before the number of its dimensions.
-BYTES = b"\0\0\x08"
 CLASSES = 10
 # Letters of a window, and how many different ones there are.
 CONTEXT, LETTERS = 32, 96
@@ -88,15 +86,14 @@ def read(path: Path) -> np.ndarray:
     """Return the array in a compressed idx file of bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
+        # Bytes have the number 8, and behind it stands the number of dimensions.
+        if content[:3] != b"\0\0\x08":
+            raise ValueError(f"one of bytes does not start with {content[:4]!r}")
         sizes = np.frombuffer(content, ">i4", content[3], offset=4)
-        array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
     except (OSError, EOFError, IndexError, ValueError) as error:
         message = f"{path} is no idx file: {error}"
         raise UnusableError(message) from error
-    if content[:3] != BYTES:
-        message = f"{path} is no idx file of bytes: it starts with {content[:4]!r}"
-        raise UnusableError(message)
-    return array
 
 
 def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split:

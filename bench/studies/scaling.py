@@ -149,7 +149,6 @@ def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device)
 
 # --- Exponents and tables
 
-FEWEST_SIZES = 3
 LARGER = "larger half"
 
 
@@ -168,7 +167,7 @@ def exponents(tables: Tables) -> Tables:
             for quantity in ("time", "memory"):
                 # NumPy's memory is not measured.
                 known = part[part[quantity] > 0]
-                if len(known) >= FEWEST_SIZES:
+                if len(known) >= 3:
                     sizes = known[axis].tolist()
                     about = {"axis": axis, "method": method, "quantity": quantity, "window": window, "sizes": sizes}
                     fits.append(about | {"exponent": timing.slope(sizes, known[quantity].tolist())})
@@ -234,14 +233,8 @@ def table(content: Row) -> pd.DataFrame:
 
 # What a picture shows; the tables have the rest.
 SHOWN = (
-    "root_update",
-    "eigh_update",
-    "damped_solve",
-    PCA,
-    INCREMENTAL,
-    "torch.svd_lowrank",
-    "Cholesky solve",
-    "torch.linalg.eigh",
+    *("root_update", "eigh_update", "damped_solve", PCA, INCREMENTAL),
+    *("torch.svd_lowrank", "Cholesky solve", "torch.linalg.eigh"),
 )
 COLOURS = dict(zip(SHOWN, pictures.PALETTE, strict=False))
 
