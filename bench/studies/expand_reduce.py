@@ -157,24 +157,23 @@ def judge(model: nn.Module, split: Split, chunk: int) -> Row:
 # --- Summaries
 
 
-def looks_of(content: Row, task: Row) -> pd.DataFrame:
-    """Return a row a look of the runs of a task."""
-    runs, about = [row for row in content.get("runs", []) if row["task"] == task["name"]], ["method", "seed", "numbers"]
-    looks = pd.json_normalize(runs, "looks", about) if runs else []
-    return pd.DataFrame(looks, columns=[*about, "step", "accuracy", "loss"]).astype({"accuracy": float})
+def courses(content: Row) -> Iterator[tuple[Row, pd.DataFrame, float]]:
+    """Yield each task that has runs, with a row a look of them, and the accuracy in per cent that steps are counted to.
+
+    That is NaN where AdamW has not run.
+    """
+    for task in content["settings"]["tasks"]:
+        if runs := [row for row in content.get("runs", []) if row["task"] == task["name"]]:
+            looks = pd.json_normalize(runs, "looks", ["method", "seed", "numbers"]).astype({"accuracy": float})
+            early = looks[(looks["method"] == BASE) & (looks["step"] <= SHARE * task["steps"])]
+            least = early.groupby("seed")["accuracy"].max().min()
+            yield task, looks, math.nan if early.empty else math.floor(1e-9 + 100 * least)
 
 
-def target_of(content: Row, task: Row) -> float:
-    """Return the accuracy that steps are counted to; NaN where AdamW has not run."""
-    looks = looks_of(content, task)
-    early = looks[(looks["method"] == BASE) & (looks["step"] <= SHARE * task["steps"])]
-    return math.floor(1e-9 + 100 * early.groupby("seed")["accuracy"].max().min()) / 100 if len(early) else math.nan
-
-
-def summary(content: Row, task: Row) -> pd.DataFrame:
+def summary(looks: pd.DataFrame, target: float) -> pd.DataFrame:
     """Return a row a method: mean, least and largest of the steps to the target, and of the last accuracy and loss."""
-    looks, run = looks_of(content, task), ["method", "seed"]
-    first = looks[looks["accuracy"] >= target_of(content, task)].groupby(run)["step"].min()
+    run = ["method", "seed"]
+    first = looks[looks["accuracy"] >= target / 100].groupby(run)["step"].min()
     ended = looks.drop_duplicates(run, keep="last").set_index(run).assign(step=first).reset_index()
     words = lambda numbers: "; ".join(f"{name} {value:g}" for name, value in numbers.items())
     numbers = looks.groupby("method")["numbers"].first().map(words)
@@ -183,33 +182,29 @@ def summary(content: Row, task: Row) -> pd.DataFrame:
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield a table a task: steps to the target, whoever wins, and what all steps lead to."""
-    for task in content["settings"]["tasks"]:
-        found, share = summary(content, task), target_of(content, task)
-        target = "the target" if math.isnan(share) else f"{share:.0%}"
-        if len(found):
-            columns = {
-                "method": found.index,
-                f"steps to {target}": ranged(found, "step", "{:.0f}".format),
-                f"× {BASE}": found["step over"].map(ratio),
-                "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
-                "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
-                "loss after all steps": ranged(found, "loss", "{:.3f}".format),
-                "chosen by the search": found["numbers"],
-            }
-            yield f"{task['name']}, to {target}", pd.DataFrame(columns).reset_index(drop=True)
+    for task, looks, percent in courses(content):
+        found, target = summary(looks, percent), "the target" if math.isnan(percent) else f"{percent}%"
+        columns = {
+            "method": found.index,
+            f"steps to {target}": ranged(found, "step", "{:.0f}".format),
+            f"× {BASE}": found["step over"].map(ratio),
+            "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
+            "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
+            "loss after all steps": ranged(found, "loss", "{:.3f}".format),
+            "chosen by the search": found["numbers"],
+        }
+        yield f"{task['name']}, to {target}", pd.DataFrame(columns).reset_index(drop=True)
 
 
 def draw(content: Row, theme: Theme) -> Figure:
     """Draw a panel a task: mean test accuracy over the seeds against steps, with the range."""
-    tasks = [task for task in content["settings"]["tasks"] if len(summary(content, task))]
+    found = list(courses(content))
     words = f"{content['settings']['trials']} trials of each method beforehand; mean and range of the seeds"
-    about = [(f"{task['name']}: test accuracy", task["words"], 3.6) for task in tasks]
+    about = [(f"{task['name']}: test accuracy", task["words"], 3.6) for task, *_ in found]
     figure, axes = pictures.panels(content, words, theme, *about)
-    for task, axis in zip(tasks, axes, strict=True):
-        looks = looks_of(content, task)
-        courses = looks.pivot(index=["step", "seed"], columns="method", values="accuracy")[looks["method"].unique()]
-        pictures.curves(axis, 100 * courses, COLOURS, theme, (EXPAND, REDUCE), linewidth=1.7)
-        target = 100 * target_of(content, task)
+    for axis, (_, looks, target) in zip(axes, found, strict=True):
+        lines = looks.pivot(index=["step", "seed"], columns="method", values="accuracy")[looks["method"].unique()]
+        pictures.curves(axis, 100 * lines, COLOURS, theme, (EXPAND, REDUCE), linewidth=1.7)
         axis.axhline(target, color=theme.text, linewidth=1, linestyle=":")
         axis.set(ylim=(3 * target - 200 if target > 75 else 0, 100), ylabel="%")
     axes[0].legend(fontsize=9)
