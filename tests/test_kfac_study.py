@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bench.frame import samples
 from bench.studies import kfac_images, peers
-from bench.studies.kfac_methods import FULL, KINDS, METHODS, QUICK, USUAL, Settings, Task, points, spread
+from bench.studies.kfac_methods import FULL, KINDS, METHODS, QUICK, USUAL, Settings, Task, points
 from brandla.demo.data import Split
 from brandla.kfac import KFAC, Brand, InverseFree
 
@@ -110,7 +110,7 @@ def test_every_method_has_the_same_trials_that_cover_its_ranges(settings):
         assert sorted(np.floor(column * settings.trials)) == list(range(settings.trials))
     for method in METHODS:
         for name, (low, high) in method.ranges.items():
-            tried = [spread(method.ranges, list(point))[name] for point in cube]
+            tried = [method.numbers(list(point))[name] for point in cube]
             # Three digits are kept.
             assert low * 0.995 <= min(tried) < low * (high / low) ** (1 / settings.trials) * 1.005
             assert max(tried) <= high * 1.005
@@ -139,7 +139,7 @@ def by_hand(name, model, numbers):
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "SOAP", "B-KFAC, sketched", "SINGD"])
 def test_a_method_takes_the_steps_that_its_name_says(name):
     batch = Split(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10)
-    numbers = spread(BY_NAME[name].ranges, [0.5, 0.4, 0.3])
+    numbers = BY_NAME[name].numbers([0.5, 0.4, 0.3])
     own, other = (TASK.model(batch.images, 3) for _ in range(2))
     trainer = BY_NAME[name].trainer(own, numbers, TINY, TASK, 3)
     optimizer, preconditioner = by_hand(name, other, numbers)
@@ -181,8 +181,7 @@ def test_muon_is_that_of_torch(shape):
 
 def toy_trainer(rate=0.1):
     method = METHODS[0]
-    numbers = spread(method.ranges, [0.5] * 3) | {"rate": rate}
-    return method.trainer(TASK.model(torch.empty(1, 784), 0), numbers, TINY, TASK, 0)
+    return method.trainer(TASK.model(torch.empty(1, 784), 0), method.numbers([0.5] * 3) | {"rate": rate}, TINY, TASK, 0)
 
 
 def run_of(trainer, task, fashion, steps=6):
@@ -211,7 +210,7 @@ def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted(fashion):
 
 
 def trial(step, score, rate, exponent=0.0, **about):
-    numbers = spread(METHODS[0].ranges, [0.5] * 3) | {"rate": rate}
+    numbers = METHODS[0].numbers([0.5] * 3) | {"rate": rate}
     ended = {"step": step, "score": score, "failure": None, "numbers": numbers, "exponent": exponent}
     return {"task": "toy", "method": "SGD"} | ended | about
 

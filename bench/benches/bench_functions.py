@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from bench.benches.peers import REST, at_best
+from bench.benches.problems import Judgement
 from bench.benches.tasks import BRANDLA, GROUPED, ONE_BY_ONE, OURS, OWN, TASKS, TORCH_FORM, Shape, Task, check, together
 from bench.benches.timing import TIMER, Interval, of_median
 from bench.frame.figures import Study, duration, spelled
@@ -47,6 +48,8 @@ SECONDS, FEWEST, MOST = 0.25, 3, 100
 # common. Before it there is a rest, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
 Row = dict[str, Any]
+# Calls on copies of the inputs, so that no cache holds them, whose result was checked; and whether NumPy computes it.
+Right = tuple[list[Callable[[], Any]], Work, Judgement, bool | None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,8 +90,7 @@ def test_function(name, by, shape, device, timed) -> None:
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
         count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
-        calls = [partial(call.function, *fresh(call.arguments)) for _ in range(count)]
-        return Right(calls, task.work, judged.error, judged.orthogonality, call.on_numpy)
+        return [partial(call.function, *fresh(call.arguments)) for _ in range(count)], task.work, judged, call.on_numpy
 
     timed(name, by, shape, right)
 
@@ -103,7 +105,8 @@ def test_op(op_case, by, device, timed) -> None:
         error, _ = cases.check(op_case, device, call)
         on_gpu = device.tensors.type == "cuda"
         inputs = cases.inputs(op_case, device) if on_gpu else [cases.operands(op_case, device)]
-        return Right([partial(call, *one) for one in inputs], cases.work(op_case), error)
+        judged = Judgement(error, cases.allowed(op_case))
+        return [partial(call, *one) for one in inputs], cases.work(op_case), judged, None
 
     data = None if op_case.data == op_case.dtype else op_case.data
     timed(op_case.op, by, Shape(*op_case.size[:3], op_case.dtype, data), right)
@@ -115,15 +118,6 @@ test_op.study = "ops"
 
 # --- How a case is timed, and what is kept of it
 
-
-class Right(NamedTuple):
-    """Calls on copies of the inputs, so that no cache holds them, whose result was checked."""
-
-    calls: list[Callable[[], Any]]
-    work: Work
-    error: float
-    orthogonality: float | None = None
-    on_numpy: bool | None = None
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +155,7 @@ def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, S
         sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
         about = {"group": benchmark.group, "by": by, "function": function, "shape": str(shape), **sizes}
         with tolerated(study, about):
-            calls, work, error, orthogonality, on_numpy = right()
+            calls, work, judged, on_numpy = right()
             with at_best(calls[0]) if on_numpy else nullcontext() as threads:
                 start = time.perf_counter()
                 calls[0]()
@@ -173,7 +167,7 @@ def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, S
                 benchmark.pedantic(call, rounds=rounds, iterations=len(calls), warmup_rounds=warm_up)
                 around += reference()
             floor, flops = ceilings.floor(work), work.float32 + work.float64 + work.bf16
-            row = about | {"error": error, "orthogonality": orthogonality}
+            row = about | {"error": judged.error, "orthogonality": judged.orthogonality}
             row |= {"blas_threads": threads} if on_numpy is not None else {}
             row |= {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
             benchmark.extra_info.update(plain(row))

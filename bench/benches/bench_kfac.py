@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from importlib import import_module
 from math import inf
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench.benches.timing import Interval, ratio, shares, torch_calls
+from bench.benches.timing import Interval, ratio, torch_calls
 from bench.frame.figures import read, spelled
 from bench.frame.pages import listed
 from bench.frame.pictures import Bars
@@ -104,14 +105,9 @@ def sgd(model: nn.Module, name: str = "SGD") -> Step:
     return Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step
 
 
-def singd(model: nn.Module) -> Step:
-    """Return a step of SINGD with dense structures, of the package ``singd``."""
-    from singd.optim.optimizer import SINGD
-
-    return Trainer(model, SINGD(model, lr=1e-3, T=1, structures=("dense", "dense"))).step
-
-
 # Other people's steps: the package, the step, and how many times as long as ours it is to take.
+DENSE = {"lr": 1e-3, "T": 1, "structures": ("dense", "dense")}
+singd = lambda model: Trainer(model, import_module("singd.optim.optimizer").SINGD(model, **DENSE)).step
 asdfghjkl = lambda model: Maker(model, 0.01, cross_entropy, BATCH, PERIOD, 0.03, 0.05).step
 PEERS = {
     "singd, dense, T = 1": ("singd", singd, 8.0),
@@ -201,7 +197,15 @@ def test_calls_of_a_step(name, setting, figures) -> None:
 @pytest.mark.benchmark(group="where the time of a step goes, forward and backward passes included")
 @pytest.mark.parametrize("name", HELD_TO)
 def test_parts_of_a_step(name, step_of, figures) -> None:
-    for kind, share in shares(step_of(name), PERIOD).items():
+    kinds = {f"aten::{name}": "products" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")}
+    kinds["aten::_linalg_eigh"], step = "eigendecompositions", step_of(name)
+    for _ in range(PERIOD):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(PERIOD):
+            step()
+    times = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
+    for kind, share in (times.groupby(lambda key: kinds.get(key, "everything else")).sum() / times.sum()).items():
         figures(f"{name}: {kind}", share, unit="")
 
 
@@ -251,9 +255,12 @@ def trials(setting, quick) -> dict[str, pd.DataFrame]:
         "AdamW": itertools.product([None], np.geomspace(0.0003, 0.01, count)),
         "B-KFAC": itertools.product(strategies, np.geomspace(0.02, 0.1, max(count // 3, 1))),
     }
-    rounded = {name: [(strategy, float(f"{rate:.3g}")) for strategy, rate in own] for name, own in choices.items()}
-    tried = lambda strategy, rate: {"rate": rate, "strategy": strategy} | train(rate, strategy, setting, most)
-    return {name: pd.DataFrame(itertools.starmap(tried, own)) for name, own in rounded.items()}
+
+    def tried(strategy: Strategy | None, rate: float) -> dict[str, Any]:
+        rate = float(f"{rate:.3g}")
+        return {"rate": rate, "strategy": strategy} | train(rate, strategy, setting, most)
+
+    return {name: pd.DataFrame(itertools.starmap(tried, own)) for name, own in choices.items()}
 
 
 @pytest.mark.benchmark(group=f"to {TARGET:.0%} on MNIST / tuned AdamW, median of the seeds")

@@ -18,10 +18,14 @@ from bench.benches import problems, written_out
 from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, svd_lowrank
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, require
 from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Call, Shape, Task, check, symmetric_update, together
-from bench.benches.timing import Interval, peak_extra_bytes, ratio, shares, torch_calls
+from bench.benches.timing import Interval, peak_extra_bytes, ratio, torch_calls
 from bench.benches.written_out import update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
+from brandla import root as updates
+from brandla._small import leading_of, unresolved
+from brandla.orthonormal import polish
+from brandla_kernels import cross_gram, eigh_core, root_core
 
 AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
@@ -34,12 +38,11 @@ LIMITS = {
     (512, 32, 32): (5.0, 9.75),
     (1024, 128, 32): (2.8, 5.70),
     (256, 16, 8): (None, 15.9),
-    # A stream of i^−1.5: rounding leaves the vectors of small values far from orthonormal, and eigh_update polishes them.
-    (4096, 128, 64, 1.5): (None, None),
 }
 SMALL = [(256, 16, 8), (512, 16, 16), (512, 32, 32)]
 FACTORS = 8
-ROOT, _, EIGH = UPDATES
+ROOT, CHOLESKY, EIGH = UPDATES
+OVER_GEMMS = "update / the GEMMs of Brand's form"
 OVER_BEFORE = "update / eigh_update before the square-root form, each over the GEMMs of its own run"
 
 every_update = pytest.mark.parametrize("name", UPDATES)
@@ -65,35 +68,67 @@ def task_of(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> Task:
 # --- Against the products an update needs
 
 
-@pytest.mark.benchmark(group="update / the GEMMs of Brand's form")
+@pytest.mark.benchmark(group=OVER_GEMMS)
 @pytest.mark.parametrize("size", LIMITS, ids=str)
 @every_update
 def test_update_over_its_gemms(name, size, over, figures) -> None:
-    update, words = right(task_of(name, *size)), f"{name}, {in_words(*size[:3])}" + ", i^−1.5 stream" * len(size[3:])
+    update, words = right(task_of(name, *size)), f"{name}, {in_words(*size)}"
     count = 1500 if size[0] <= 1024 else 100 if size[2] > 64 else 250
     limit, before = LIMITS[size]
     quotient = over(words, update.again, update_floor(update.arguments), count, at_most=limit if name == ROOT else None)
-    if before:
-        limit = {EIGH: 0.6 if size[0] <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
-        figures(words, Interval(*(value / before for value in quotient)), group=OVER_BEFORE, at_most=limit)
+    limit = {EIGH: 0.6 if size[0] <= 1024 else 1.0, ROOT: 0.35 if size == (256, 16, 8) else None}.get(name)
+    figures(words, Interval(*(value / before for value in quotient)), group=OVER_BEFORE, at_most=limit)
 
 
-@pytest.mark.benchmark(group="where the time of an update goes")
+@pytest.mark.benchmark(group="where the time of an update goes, stage / the GEMMs of Brand's form")
 @pytest.mark.parametrize(("n", "r", "k"), SHAPES, ids=str)
 @every_update
-def test_parts_of_an_update(name, n, r, k, figures) -> None:
-    for kind, share in shares(task_of(name, n, r, k).call(BRANDLA).again, 60).items():
-        figures(f"{name}, {in_words(n, r, k)}: {kind}", share, unit="of it")
+def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
+    case = problems.steady(name, n, r, k)
+    stages = stages_of(name, case)
+    seconds = in_turn(stages | {"gemms": update_floor(case)}, 60)
+    for stage in stages:
+        figures(f"{name}, {in_words(n, r, k)}: {stage}", ratio(seconds[stage], seconds["gemms"]))
 
+
+def stages_of(name: str, case: tuple[Any, Tensor]) -> dict[str, Callable[[], object]]:
+    """Return an update in the parts that it is made of, each on the results of the ones before it."""
+    taken = (name, *case, DECAY, WEIGHT, None)
+    update = updates.check_update(*taken, kind=brandla.LowRankEigh if name == EIGH else brandla.LowRankRoot)
+    form = lambda: cross_gram(update.tall, update.columns)
+    cross, own = form()
+    numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
+    tol, n = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0, len(update.tall)
+    if name == CHOLESKY:
+        compress = lambda: root_core(update.small, cross, own, *numbers, update.rank, tol, False)
+        of_old, of_columns = compress()[1:3]
+    else:
+        core = lambda: eigh_core(cross, own, update.small, DECAY, WEIGHT)
+        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH, n)
+        of_old, of_columns = compress()[1].split(list(cross.shape))
+    rotate = lambda: update.rotated(of_old, of_columns)
+    stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
+    if name != EIGH:
+        return stages
+    vectors = rotate()
+    return stages | {"polish, or the look that spares it": lambda: polish(vectors, update.small)}
+
+
+@pytest.mark.benchmark(group=OVER_GEMMS)
+@every_update
+def test_update_of_a_steep_stream(name, over) -> None:
+    # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
+    update = right(task_of(name, *SHAPES[0], exponent=1.5))
+    over(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", update.again, update_floor(update.arguments), 150)
 
 
 @pytest.mark.benchmark(group=f"one call each of {FACTORS} factors / one call of the list")
 @pytest.mark.parametrize("name", [ROOT, EIGH])
-def test_list_over_one_call_each(name, over) -> None:
+def test_list_over_one_call_each(name, in_turn, figures) -> None:
     shape = Shape(1024, 64, 32)
     task = together(name, [shape] * FACTORS, Stub())
-    single, grouped = (right(task, by).again for by in (ONE_BY_ONE, BRANDLA))
-    over(f"{name}, {in_words(*shape[:3])}", single, grouped, 150, at_least=1.25)
+    seconds = in_turn({by: right(task, by).again for by in (BRANDLA, ONE_BY_ONE)}, 150)
+    figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
 
 
 # --- Orthogonality at a million rows

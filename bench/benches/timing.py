@@ -12,7 +12,6 @@ from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy import stats
 from torch.autograd.profiler import profile
@@ -122,19 +121,6 @@ def peak_extra_bytes(function: Callable[[], Any], device_type: str = "cpu", *, w
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def shares(function: Callable[[], Any], calls: int) -> dict[str, float]:
-    """Return the part of each kind of torch's operators in the time of some calls; as many go before."""
-    kinds = {f"aten::{name}": "products" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")}
-    kinds["aten::_linalg_eigh"] = "eigendecompositions"
-    for _ in range(calls):
-        function()
-    with profile() as profiler:
-        for _ in range(calls):
-            function()
-    times = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
-    return (times.groupby(lambda key: kinds.get(key, "everything else")).sum() / times.sum()).to_dict()
 
 
 def torch_calls(function: Callable[[], object]) -> int:

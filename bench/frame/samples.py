@@ -86,14 +86,16 @@ def read(path: Path) -> np.ndarray:
     """Return the array in a compressed idx file of bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
-        # Bytes have the number 8, and behind it stands the number of dimensions.
-        if content[:3] != b"\0\0\x08":
-            raise ValueError(f"one of bytes does not start with {content[:4]!r}")
         sizes = np.frombuffer(content, ">i4", content[3], offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
+        array = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
     except (OSError, EOFError, IndexError, ValueError) as error:
         message = f"{path} is no idx file: {error}"
         raise UnusableError(message) from error
+    # Behind it stands the number of dimensions.
+    if content[:3] != b"\0\0\x08":
+        message = f"{path} is no idx file of bytes: it starts with {content[:4]!r}"
+        raise UnusableError(message)
+    return array
 
 
 def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split:

@@ -112,18 +112,14 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     before = runs.groupby("task")["before"].mean()
     # The share of what the best run of a task takes off its loss.
     shares = means.rsub(before, axis=0).div(before - means.min(axis=1), axis=0)
-    percent = {"median share": shares.median(), "least share": shares.min()}
-    counted = {f"tasks at {100 * SHARE:g} %": shares.ge(SHARE).sum()} | {
-        name: share.clip(lower=0).map("{:.1%}".format) for name, share in percent.items()
-    }
-    yield f"One rate for all {len(shares)} tasks", pd.DataFrame(counted).reset_index()
-    spell = lambda losses: losses.map(lambda loss: f"{loss:.3f}" if math.isfinite(loss) else "–")
-    cells = {
-        method: spell(means[method, rates[0]]) + " / " + spell(means[method].min(axis=1))
-        for method, (rates, _) in METHODS.items()
-        if method in means
-    }
-    yield "Validation loss, untuned / best rate", pd.DataFrame(cells).reset_index()
+    percent = pd.DataFrame({"median share": shares.median(), "least share": shares.min()}).clip(lower=0)
+    percent = percent.map("{:.1%}".format)
+    percent.insert(0, f"tasks at {100 * SHARE:g} %", shares.ge(SHARE).sum())
+    yield f"One rate for all {len(shares)} tasks", percent.reset_index()
+    # Untuned is the first of a method's rates.
+    losses = means.T.groupby(level="method", sort=False).agg([lambda tried: tried.iloc[0], "min"]).T
+    cells = losses.map(lambda loss: f"{loss:.3f}" if math.isfinite(loss) else "–").groupby(level=0, sort=False)
+    yield "Validation loss, untuned / best rate", cells.agg(" / ".join).reset_index()
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}

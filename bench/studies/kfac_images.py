@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bench.frame.samples import FOLDER, UnusableError, check, garments
 from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, application, conduct, each
 from bench.gpu.device import Device
-from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task
-from bench.studies.kfac_methods import points, spread
+from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from bench.studies.kfac_page import shown
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
@@ -42,7 +41,8 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
     """
     where = str(device.tensors)
     samples = cache(lambda task: task.data(folder, where, settings.most))
-    pairs = [pair for pair in product(settings.tasks, METHODS) if pair[1].takes_part(pair[0])]
+    wanted = lambda task, method: task.kind != method.refuses and (method.usual or task.everyone)
+    pairs = [(task, own) for task in settings.tasks for own in METHODS if own.installed and wanted(task, own)]
     count = lambda task: settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
     cost, about = lambda task, method, _: method.cost * task.cost, (settings, samples, tables)
     trials = [(task, method, point) for task, method in pairs for point in range(count(task))]
@@ -62,7 +62,7 @@ def tried(task: Task, method: Method, point: int, settings: Settings, samples: S
     if task.follows:
         given = followed(task, method, settings, tables, EXPONENTS[point])
     else:
-        given = {"numbers": spread(method.ranges, points(settings)[point]), "exponent": 0.0}
+        given = {"numbers": method.numbers(points(settings)[point]), "exponent": 0.0}
     seed, limited, parts = settings.search_seed, replace(task, steps=most, seconds=task.seconds / 3), samples(task)
     trainer = method.trainer(task.model(parts.training.images, seed), given["numbers"], settings, task, seed)
     return [given | train(trainer, limited, parts[2:], seed, settings)]
@@ -149,7 +149,7 @@ def cost_of(width: int, method: Method, settings: Settings, where: str) -> Itera
     period = getattr(settings, method.renews) if method.renews else 1
     often = replace(settings, **({method.renews: 2} if method.renews else {}))
     images = torch.randn(task.batch, PIXELS, generator=torch.Generator().manual_seed(0)).to(where)
-    trainer = method.trainer(task.model(images, 0), spread(method.ranges, [0.5] * 3), often, task, 0)
+    trainer = method.trainer(task.model(images, 0), method.numbers([0.5] * 3), often, task, 0)
     if method.name == "SOAP":
         # It begins with eigendecompositions, which are not repeated.
         for weight in (weight for weight in trainer.model.parameters() if weight.ndim == 2):

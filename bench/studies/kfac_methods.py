@@ -189,8 +189,10 @@ class Method:
     def installed(self) -> bool:
         return util.find_spec(self.package) is not None
 
-    def takes_part(self, task: Task) -> bool:
-        return self.installed and task.kind != self.refuses and (self.usual or task.everyone)
+
+    def numbers(self, point: list[float]) -> Numbers:
+        """Return the numbers at a point of the unit cube."""
+        return spread(self.ranges, point)
 
     def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
         loss = task.network.loss

@@ -79,7 +79,6 @@ FAMILIES = {
 # --- Losses, form and the error bound
 
 
-
 def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
     """Yield a row for each update of a family, all run beside M in float64; ten looks at errors and bounds."""
     family = FAMILIES[name]
