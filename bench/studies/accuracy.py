@@ -33,11 +33,7 @@ from tests.oracles import gaussian, updated
 Factor = brandla.LowRankEigh | brandla.LowRankRoot
 FACTORS = ("inputs", "gradients")
 # Each with the kind of factor that it keeps.
-UPDATES = {
-    "brand": problems.UPDATES["eigh_update"],
-    "root": problems.UPDATES["root_update"],
-    "cholesky": problems.UPDATES["root_update, cholesky"],
-}
+UPDATES = dict(zip(("root", "cholesky", "brand"), problems.UPDATES.values(), strict=True))
 BEST = "best rank r"
 
 
