@@ -70,9 +70,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     return metafunc.parametrize(("name", "by", "shape"), found, ids=str)
 
 
-# --- Functions
-
-
 @lru_cache(maxsize=1)
 def task_of(name: str, shape: Shape, device: Device) -> Task:
     """Return a task; of a grouped function one over factors of several n."""
@@ -95,9 +92,6 @@ def test_function(name, by, shape, device, timed) -> None:
     timed(name, by, shape, right)
 
 
-# --- Ops
-
-
 def test_op(op_case, by, device, timed) -> None:
     def right() -> Right:
         op = OPS[op_case.op]
@@ -117,7 +111,6 @@ test_op.study = "ops"
 
 
 # --- How a case is timed, and what is kept of it
-
 
 
 @pytest.fixture(scope="module")

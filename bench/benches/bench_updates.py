@@ -131,9 +131,6 @@ def test_list_over_one_call_each(name, in_turn, figures) -> None:
     figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
 
 
-# --- Orthogonality at a million rows
-
-
 @pytest.mark.benchmark(group="‖UᵀU − I‖₂ of tall factors, float32")
 @pytest.mark.parametrize("name", [EIGH, ROOT])
 @pytest.mark.parametrize("n", [2**18, 10**6])
@@ -241,9 +238,6 @@ def test_overhead_of_a_small_call(name, n, r, k, over) -> None:
     require(error < 1e-5, f"by hand and by the library differ by {error:.1e}")
     note = f"{torch_calls(call)} and {torch_calls(hand)} torch calls"
     over(f"{name}, {in_words(n, r, k)}", call, hand, 1500, at_most=1.25, note=note)
-
-
-# --- Memory
 
 
 @pytest.mark.benchmark(group="peak extra memory / size of [U, A]")

@@ -33,12 +33,10 @@ DEFECT_ALLOWED, PEER_DEFECT_ALLOWED = 200, 20_000
 
 
 def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-    """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k.
-
-    The basis is a cosine transform with random signs, so that it takes no n × n matrix.
-    """
+    """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k."""
     source = np.random.default_rng(seed)
     deviations = np.arange(1, n + 1) ** -exponent
+    # The basis is a cosine transform with random signs, so that it takes no n × n matrix.
     signs = source.choice([-1.0, 1.0], size=(n, 1))
     while True:
         columns = deviations[:, None] * source.standard_normal((n, k)) / np.sqrt(k)

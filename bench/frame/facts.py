@@ -35,7 +35,6 @@ def gpu_facts() -> dict[str, Any]:
     }
 
 
-
 def place(found: dict[str, Any]) -> str:
     return found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']}, {found['cores']} cores"
 

@@ -84,9 +84,6 @@ def digest(study: Row) -> str:
     return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
 
 
-# --- Panels
-
-
 def panels(
     study: Row, words: str, theme: Theme, *about: tuple[str, str, float], width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:

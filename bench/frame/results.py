@@ -14,7 +14,7 @@ QUICK_FOLDER = ROOT / ".benchmarks" / "quick"
 
 
 def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write a study's figures with its machine's facts, whole or not at all, to its folder or another; return the path."""
+    """Write figures and facts of a study, whole or not at all, to the machine's folder or another; return the path."""
     path = (folder or folder_of(machine)) / f"{study}.json"
     frame.write({"schema": 1, "facts": machine, **content}, path)
     return path

@@ -178,14 +178,11 @@ class Kept:
         self.factors: dict[str, Any] = {name: kind.zeros(n, settings.rank) for name, kind in kinds.items()}
 
     def moves(self, columns: Tensor) -> dict[str, Callable[[Any], Any]]:
-        """Return what may be done with new columns, each a function from a factor to the next.
-
-        They are taken into the dense average and into a factor; the average is decomposed as RS or SRE does; and a
-        random part of the columns of a factor is corrected.
-        """
+        """Return what may be done with new columns, each a function from a factor to the next."""
         settings, dense, random = self._settings, self._dense, {"generator": self._generator}
         average = {"decay": settings.decay, "weight": 1 - settings.decay}
         sketched = random | {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
+        # A random part of the columns of a factor is corrected.
         chosen = lambda: torch.randperm(settings.rank, **random)[: math.ceil(settings.fraction * settings.rank)]
         eigh_of = lambda svd: brandla.LowRankEigh(svd.S, svd.U)
         return {
@@ -231,11 +228,7 @@ class Decomposed:
         return brandla.LowRankEigh(self.values[:rank], self.vectors[:, :rank])
 
     def errors(self, factor: Factor) -> dict[str, float]:
-        """Return the relative errors of a tracker's factor.
-
-        Of its damped inverse in the Frobenius norm, of itself in the spectral norm, and tr((I − UUᵀ) M) / tr M, what
-        its basis does not hold.
-        """
+        """Return the relative errors of damped inverse (Frobenius) and factor (spectral), and the trace left out."""
         found, n = eigenpairs(factor), len(self.matrix)
         inverse = brandla.damped_solve(found, torch.eye(n, dtype=torch.float64), self.damping)
         difference, start = (found.dense() - self.matrix).numpy(), gaussian(n, seed=0).numpy()
@@ -256,10 +249,7 @@ def eigenpairs(factor: Factor) -> brandla.LowRankEigh:
 
 
 def step_errors(gradient: Tensor, exact: dict[str, Decomposed], factors: dict[str, Factor]) -> dict[str, float]:
-    """Return how far (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ is from the step of the true factors, relative, and the degrees between.
-
-    Both are in float64.
-    """
+    """Return how far (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ is from the true factors' step, relative, and the degrees between."""
     (inputs, gradients), wide = (exact[side] for side in FACTORS), gradient.double()
     right = gradients.inverse @ wide @ inputs.inverse
     right_side, left_side = (eigenpairs(factors[side]) for side in FACTORS)

@@ -82,8 +82,6 @@ SMALL = {"images": DIGITS, "width": 8, "batch": 16, "steps": 2, "search_steps": 
 QUICK = Settings(tuple(replace(task, **SMALL) for task in USUAL.tasks), seeds=(0,), trials=1, most_judged=100)
 
 
-# --- Methods
-
 FIRST_ORDER = ("AdamW", "Muon", "SOAP")
 EXPAND, REDUCE = "K-FAC, expand", "K-FAC, reduce"
 # Ranges of the two numbers that are searched, each evenly in the logarithm.

@@ -137,9 +137,6 @@ def kept_bytes(trainer: Trainer) -> Row:
     return {"factor_bytes": factors, "optimizer_bytes": kept}
 
 
-# --- The cost of a step
-
-
 def cost_of(width: int, method: Method, settings: Settings, where: str) -> Iterator[Row]:
     """Yield the milliseconds of a step of an MLP: that of one that renews, of the others, and the mean of a period.
 

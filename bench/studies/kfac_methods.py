@@ -189,7 +189,6 @@ class Method:
     def installed(self) -> bool:
         return util.find_spec(self.package) is not None
 
-
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
         return spread(self.ranges, point)
@@ -214,10 +213,7 @@ def spread(ranges: dict[str, tuple[float, float]], point: list[float]) -> Number
 
 
 def points(settings: Settings) -> list[list[float]]:
-    """Return the points of the unit cube at which every method is tried: a Latin hypercube.
-
-    The coordinates of each one number fall one into each of as many equal parts as there are points.
-    """
+    """Return the points of a Latin hypercube at which every method is tried: each number has one in each equal part."""
     return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()
 
 

@@ -38,10 +38,7 @@ def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
 
 
 def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, beside_torch: bool = False) -> Row:
-    """Return the time of an op, the least time that its work takes at the ceilings, and their ratio.
-
-    It is timed in turn with its torch form if that is wanted.
-    """
+    """Return the time of an op, in turn with its torch form if that is wanted, and the part that its least time is."""
     op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device)
     calls = {"op": op} | ({"torch": cases.forced(op)} if beside_torch else {})
     times, how = replayed(device, calls, sets, sizes.seconds)
@@ -65,9 +62,6 @@ def measured(case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, be
         return row
     ratio = timing.ratio(times["torch"], times["op"]).value
     return row | {"× torch": ratio, "torch_error": torch_error, "timed_by": how}
-
-
-# --- Tables
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:

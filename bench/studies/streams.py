@@ -140,8 +140,6 @@ def dense(factor: Any) -> Tensor:
     return type(factor)(*(part.double() for part in factor)).dense()
 
 
-# --- Drift over many updates
-
 DRIFTING = ("slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated")
 MANY, EVERY, POOL = 10_000, 20, 300
 MARKS = (100, 1000, 3000, 10_000)
@@ -168,9 +166,6 @@ def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
     svd = reduce(append, family.batches(torch.float32), brandla.LowRankSVD.zeros(family.n, 0, family.r))
     off = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
     yield {**family.about, "calls": family.steps, "defect_over_eps": off}
-
-
-# --- A stream that dies out
 
 
 def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]:
