@@ -37,16 +37,21 @@ def by_method(runs: pd.DataFrame, parts: list[str]) -> pd.DataFrame:
 
 
 def summaries(content: Row) -> dict[Task, pd.DataFrame]:
-    """Return of each task that has runs a row a method, with what it keeps besides weights and gradients."""
-    found = {}
+    """Return of each task that has runs a row a method, with what it keeps besides weights and gradients.
+
+    What it takes to the target, if all its runs arrive, is there in words.
+    """
+    summary = {}
     for task in (Task(**row) for row in content["settings"]["tasks"]):
         runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])
         if len(runs):
             kept = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
             # The package does not tell what its factors take.
             kept[kept.index == "asdfghjkl"] = math.nan
-            found[task] = in_order(by_method(runs, ["step", "seconds", "milliseconds"]).assign(bytes=kept))
-    return found
+            found = in_order(by_method(runs, ["step", "seconds", "milliseconds"]).assign(bytes=kept))
+            taken = found["step whole"].map("{:.0f} steps, ".format) + found["seconds whole"].map(spelled) + " s"
+            summary[task] = found.assign(taken=taken.where(found["step whole"].notna(), NOTHING))
+    return summary
 
 
 def in_order(found: pd.DataFrame) -> pd.DataFrame:
@@ -99,15 +104,9 @@ def winners(content: Row) -> pd.DataFrame:
             row = {"task": f"{task.name}, to {task.goal}"}
             for words, part in (("steps", "step"), ("seconds", "seconds")):
                 best = found[f"{part} whole"].idxmin()
-                row |= {f"fewest {words}": best, words: taken(found, best)}
-            rows.append(row | {BASE: taken(found, BASE)})
+                row |= {f"fewest {words}": best, words: found["taken"][best]}
+            rows.append(row | {BASE: found["taken"].get(BASE, NOTHING)})
     return pd.DataFrame(rows)
-
-
-def taken(found: pd.DataFrame, name: str) -> str:
-    """Return what a method takes to the target in words, if all its runs arrive."""
-    steps, seconds = (found[f"{part} whole"].get(name, math.nan) for part in ("step", "seconds"))
-    return NOTHING if math.isnan(steps) else f"{steps:.0f} steps, {spelled(seconds)} s"
 
 
 def costs(content: Row) -> pd.DataFrame:
@@ -158,9 +157,8 @@ def by_width(content: Row) -> dict[Task, pd.DataFrame]:
 
 def readme(content: Row) -> pd.DataFrame:
     """Return what some methods take to the target, by the width of an MLP."""
-    taken_in = lambda found: [taken(found, name) for name in IN_README]
-    cells = {f"width {task.width}": taken_in(found) for task, found in by_width(content).items()}
-    return pd.DataFrame({"method": IN_README} | cells)
+    cells = {f"width {task.width}": found["taken"] for task, found in by_width(content).items()}
+    return pd.DataFrame(cells, IN_README).fillna(NOTHING).reset_index(names="method")
 
 
 # --- Pictures
