@@ -18,6 +18,7 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WARM_UP = 3
+Calls = Mapping[str, Callable[[], Any]]
 
 
 class Interval(NamedTuple):
@@ -34,9 +35,7 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from names[:: -1 if number % 2 else 1]
 
 
-def alternating(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP, rest: float = 0.0
-) -> dict[str, list[float]]:
+def alternating(functions: Calls, repeats: int, warm_up: int = WARM_UP, rest: float = 0.0) -> dict[str, list[float]]:
     """Call all functions ``repeats`` times in turn, and return their seconds; first ``warm_up`` times untimed.
 
     Before each timed call there are ``rest`` seconds of sleep: threads of one BLAS library spin for a while after a
@@ -58,9 +57,7 @@ def alternating(
     return seconds
 
 
-def in_turn(
-    benchmark: Any, calls: Mapping[str, Callable[[], Any]], rounds: int, **options: Any
-) -> dict[str, list[float]]:
+def in_turn(benchmark: Any, calls: Calls, rounds: int, **options: Any) -> dict[str, list[float]]:
     """Return `alternating`; pytest-benchmark's record of the case keeps the times of the first call."""
     seconds = alternating(calls, rounds, **options)
     record = benchmark._make_stats(iterations=1)

@@ -118,9 +118,7 @@ def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: 
     axis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
 
 
-def curves(
-    axis: Axes, table: pd.DataFrame, colours: Colours, theme: Theme, solid: Collection[str], **style: Any
-) -> None:
+def curves(axis: Axes, table: pd.DataFrame, colours: Colours, theme: Theme, solid: Collection[str], **style) -> None:
     """Draw of each column the mean at each place, which the index begins with, and its range; all not solid dashed."""
     for name, values in table.items():
         found = values.dropna().groupby(level=0).agg(["mean", "min", "max"])
