@@ -76,14 +76,11 @@ def require(holds: bool, what: str) -> None:
 
 
 class Judgement(NamedTuple):
-    """How far a result is from the float64 one, how far from its form in units of ε, and what is allowed.
-
-    The form is orthonormal columns, or for a root that S is FᵀF.
-    """
+    """How far a result is from the float64 one, how far from its form in units of ε, and what is allowed."""
 
     error: float
     allowed: float
-    orthogonality: float | None = None
+    orthogonality: float | None = None  # of columns; of a root how far S is from FᵀF
     orthogonality_allowed: float = DEFECT_ALLOWED
 
     @property

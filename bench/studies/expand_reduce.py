@@ -156,10 +156,7 @@ def judge(model: nn.Module, split: Split, chunk: int) -> Row:
 
 
 def courses(content: Row) -> Iterator[tuple[Row, pd.DataFrame, float]]:
-    """Yield each task that has runs, with a row a look of them, and the accuracy in per cent that steps are counted to.
-
-    That is NaN where AdamW has not run.
-    """
+    """Yield tasks with runs, a row a look of them, and the accuracy in % to count steps to, NaN without AdamW."""
     for task in content["settings"]["tasks"]:
         if runs := [row for row in content.get("runs", []) if row["task"] == task["name"]]:
             looks = pd.json_normalize(runs, "looks", ["method", "seed", "numbers"]).astype({"accuracy": float})

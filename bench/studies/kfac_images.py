@@ -85,10 +85,7 @@ def followed(task: Task, method: Method, settings: Settings, tables: Tables, exp
 
 
 def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Row:
-    """Return the numbers of the best trial: the fewest steps to the target, else the best score at the end.
-
-    A task without trials has those of the one that it follows.
-    """
+    """Return the numbers of the trial with the fewest steps, else the best score, or those of the task it follows."""
     sign = 1 if task.network.by_loss else -1
     failed = lambda row: row["failure"] is not None
     order = lambda row: (failed(row), row["step"] or math.inf, 0 if failed(row) else sign * row["score"])

@@ -37,10 +37,7 @@ def by_method(runs: pd.DataFrame, parts: list[str]) -> pd.DataFrame:
 
 
 def summaries(content: Row) -> dict[Task, pd.DataFrame]:
-    """Return of each task that has runs a row a method, with what it keeps besides weights and gradients.
-
-    What it takes to the target, if all its runs arrive, is there in words.
-    """
+    """Return of each task with runs a row a method, with what it keeps, and in words what it takes to the target."""
     summary = {}
     for task in (Task(**row) for row in content["settings"]["tasks"]):
         runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])

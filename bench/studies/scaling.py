@@ -56,10 +56,7 @@ Three = tuple[int, int, int]  # n rows, rank r, k new columns or right-hand side
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run measures: the n of each kind of method, and for growth with r and with k the sizes they share.
-
-    An update meets at least half as many columns as its rank.
-    """
+    """What a run measures: the n of each kind of method, and for growth with r and with k the sizes they share."""
 
     n: dict[int, tuple[int, ...]]  # by the power of n that the time grows with
     with_n: Three
@@ -77,6 +74,7 @@ def _doubling(first: int, last: int, between: bool = False) -> tuple[int, ...]:
     return tuple(sorted(sizes + ([size * 3 // 2 for size in sizes[:-1]] if between else [])))
 
 
+# An update meets at least half as many columns as its rank.
 USUAL = Sizes(
     n={1: _doubling(1024, 65536, True), 2: _doubling(1024, 8192, True), 3: _doubling(512, 4096, True)},
     with_n=(0, 128, 64),
