@@ -254,9 +254,10 @@ def test_expand_and_reduce_are_compared(tmp_path):
     content = measured(expand_reduce, tmp_path / "toy")["expand-reduce"]
     assert all(look["loss"] is not None for row in content["runs"] for look in row["looks"])
     text = "".join(report.of_page("expand-reduce", {"toy": {"expand-reduce": content}}))
-    for task in content["settings"]["tasks"]:
+    assert [task for task, *_ in expand_reduce.courses(content)] == content["settings"]["tasks"]
+    for task, looks, target in expand_reduce.courses(content):
         assert f"#### {task['name']}, to " in text
-        found = expand_reduce.summary(content, task)
+        found = expand_reduce.summary(looks, target)
         assert set(found.index) == set(expand_reduce.METHODS) - (
             {"K-FAC, reduce"} if task["network"] == "nodes" else set()
         )

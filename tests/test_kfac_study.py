@@ -92,7 +92,7 @@ def test_a_network_takes_its_data_and_the_score_is_that_of_the_target(kind, fash
     task = Task("toy", kind, 8, 4, 6, 60, 0.5)
     found = task.data(fashion, "cpu", 16)
     inputs, labels = found.search_validation
-    model = task.model(inputs.shape[1], "cpu", 0)
+    model = task.model(inputs, 0)
     with torch.no_grad():
         outputs = model(inputs)
     right = [float(output.argmax() == label) for output, label in zip(outputs, labels, strict=True) if output.ndim == 1]
@@ -140,7 +140,7 @@ def by_hand(name, model, numbers):
 def test_a_method_takes_the_steps_that_its_name_says(name):
     batch = Split(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10)
     numbers = BY_NAME[name].numbers([0.5, 0.4, 0.3])
-    own, other = (TASK.model(24, "cpu", 3) for _ in range(2))
+    own, other = (TASK.model(batch.images, 3) for _ in range(2))
     trainer = BY_NAME[name].trainer(own, numbers, TINY, TASK, 3)
     optimizer, preconditioner = by_hand(name, other, numbers)
     for _ in range(3):
@@ -181,7 +181,7 @@ def test_muon_is_that_of_torch(shape):
 
 def toy_trainer(rate=0.1):
     method = METHODS[0]
-    return method.trainer(TASK.model(784, "cpu", 0), method.numbers([0.5] * 3) | {"rate": rate}, TINY, TASK, 0)
+    return method.trainer(TASK.model(torch.empty(1, 784), 0), method.numbers([0.5] * 3) | {"rate": rate}, TINY, TASK, 0)
 
 
 def run_of(trainer, task, fashion, steps=6):

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from bench.benches.peers import REST, at_best
+from bench.benches.problems import Judgement
 from bench.benches.tasks import BRANDLA, GROUPED, ONE_BY_ONE, OURS, OWN, TASKS, TORCH_FORM, Shape, Task, check, together
 from bench.benches.timing import TIMER, Interval, of_median
 from bench.frame.figures import Study, duration, spelled
 from bench.frame.pages import listed
 from bench.frame.pictures import Bars
-from bench.frame.study import machine_of
 from bench.gpu import cases
-from bench.gpu.cases import Case, fresh
+from bench.gpu.cases import fresh
 from bench.gpu.device import Ceilings, Device, Floor, Work, device_of, measure, size_of
 from bench.studies import roofline
 from brandla.demo.frame import plain
@@ -47,11 +47,9 @@ SECONDS, FEWEST, MOST = 0.25, 3, 100
 # Order of the product that is timed before and after each case, and the seconds it may take: what two runs have in
 # common. Before it there is a rest, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
-# Facts of the machine that pytest-benchmark's own record of a case has too.
-FACTS = ("cpu", "cores", "threads", "versions", "commit", "modified", "date", "gpu")
-# Characters of a reason.
-LONGEST = 160
 Row = dict[str, Any]
+# Calls on copies of the inputs, so that no cache holds them, whose result was checked; and whether NumPy computes it.
+Right = tuple[list[Callable[[], Any]], Work, Judgement, bool | None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,7 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         by = [BRANDLA, TORCH_FORM, COMPILED] if kind == "cuda" else [BRANDLA]
         sizes = cases.TOY if quick else cases.FULL if full else roofline.USUAL
         ops = list(itertools.product(cases.cases(sizes), by))
-        return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{shape_of(op)}" for op, one in ops])
+        return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{op.name}" for op, one in ops])
     found = []
     for group, names in (("", TASKS), ("grouped.", filter(TASKS.__contains__, GROUPED))):
         for name, shape in itertools.product(names, TOY if quick else FULL if full else USUAL):
@@ -70,9 +68,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 those = [*(one for one in those if one in OWN), ONE_BY_ONE] if group else those
                 found.extend((group + name, by, shape) for by in those)
     return metafunc.parametrize(("name", "by", "shape"), found, ids=str)
-
-
-# --- Functions
 
 
 @lru_cache(maxsize=1)
@@ -92,17 +87,9 @@ def test_function(name, by, shape, device, timed) -> None:
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
         count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
-        calls = [partial(call.function, *fresh(call.arguments)) for _ in range(count)]
-        return Right(calls, task.work, judged.error, judged.orthogonality, call.on_numpy)
+        return [partial(call.function, *fresh(call.arguments)) for _ in range(count)], task.work, judged, call.on_numpy
 
     timed(name, by, shape, right)
-
-
-# --- Ops
-
-
-def shape_of(case: Case) -> Shape:
-    return Shape(case.n, case.r, case.k, case.dtype, None if case.data == case.dtype else case.data)
 
 
 def test_op(op_case, by, device, timed) -> None:
@@ -112,9 +99,11 @@ def test_op(op_case, by, device, timed) -> None:
         error, _ = cases.check(op_case, device, call)
         on_gpu = device.tensors.type == "cuda"
         inputs = cases.inputs(op_case, device) if on_gpu else [cases.operands(op_case, device)]
-        return Right([partial(call, *one) for one in inputs], cases.work(op_case), error)
+        judged = Judgement(error, cases.allowed(op_case))
+        return [partial(call, *one) for one in inputs], cases.work(op_case), judged, None
 
-    timed(op_case.op, by, shape_of(op_case), right)
+    data = None if op_case.data == op_case.dtype else op_case.data
+    timed(op_case.op, by, Shape(op_case.n, op_case.r, op_case.k, op_case.dtype, data), right)
 
 
 # The name of its result file.
@@ -124,52 +113,42 @@ test_op.study = "ops"
 # --- How a case is timed, and what is kept of it
 
 
-class Right(NamedTuple):
-    """Calls on copies of the inputs, so that no cache holds them, whose result was checked."""
-
-    calls: list[Callable[[], Any]]
-    work: Work
-    error: float
-    orthogonality: float | None = None
-    on_numpy: bool | None = None
-
-
 @pytest.fixture(scope="module")
 def device(quick) -> Device:
     return device_of(quick)
 
 
 @pytest.fixture(scope="module")
-def run(device) -> tuple[Ceilings, Callable[[], list[float]], Row]:
-    """Return the ceilings, a function that times a square product after a rest, and the facts of the machine.
-
-    The device times the product: pytest-benchmark has one function a case, and that is what the case is about.
-    """
+def ceilings(device) -> Ceilings:
     sizes = cases.TOY if device.dry else cases.FULL if device.tensors.type == "cuda" else roofline.USUAL
+    return measure(device, sizes)
+
+
+@pytest.fixture(scope="module")
+def reference(device) -> Callable[[], list[float]]:
+    """Return what times a square product after a rest, by the device: pytest-benchmark has one function a case."""
     left, right = (device.normal(REFERENCE, REFERENCE) for _ in range(2))
 
     def times() -> list[float]:
         time.sleep(0.0 if device.dry else REST)
         return device.alternating({"it": lambda: left @ right}, REFERENCE_SECONDS)["it"]
 
-    machine = machine_of(device)
-    return measure(device, sizes), times, {name: machine.get(name) for name in FACTS}
+    return times
 
 
 @pytest.fixture
-def timed(benchmark, quick, study, run) -> Callable[[str, str, Shape, Callable[[], Right]], None]:
+def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, Shape, Callable[[], Right]], None]:
     """Return a function that times what another one returns, and keeps the row.
 
     With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
     """
-    ceilings, reference, machine = run
 
     def kept(function: str, by: str, shape: Shape, right: Callable[[], Right]) -> None:
         benchmark.group = f"{function} {shape}"
         sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
         about = {"group": benchmark.group, "by": by, "function": function, "shape": str(shape), **sizes}
         with tolerated(study, about):
-            calls, work, error, orthogonality, on_numpy = right()
+            calls, work, judged, on_numpy = right()
             with at_best(calls[0]) if on_numpy else nullcontext() as threads:
                 start = time.perf_counter()
                 calls[0]()
@@ -181,10 +160,10 @@ def timed(benchmark, quick, study, run) -> Callable[[str, str, Shape, Callable[[
                 benchmark.pedantic(call, rounds=rounds, iterations=len(calls), warmup_rounds=warm_up)
                 around += reference()
             floor, flops = ceilings.floor(work), work.float32 + work.float64 + work.bf16
-            row = about | {"error": error, "orthogonality": orthogonality}
+            row = about | {"error": judged.error, "orthogonality": judged.orthogonality}
             row |= {"blas_threads": threads} if on_numpy is not None else {}
             row |= {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
-            benchmark.extra_info.update(plain(row | machine))
+            benchmark.extra_info.update(plain(row))
             if benchmark.stats:
                 study.cases.append(row | row_of(benchmark.stats.stats.data, around, floor))
                 benchmark.extra_info["of_ceiling"] = study.cases[-1]["of_ceiling"].value
@@ -201,7 +180,7 @@ def tolerated(study: Study, about: Row) -> Iterator[None]:
         if about["by"] in OURS:
             raise
         said = str(error).strip().partition("\n")[0].replace("|", "/")
-        reason = f"{type(error).__name__}: {said}"[:LONGEST]
+        reason = f"{type(error).__name__}: {said}"[:160]
         study.refused.append(about | {"reason": reason})
         pytest.skip(f"not timed: {reason}")
 
@@ -261,9 +240,9 @@ class Functions(NamedTuple):
         columns = {
             "function": "`" + rows["function"] + "`",
             "by": rows["by"],
-            "ms": [spelled(1e3 * time) for time in rows["time"]],
-            "× brandla": [spelled(over) for over in rows["over"]],
-            "error": [f"{error:.2g}" for error in rows["error"]],
+            "ms": (1e3 * rows["time"]).map(spelled),
+            "× brandla": rows["over"].map(spelled),
+            "error": rows["error"].map("{:.2g}".format),
             "case": rows["shape"],
         }
         return pd.DataFrame(columns)
@@ -272,10 +251,5 @@ class Functions(NamedTuple):
         rows = self.beside(content)
         labels = rows["function"].where(~rows["other"], rows["function"] + ": " + rows["by"])
         values = pd.Series((1e3 * rows["time"]).to_numpy(float), labels).head(ROWS)
-        return Bars(
-            "Time beside the quickest others",
-            listed(list(rows["shape"].unique())),
-            values,
-            set(labels[rows["other"]]),
-            " ms",
-        )
+        below, others = listed(list(rows["shape"].unique())), set(labels[rows["other"]])
+        return Bars("Time beside the quickest others", below, values, others, " ms")

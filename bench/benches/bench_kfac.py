@@ -6,11 +6,13 @@ float32, two threads. A short run takes scikit-learn's digits.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
+from importlib import import_module
 from math import inf
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,10 +28,9 @@ from bench.frame.pictures import Bars
 from bench.frame.samples import mnist, standardised
 from bench.studies import kfac_images
 from bench.studies.kfac_methods import Settings, Task
-from bench.studies.networks import two_hidden
-from bench.studies.peers import Maker, maker
+from bench.studies.peers import Maker
 from brandla.demo import data
-from brandla.demo.data import Parts, Split, seeded
+from brandla.demo.data import Parts, Split
 from brandla.demo.studies import Trainer
 from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy, Woodbury
 
@@ -66,13 +67,6 @@ FLOORS = {
     f"only the tall products and eigh of the root form, rank {rank}, {columns} columns": (rank, columns)
     for rank, columns in ((RANK, BATCH), (LESS, COLUMNS))
 }
-# What torch's operators do, for the profile of a step.
-KINDS = {
-    "aten::_linalg_eigh": "eigendecompositions",
-    **dict.fromkeys(
-        [f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")], "products"
-    ),
-}
 # The same where autograd does not form the gradients of weights.
 PAIR = ', gradient="pair"'
 options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
@@ -80,25 +74,14 @@ options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
 
 # --- Steps that are timed, each made of a network
 
+TASK = Task("MNIST", "mlp", 1024, BATCH, MOST, inf, TARGET)
 
-class Setting(NamedTuple):
-    """Images, the width of the hidden layers, and the size of a batch."""
 
-    shown: Parts
-    width: int = 1024
-    batch: int = BATCH
-
-    def network(self, seed: int = 0) -> nn.Sequential:
-        return seeded(seed, two_hidden, self.shown.training.images.shape[1], self.width)
-
-    def batches(self) -> Iterator[Split]:
-        """Return an endless stream of batches, the same for every method."""
-        return data.batches(self.shown.training, self.batch, sys.maxsize, 0)
-
-    def stepping(self, make: Callable[[nn.Sequential], Step]) -> Callable[[], None]:
-        """Return a call that takes the next batch."""
-        step, batches = make(self.network()), self.batches()
-        return lambda: step(next(batches))
+def stepping(shown: Parts, make: Callable[[nn.Module], Step], task: Task = TASK) -> Callable[[], None]:
+    """Return a call that takes the next of endless batches, which are the same for every method."""
+    step = make(task.model(shown.training.images, 0))
+    batches = data.batches(shown.training, task.batch, sys.maxsize, 0)
+    return lambda: step(next(batches))
 
 
 def sgd(model: nn.Module, name: str = "SGD") -> Step:
@@ -110,20 +93,10 @@ def sgd(model: nn.Module, name: str = "SGD") -> Step:
     return Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step
 
 
-def singd(model: nn.Module) -> Step:
-    """Return a step of SINGD with dense structures, of the package ``singd``."""
-    from singd.optim.optimizer import SINGD
-
-    return Trainer(model, SINGD(model, lr=1e-3, T=1, structures=("dense", "dense"))).step
-
-
-def asdfghjkl(model: nn.Module) -> Step:
-    """Return a step of asdfghjkl's K-FAC, inverses renewed periodically."""
-    made = maker(model, BATCH, PERIOD, 0.03, 0.05)
-    return Maker(model, torch.optim.SGD(model.parameters(), 0.01), made, cross_entropy).step
-
-
 # Other people's steps: the package, the step, and how many times as long as ours it is to take.
+DENSE = {"lr": 1e-3, "T": 1, "structures": ("dense", "dense")}
+singd = lambda model: Trainer(model, import_module("singd.optim.optimizer").SINGD(model, **DENSE)).step
+asdfghjkl = lambda model: Maker(model, 0.01, cross_entropy, BATCH, PERIOD, 0.03, 0.05).step
 PEERS = {
     "singd, dense, T = 1": ("singd", singd, 8.0),
     f"asdfghjkl, K-FAC, inverse every {PERIOD}": ("asdl", asdfghjkl, 2.5),
@@ -167,15 +140,15 @@ def by_period(numerator: Sequence[float], denominator: Sequence[float]) -> Inter
 
 
 @pytest.fixture(scope="module")
-def setting(quick) -> Setting:
-    """Return the usual network on MNIST; for a short run on digits, which need no further package."""
-    return Setting(standardised(data.load("cpu") if quick else mnist()))
+def shown(quick) -> Parts:
+    """Return MNIST; for a short run digits, which need no further package."""
+    return standardised(data.load("cpu") if quick else mnist())
 
 
 @pytest.fixture(scope="module")
-def step_of(setting):
+def step_of(shown):
     """Return a function from a name to its step, each on a network of its own."""
-    return cache(lambda name: setting.stepping(partial(sgd, name=name)))
+    return cache(lambda name: stepping(shown, partial(sgd, name=name)))
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
@@ -187,9 +160,9 @@ def test_step_over_sgd(name, step_of, over) -> None:
 
 @pytest.mark.benchmark(group="a step by width of the hidden layers and batch / SGD's step")
 @pytest.mark.parametrize(("width", "batch"), [(256, 64), (256, 512), (1024, 64), (1024, 512), (2048, 64), (2048, 512)])
-def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
-    sized = Setting(setting.shown, width, batch)
-    steps = {name: sized.stepping(partial(sgd, name=name)) for name in ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")}
+def test_step_by_size(width, batch, shown, in_turn, figures) -> None:
+    sized, names = replace(TASK, width=width, batch=batch), ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")
+    steps = {name: stepping(shown, partial(sgd, name=name), sized) for name in names}
     seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
     of_sgd = seconds.pop("SGD")
     for name, own in seconds.items():
@@ -199,10 +172,10 @@ def test_step_by_size(width, batch, setting, in_turn, figures) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.benchmark(group="calls of torch in KFAC.step")
 @pytest.mark.parametrize("name", HELD_TO)
-def test_calls_of_a_step(name, setting, figures) -> None:
-    model, counts = setting.network(), []
+def test_calls_of_a_step(name, shown, figures) -> None:
+    model, counts = TASK.model(shown.training.images, 0), []
     kfac = KFAC(model, STRATEGIES[name])
-    for inputs, labels in itertools.islice(setting.batches(), 4):
+    for inputs, labels in data.batches(shown.training, BATCH, 4, 0):
         model.zero_grad()
         cross_entropy(model(inputs), labels).backward()
         counts.append(torch_calls(kfac.step))
@@ -212,14 +185,15 @@ def test_calls_of_a_step(name, setting, figures) -> None:
 @pytest.mark.benchmark(group="where the time of a step goes, forward and backward passes included")
 @pytest.mark.parametrize("name", HELD_TO)
 def test_parts_of_a_step(name, step_of, figures) -> None:
-    step = step_of(name)
+    kinds = {f"aten::{name}": "products" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")}
+    kinds["aten::_linalg_eigh"], step = "eigendecompositions", step_of(name)
     for _ in range(PERIOD):
         step()
     with torch.profiler.profile() as profiler:
         for _ in range(PERIOD):
             step()
     times = pd.Series({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
-    for kind, share in (times.groupby(lambda key: KINDS.get(key, "everything else")).sum() / times.sum()).items():
+    for kind, share in (times.groupby(lambda key: kinds.get(key, "everything else")).sum() / times.sum()).items():
         figures(f"{name}: {kind}", share, unit="")
 
 
@@ -235,10 +209,10 @@ def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", HELD_TO)
 @pytest.mark.parametrize("peer", PEERS)
-def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -> None:
+def test_against_other_peoples(peer, name, shown, step_of, in_turn, figures) -> None:
     package, step, least = PEERS[peer]
     pytest.importorskip(package)
-    seconds = in_turn({"ours": step_of(name), "theirs": setting.stepping(step)}, 4 * PERIOD, warm_up=PERIOD)
+    seconds = in_turn({"ours": step_of(name), "theirs": stepping(shown, step)}, 4 * PERIOD, warm_up=PERIOD)
     figures(f"{peer} / {name}", by_period(seconds["theirs"], seconds["ours"]), at_least=least)
 
 
@@ -246,22 +220,21 @@ def test_against_other_peoples(peer, name, setting, step_of, in_turn, figures) -
 
 
 def train(
-    rate: float, strategy: Strategy | None, setting: Setting, most: int, seed: int = SEARCH_SEED, **options: Any
+    rate: float, strategy: Strategy | None, shown: Parts, most: int, seed: int = SEARCH_SEED, **options: Any
 ) -> dict[str, Any]:
     """Train to the target, judging after each step, as the study does; the search has its own parts of the images.
 
     Only the steps are timed, here and not by pytest-benchmark: they are one run, and each is another call.
     """
-    model, kind = setting.network(seed), torch.optim.AdamW if strategy is None else torch.optim.SGD
+    model, kind = TASK.model(shown.training.images, seed), torch.optim.AdamW if strategy is None else torch.optim.SGD
     kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07, **options)
-    trainer = Trainer(model, kind(model.parameters(), rate), kfac)
-    task = Task("MNIST", "mlp", setting.width, setting.batch, most, inf, TARGET)
-    parts = setting.shown[2:] if seed == SEARCH_SEED else setting.shown[:2]
+    trainer, task = Trainer(model, kind(model.parameters(), rate), kfac), replace(TASK, steps=most)
+    parts = shown[2:] if seed == SEARCH_SEED else shown[:2]
     return kfac_images.train(trainer, task, parts, seed, Settings((), look_after=1, look_every=0.0))
 
 
 @pytest.fixture(scope="module")
-def trials(setting, quick) -> dict[str, pd.DataFrame]:
+def trials(shown, quick) -> dict[str, pd.DataFrame]:
     """Return as many trials of each method, one run each: rates evenly spaced in their logarithm, with strategies."""
     count, most = (1, 4) if quick else (TRIALS, MOST)
     strategies = [Brand(RANK), Brand(LESS, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)][:count]
@@ -269,14 +242,17 @@ def trials(setting, quick) -> dict[str, pd.DataFrame]:
         "AdamW": itertools.product([None], np.geomspace(0.0003, 0.01, count)),
         "B-KFAC": itertools.product(strategies, np.geomspace(0.02, 0.1, max(count // 3, 1))),
     }
-    rounded = {name: [(strategy, float(f"{rate:.3g}")) for strategy, rate in own] for name, own in choices.items()}
-    tried = lambda strategy, rate: {"rate": rate, "strategy": strategy} | train(rate, strategy, setting, most)
-    return {name: pd.DataFrame(itertools.starmap(tried, own)) for name, own in rounded.items()}
+
+    def tried(strategy: Strategy | None, rate: float) -> dict[str, Any]:
+        rate = float(f"{rate:.3g}")
+        return {"rate": rate, "strategy": strategy} | train(rate, strategy, shown, most)
+
+    return {name: pd.DataFrame(itertools.starmap(tried, own)) for name, own in choices.items()}
 
 
 @pytest.mark.benchmark(group=f"to {TARGET:.0%} on MNIST / tuned AdamW, median of the seeds")
 @pytest.mark.parametrize(("part", "limit"), [("step", 0.3), ("seconds", 0.45)])
-def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
+def test_to_accuracy(part, limit, shown, trials, figures, quick) -> None:
     # Of whole runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
     # Those that took equally many steps are told apart by their score at the end, and so are those that did not arrive.
@@ -289,7 +265,7 @@ def test_to_accuracy(part, limit, setting, trials, figures, quick) -> None:
 
     def run(name: str, seed: int) -> float:
         numbers = chosen[name.removesuffix(PAIR)]
-        return train(numbers["rate"], numbers["strategy"], setting, most, seed, **options_of(name))[part]
+        return train(numbers["rate"], numbers["strategy"], shown, most, seed, **options_of(name))[part]
 
     # In turn, so that a change of the machine's speed meets all. The median is infinite where half did not arrive.
     runs = pd.DataFrame([{name: run(name, seed) for name in (*chosen, "B-KFAC" + PAIR)} for seed in seeds])

@@ -22,10 +22,9 @@ from bench.benches.timing import Interval, peak_extra_bytes, ratio, torch_calls
 from bench.benches.written_out import update_floor
 from bench.gpu.cases import fresh
 from bench.gpu.device import Stub
-from brandla import root as updates
-from brandla._small import leading_of, unresolved
 from brandla.orthonormal import polish
-from brandla_kernels import cross_gram, eigh_core, root_core
+from brandla.root import Update, check_update
+from brandla_kernels import cross_gram
 
 AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
@@ -93,25 +92,22 @@ def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
 
 def stages_of(name: str, case: tuple[Any, Tensor]) -> dict[str, Callable[[], object]]:
     """Return an update in the parts that it is made of, each on the results of the ones before it."""
-    taken = (name, *case, DECAY, WEIGHT, None)
-    update = updates.check_update(*taken, kind=brandla.LowRankEigh if name == EIGH else brandla.LowRankRoot)
-    form = lambda: cross_gram(update.tall, update.columns)
-    cross, own = form()
-    numbers = [torch.tensor(number, dtype=torch.float64) for number in (DECAY, WEIGHT)]
-    tol, n = unresolved(update.dtype, sum(cross.shape)) if name == EIGH else 0.0, len(update.tall)
-    if name == CHOLESKY:
-        compress = lambda: root_core(update.small, cross, own, *numbers, update.rank, tol, False)
-        of_old, of_columns = compress()[1:3]
-    else:
-        core = lambda: eigh_core(cross, own, update.small, DECAY, WEIGHT)
-        compress = lambda: leading_of(*core(), update.rank, update.dtype, tol, name == EIGH, n)
-        of_old, of_columns = compress()[1].split(list(cross.shape))
+    compress = "cholesky" if name == CHOLESKY else "eigh"
+    update = check_update(name, *case, DECAY, WEIGHT, None, compress, kind=UPDATES[name][1])
+    products = cross_gram(update.tall, update.columns)
+
+    class Summed(Update):
+        _inner_products = lambda self: products
+
+    truncate = lambda: Summed(*update).truncated(unit=name == EIGH)
+    _, of_old, of_columns, *_ = truncate()
     rotate = lambda: update.rotated(of_old, of_columns)
-    stages = {"one pass for the core": form, "truncation of the core": compress, "rotation": rotate}
-    if name != EIGH:
-        return stages
-    vectors = rotate()
-    return stages | {"polish, or the look that spares it": lambda: polish(vectors, update.small)}
+    stages = {"one pass for the core": lambda: cross_gram(update.tall, update.columns)}
+    stages |= {"truncation of the core": truncate, "rotation": rotate}
+    if name == EIGH:
+        vectors = rotate()
+        stages["polish, or the look that spares it"] = lambda: polish(vectors, update.small)
+    return stages
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
@@ -129,9 +125,6 @@ def test_list_over_one_call_each(name, in_turn, figures) -> None:
     task = together(name, [shape] * FACTORS, Stub())
     seconds = in_turn({by: right(task, by).again for by in (BRANDLA, ONE_BY_ONE)}, 150)
     figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
-
-
-# --- Orthogonality at a million rows
 
 
 @pytest.mark.benchmark(group="‖UᵀU − I‖₂ of tall factors, float32")
@@ -241,9 +234,6 @@ def test_overhead_of_a_small_call(name, n, r, k, over) -> None:
     require(error < 1e-5, f"by hand and by the library differ by {error:.1e}")
     note = f"{torch_calls(call)} and {torch_calls(hand)} torch calls"
     over(f"{name}, {in_words(n, r, k)}", call, hand, 1500, at_most=1.25, note=note)
-
-
-# --- Memory
 
 
 @pytest.mark.benchmark(group="peak extra memory / size of [U, A]")

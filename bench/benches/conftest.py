@@ -23,8 +23,7 @@ STUDIES = pytest.StashKey[dict[str, Study]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    few = "few repeats: shows that the benchmarks run, measures nothing"
-    parser.addoption("--quick", action="store_true", help=few)
+    parser.addoption("--quick", action="store_true", help="few repeats: shows that the benches run, measures nothing")
     parser.addoption("--full", action="store_true", help="functions and ops at sizes that take a GPU, or long")
 
 
@@ -36,6 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable_gc = True
     # Times of calls in turn are handed over, what is refused is told by its own words, and whole runs time no call.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    # Nothing that differs from run to run, as --benchmark-compare would tell it; date and commit are there.
+    found = machine_of(device_of(config.getoption("quick")))
+    machine_info["measured on"] = {name: found.get(name) for name in ("cpu", "cores", "threads", "versions", "gpu")}
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -82,7 +87,7 @@ def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Iterator[Callable[..., None]]:
-    """Return a function that keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
+    """Return what keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
 
     def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
         study.figures.append(Figure.of(group or benchmark.group, case, value, **about))
@@ -110,39 +115,33 @@ def over(in_turn: Any, figures: Any) -> Callable[..., timing.Interval]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     # Times of cases are in pytest-benchmark's own tables.
-    console = Console(highlight=False)
-    for name, study in config.stash[STUDIES].items():
+    console, reporter, studies = Console(highlight=False), terminalreporter, config.stash[STUDIES]
+    for name, study in studies.items():
         for group, shown in judged(study.figures).groupby("what", sort=False):
             red = list(shown["met"] == "**no**")
             pages.show(pages.on_terminal(shown.drop(columns="what"), f"bench_{name}: {group}", red), console)
     console.print(in_words(facts(config.getoption("quick"))))
-    for line in _kept(terminalreporter, config):
-        terminalreporter.write_line(line)
-
-
-def _kept(reporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[str]:
-    """Write the result files of a run that was right, and say what was done.
-
-    Of what Ctrl-C stopped, rows are kept, and the file says that some are missing. Figures are looked up by their
-    names: a part of them makes no file.
-    """
-    studies, session, quick = config.stash[STUDIES], reporter._session, config.getoption("quick")
     refused = sum(len(study.refused) for study in studies.values())
-    if session.testsfailed or len(reporter.stats.get("skipped", [])) > refused:
-        yield "no result file: the run was not right"
-        return
-    if reporter.stats.get("deselected") or config.getoption("benchmark_disable"):
-        yield "no result file: the run was not whole"
-        return
-    ended = {report.nodeid for report in reporter.stats.get("", []) if report.when == "teardown"}
-    left = Counter(name_of(item) for item in session.items if item.nodeid not in ended)
-    for name, study in studies.items():
-        missing = left[name]
-        if missing and not study.cases:
-            yield f"not written: {name} was interrupted"
-            continue
-        machine = machine_of(device_of(quick)) if study.cases else facts(quick)
-        about = {"seconds": time.monotonic() - STARTED, "full": config.getoption("full"), "interrupted": missing > 0}
-        path = results.write(name, machine | about, study.record())
-        words = f", interrupted: {missing} cases are missing" if missing else ""
-        yield f"written: {path.relative_to(results.ROOT)}{words}"
+    if reporter._session.testsfailed or len(reporter.stats.get("skipped", [])) > refused:
+        console.print("no result file: the run was not right")
+    elif reporter.stats.get("deselected") or config.getoption("benchmark_disable"):
+        console.print("no result file: the run was not whole")
+    else:
+        ended = {report.nodeid for report in reporter.stats.get("", []) if report.when == "teardown"}
+        left = Counter(name_of(item) for item in reporter._session.items if item.nodeid not in ended)
+        for name, study in studies.items():
+            console.print(_written(name, study, left[name], config), soft_wrap=True)
+
+
+def _written(name: str, study: Study, missing: int, config: pytest.Config) -> str:
+    """Write the result file of a run that was right, and say so.
+
+    Of what Ctrl-C stopped rows are kept, and the file says that some are missing; of figures a part makes no file.
+    """
+    if missing and not study.cases:
+        return f"not written: {name} was interrupted"
+    quick = config.getoption("quick")
+    about = {"seconds": time.monotonic() - STARTED, "full": config.getoption("full"), "interrupted": missing > 0}
+    machine = machine_of(device_of(quick)) if study.cases else facts(quick)
+    path = results.write(name, machine | about, study.record())
+    return f"written: {path.relative_to(results.ROOT)}" + f", interrupted: {missing} cases are missing" * (missing > 0)

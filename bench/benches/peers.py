@@ -37,9 +37,6 @@ class Peer(NamedTuple):
         """Say whether the package is installed and works where the matrix is."""
         return util.find_spec(self.package) is not None and (device_type == "cpu" or not self.on_numpy)
 
-    def takes(self, matrix: Tensor) -> Any:
-        return matrix.numpy() if self.on_numpy else matrix
-
 
 # In float32 residuals come to rest within some 15 iterations, from some starts just above lobpcg's own limit of √ε. It
 # then goes on to 1,000 iterations and loses the orthogonality of its vectors. In float64 it converges.

@@ -30,17 +30,13 @@ LOSS_ALLOWED = {"root_update": 1.001, "root_update, cholesky": 1.1, "eigh_update
 # Of ε: what orthonormal columns, S beside FᵀF, or the residual of a solve may be off. Peers decompose a dense matrix in
 # whatever way they like; theirs are only to be a decomposition.
 DEFECT_ALLOWED, PEER_DEFECT_ALLOWED = 200, 20_000
-# Half as much again as the time constant of the decay, 1/(1 − 0.95) steps.
-STEPS_TO_STEADY_STATE = 30
 
 
 def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-    """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k.
-
-    The basis is a cosine transform with random signs, so that it takes no n × n matrix.
-    """
+    """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k."""
     source = np.random.default_rng(seed)
     deviations = np.arange(1, n + 1) ** -exponent
+    # The basis is a cosine transform with random signs, so that it takes no n × n matrix.
     signs = source.choice([-1.0, 1.0], size=(n, 1))
     while True:
         columns = deviations[:, None] * source.standard_normal((n, k)) / np.sqrt(k)
@@ -56,17 +52,16 @@ def steady(
     stream = (columns.to(device) for columns in columns_of(n, k, exponent, n + r + k, dtype))
     factor = kind.zeros(n, r, dtype=dtype, device=device)
     with brandla.backend("torch"):
-        for _ in range(STEPS_TO_STEADY_STATE):
+        # Half as many steps again as the time constant of the decay, 1/(1 − 0.95).
+        for _ in range(30):
             factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
     return factor, next(stream)
 
 
 def matrix_of_spectrum(n: int, values: np.ndarray) -> Tensor:
-    """Return a dense float64 matrix of n rows with these singular values, and as eigenvalues where there are n.
-
-    It is the cosine transform of their diagonal along either side, with random signs.
-    """
+    """Return a dense float64 matrix of n rows with these singular values, and as eigenvalues where there are n."""
     m = len(values)
+    # The cosine transform of their diagonal along either side, with random signs.
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=n)
     return torch.from_numpy(signs[:, None] * scipy.fft.dctn(np.eye(n, m) * values, norm="ortho") * signs[:m])
 
@@ -81,14 +76,11 @@ def require(holds: bool, what: str) -> None:
 
 
 class Judgement(NamedTuple):
-    """How far a result is from the float64 one, how far from its form in units of ε, and what is allowed.
-
-    The form is orthonormal columns, or for a root that S is FᵀF.
-    """
+    """How far a result is from the float64 one, how far from its form in units of ε, and what is allowed."""
 
     error: float
     allowed: float
-    orthogonality: float | None = None
+    orthogonality: float | None = None  # of columns; of a root how far S is from FᵀF
     orthogonality_allowed: float = DEFECT_ALLOWED
 
     @property
@@ -99,9 +91,8 @@ class Judgement(NamedTuple):
     def accept(self, name: str) -> "Judgement":
         # Each by itself, and not by `used`: a NaN is no small error.
         require(self.error <= self.allowed, f"{name}: error {self.error:.1e}, allowed {self.allowed:.1e}")
-        if self.orthogonality is not None:
-            off, most = self.orthogonality, self.orthogonality_allowed
-            require(off <= most, f"{name}: {off:.0f} ε off its form, allowed {most:g}")
+        off, most = self.orthogonality, self.orthogonality_allowed
+        require(off is None or off <= most, f"{name}: {off or 0:.0f} ε off its form, allowed {most:g}")
         return self
 
 
@@ -124,7 +115,7 @@ def approximation(
     else:
         spectrum = torch.linalg.svdvals(in_small(target))
         left_out = lambda left, right: in_small([*target, (left, -right)])
-    norm, best = (float(torch.linalg.vector_norm(spectrum[start:])) for start in (0, rank))
+    norm, best = (float(spectrum[start:].norm()) for start in (0, rank))
     # Each of the directions that matter may be off by a few ε‖X‖.
     rounding = 8 * len(spectrum) ** 0.5 * eps * float(spectrum[0])
 

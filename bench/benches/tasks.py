@@ -20,7 +20,7 @@ from bench.gpu.cases import eigh, error_of, forced, on_cpu
 from bench.gpu.device import Device, Work, tensors_in
 from brandla import LowRankEigh, LowRankSVD
 
-DAMPING, EXPONENT, PANELS = 0.1, -0.5, 4
+DAMPING, EXPONENT = 0.1, -0.5
 BRANDLA, TORCH_FORM, ONE_BY_ONE = "brandla", "brandla, torch form", "one call each"
 OWN = (BRANDLA, TORCH_FORM)
 # Where these fail the run fails; where others do, that is a finding.
@@ -84,8 +84,8 @@ class Task:
         if implementation in OWN:
             function = forced(self.function) if implementation == TORCH_FORM else self.function
             return Call(function, self.arguments, self.judge)
-        peer = self.others[implementation]
-        given = tuple(tree_map_only(Tensor, peer.takes, list(self.given())))
+        peer, given = self.others[implementation], self.given()
+        given = tuple(tree_map_only(Tensor, Tensor.numpy, list(given))) if peer.on_numpy else given
         return Call(peer.call, given, self.judge_of(peer) if self.judge_of else self.judge, peer.on_numpy)
 
 
@@ -108,8 +108,7 @@ def approximating(function, arguments, target, slack, shape, device, work) -> Ta
 
 def svd_factor(shape: Shape, device: Device, columns: int) -> LowRankSVD:
     """Return U diag(1/i) Vh of n rows."""
-    values, left = eigh(device, shape.n, shape.r, shape.dtype)
-    right = eigh(device, columns, shape.r, shape.dtype).eigenvectors
+    (values, left), (_, right) = (eigh(device, rows, shape.r, shape.dtype) for rows in (shape.n, columns))
     return LowRankSVD(left, values, right.mT.contiguous())
 
 
@@ -138,8 +137,7 @@ def svd_update(shape: Shape, device: Device) -> Task:
     sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
     left, right = problems.halves(on_cpu(svd))
     target = [(DECAY * left, right), tuple(side.double().cpu() for side in sides)]
-    work = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k))
-    function = partial(brandla.svd_update, decay=DECAY)
+    work, function = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k)), partial(brandla.svd_update, decay=DECAY)
     return approximating(function, (svd, *sides), target, EXACT, shape, device, work)
 
 
@@ -160,7 +158,7 @@ def svd_append(shape: Shape, device: Device) -> Task:
 def downdate(shape: Shape, device: Device) -> Task:
     """Return k columns taken back that lie in the span of the factor: of what is left the vectors are the same."""
     n, r, k = shape[:3]
-    factor = eigh(device, shape.n, shape.r, shape.dtype)
+    factor = eigh(device, n, r, shape.dtype)
     values, vectors = on_cpu(factor)
     # Half of each of the last k values goes.
     columns = vectors[:, r - k :].double() * (values[r - k :].double() / 2).sqrt()
@@ -173,25 +171,19 @@ def downdate(shape: Shape, device: Device) -> Task:
 def refresh(shape: Shape, device: Device) -> Task:
     """Return a step with an n × 2n matrix whose leading singular vectors are those of the factor."""
     n, r, _ = shape[:3]
-    values, vectors = eigh(device, shape.n, shape.r, shape.dtype)
-    right = eigh(device, 2 * n, r, shape.dtype).eigenvectors
-    matrix = (vectors * values.sqrt()) @ right.mT
-    exact = on_cpu(LowRankEigh(values * (DECAY + WEIGHT), vectors))
-    judge = problems.approximation([problems.halves(exact)], r, shape.eps, EXACT)
-    function = partial(brandla.eigh_refresh, decay=DECAY, weight=WEIGHT)
-    work = shape.work(12 * n * n * r, 3 * 2 * n * n)
-    return Task(function, (LowRankEigh(values, vectors), matrix), lambda found: judge(found[0]), work)
-
-
-# Of the columns that a centred decomposition has before.
-BATCHES = 5
+    old, right = (eigh(device, rows, r, shape.dtype) for rows in (n, 2 * n))
+    matrix = (old.eigenvectors * old.eigenvalues.sqrt()) @ right.eigenvectors.mT
+    # As decay and weight sum to 1, the factor is what is to be found.
+    judge = problems.approximation([problems.halves(on_cpu(old))], r, shape.eps, EXACT)
+    function, work = partial(brandla.eigh_refresh, decay=DECAY, weight=WEIGHT), shape.work(12 * n * n * r, 6 * n * n)
+    return Task(function, (old, matrix), lambda found: judge(found[0]), work)
 
 
 def centred_append(shape: Shape, device: Device) -> Task:
     """Return k columns appended to a centred decomposition; scikit-learn's IncrementalPCA keeps the same."""
     n, r, k = shape[:3]
     source = problems.columns_of(n, max(r, k), 0.5, 0, torch.float64)
-    *before, last = (next(source) + 0.1 for _ in range(BATCHES + 1))
+    *before, last = (next(source) + 0.1 for _ in range(6))
     last = last[:, :k]
     state = brandla.centre(LowRankSVD.zeros(n, 0, r, dtype=shape.dtype, device=device.tensors))
     exact, peer = IncrementalPCA(r), IncrementalPCA(r)
@@ -202,7 +194,7 @@ def centred_append(shape: Shape, device: Device) -> Task:
     exact.partial_fit(last.mT.numpy())
     truth = torch.from_numpy(exact.singular_values_)
     # Rounding of every batch adds up; a truncation differs by the order in which it is taken.
-    allowed = 8 * (BATCHES + 1) * (r + k) ** 0.5 * shape.eps * float(truth[0] / truth[-1])
+    allowed = 8 * (len(before) + 1) * (r + k) ** 0.5 * shape.eps * float(truth[0] / truth[-1])
 
     def judge(found: Any) -> Judgement:
         own = found.svd.S if hasattr(found, "svd") else torch.from_numpy(found.singular_values_)
@@ -224,7 +216,7 @@ def randomized(name: str, shape: Shape, device: Device) -> Task:
     return approximating(function, arguments, truth, SKETCHED, shape, device, work)
 
 
-def orthonormal(shape: Shape, device: Device, *batch: int) -> Task:
+def orthonormal(shape: Shape, device: Device, batch: tuple[int, ...] = ()) -> Task:
     """Return Q and R of an n × r panel, or of a batch, whose columns lean on one another."""
     n, r, _ = shape[:3]
     lengths = 1 / torch.arange(1, r + 1, dtype=shape.dtype, device=device.tensors)
@@ -243,8 +235,8 @@ def orthonormal(shape: Shape, device: Device, *batch: int) -> Task:
 
 def equal_to(expected: Any, shape: Shape) -> Judge:
     """Return the check of a result against the float64 one."""
-    parts, allowed = tensors_in(expected), DEFECT_ALLOWED * shape.eps
-    return lambda found: Judgement(error_of(tensors_in(found), parts), allowed)
+    parts = tensors_in(expected)
+    return lambda found: Judgement(error_of(tensors_in(found), parts), DEFECT_ALLOWED * shape.eps)
 
 
 def damped(name: str, shape: Shape, device: Device) -> Task:
@@ -306,18 +298,16 @@ def _dense(factor: LowRankEigh, shift: float) -> Tensor:
 _cholesky_solve = lambda matrix, rhs: torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
 _joint_levels = lambda left, right: left[:, None] * right + DAMPING
 _joint_logdet = lambda *sides: _joint_levels(*map(torch.linalg.eigvalsh, sides)).log().sum()
-_qr_each = lambda panels: [list(parts) for parts in zip(*map(torch.linalg.qr, panels), strict=True)]
+_EACH = Peer(lambda panels: [list(parts) for parts in zip(*map(torch.linalg.qr, panels), strict=True)])
+
+
+_solve_pair = lambda left, right, data: tuple(map(torch.linalg.solve, (left, right), data))
+_solve_both = lambda left, right, data: torch.linalg.solve(right, torch.linalg.solve(left, data).mT).mT
 
 
 def _power(matrix: Tensor, rhs: Tensor) -> Tensor:
     levels, directions = torch.linalg.eigh(matrix)
     return directions @ (levels[:, None] ** EXPONENT * (directions.mT @ rhs))
-
-
-def _solve_both(left: Tensor, right: Tensor, data: Tensor | tuple[Tensor, Tensor]) -> Any:
-    if isinstance(data, Tensor):
-        return torch.linalg.solve(right, torch.linalg.solve(left, data).mT).mT
-    return torch.linalg.solve(left, data[0]), torch.linalg.solve(right, data[1])
 
 
 def _joint_power(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
@@ -347,7 +337,6 @@ class Entry(NamedTuple):
 
 SOLVE, CHOLESKY, DENSE_EIGH = (f"torch.linalg.{name}, dense" for name in ("solve", "cholesky", "eigh"))
 _QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
-_BOTH = {SOLVE: Peer(_solve_both, slow=True)}
 # Of what is damped by one number.
 _DAMPED = {
     "damped_solve": {SOLVE: Peer(torch.linalg.solve, slow=True), CHOLESKY: Peer(_cholesky_solve, slow=True)},
@@ -366,13 +355,10 @@ TASKS: dict[str, Entry] = {
     "randomized_eigh": Entry(partial(randomized, "randomized_eigh"), SYMMETRIC),
     "randomized_svd": Entry(partial(randomized, "randomized_svd"), GENERAL),
     "orthonormalize": Entry(orthonormal, _QR),
-    "orthonormalize, batched": Entry(
-        lambda shape, device: orthonormal(shape, device, PANELS),
-        _QR | {"torch.linalg.qr, one call each": Peer(_qr_each)},
-    ),
+    "orthonormalize, batched": Entry(partial(orthonormal, batch=(4,)), _QR | {"torch.linalg.qr, one call each": _EACH}),
     **{name: Entry(partial(damped, name), peers) for name, peers in _DAMPED.items()},
-    "kron_damped_solve": Entry(partial(kron, pair=False), _BOTH),
-    "kron_damped_solve, pair": Entry(partial(kron, pair=True), _BOTH),
+    "kron_damped_solve": Entry(partial(kron, pair=False), {SOLVE: Peer(_solve_both, slow=True)}),
+    "kron_damped_solve, pair": Entry(partial(kron, pair=True), {SOLVE: Peer(_solve_pair, slow=True)}),
 }
 # The tasks that `brandla.grouped` has too.
 GROUPED = [name for name in TASKS if name.partition(",")[0] in brandla.grouped.__all__ and "centred" not in name]

@@ -18,6 +18,7 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WARM_UP = 3
+Calls = Mapping[str, Callable[[], Any]]
 
 
 class Interval(NamedTuple):
@@ -34,9 +35,7 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from names[:: -1 if number % 2 else 1]
 
 
-def alternating(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP, rest: float = 0.0
-) -> dict[str, list[float]]:
+def alternating(functions: Calls, repeats: int, warm_up: int = WARM_UP, rest: float = 0.0) -> dict[str, list[float]]:
     """Call all functions ``repeats`` times in turn, and return their seconds; first ``warm_up`` times untimed.
 
     Before each timed call there are ``rest`` seconds of sleep: threads of one BLAS library spin for a while after a
@@ -58,9 +57,7 @@ def alternating(
     return seconds
 
 
-def in_turn(
-    benchmark: Any, calls: Mapping[str, Callable[[], Any]], rounds: int, **options: Any
-) -> dict[str, list[float]]:
+def in_turn(benchmark: Any, calls: Calls, rounds: int, **options: Any) -> dict[str, list[float]]:
     """Return `alternating`; pytest-benchmark's record of the case keeps the times of the first call."""
     seconds = alternating(calls, rounds, **options)
     record = benchmark._make_stats(iterations=1)
@@ -76,10 +73,9 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
 
 def of_median(samples: Sequence[float]) -> Interval:
     """Return the median with the interval between the order statistics that hold it with 95 %."""
-    ordered = sorted(samples)
-    count = len(ordered)
+    ordered, count = sorted(samples), len(samples)
     low = max(math.floor(count / 2 - 0.98 * math.sqrt(count)), 0)
-    return Interval(median(ordered), ordered[low], ordered[count - 1 - low])
+    return Interval(median(ordered), ordered[low], ordered[-1 - low])
 
 
 def slope(sizes: Sequence[int], times: Sequence[float]) -> Interval:
@@ -124,16 +120,15 @@ def peak_extra_bytes(function: Callable[[], Any], device_type: str = "cpu", *, w
     return torch.cuda.max_memory_allocated() - before
 
 
-class _Count(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def torch_calls(function: Callable[[], object]) -> int:
     """Call once, and return how many calls reach torch's operators."""
-    with _Count() as mode:
+    reached = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            reached.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
         function()
-    return mode.count
+    return len(reached)

@@ -1,6 +1,5 @@
 """What a result was measured on."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,6 @@ def gpu_facts() -> dict[str, Any]:
         "hip": torch.version.hip,
         **(dict(zip(STATE, said.splitlines()[0].split(", "), strict=False)) if said else dict.fromkeys(STATE)),
     }
-
-
-def slug(found: dict[str, Any]) -> str:
-    """Return the folder name of a machine."""
-    return re.sub(r"[^a-z0-9]+", "-", place(found).lower()).strip("-")
 
 
 def place(found: dict[str, Any]) -> str:

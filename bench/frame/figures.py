@@ -75,10 +75,7 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Study:
-    """What one file of benchmarks found: figures with the plain times of their calls, or the rows of its cases.
-
-    Cases of other libraries that failed are beside the rows, each with its reason.
-    """
+    """What one file of benches found: figures with times of their calls, or rows of cases, and why peers' failed."""
 
     figures: list[Figure] = field(default_factory=list)
     timings: list[Row] = field(default_factory=list)

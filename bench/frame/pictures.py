@@ -7,6 +7,7 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +70,9 @@ def write(name: str, study: Row, folder: Path, draw: Draw) -> None:
 
 def stale(name: str, study: Row, folder: Path) -> bool:
     """Say whether a picture is missing or shows other figures."""
-
-    def carried(picture: Path) -> str | None:
-        if not picture.exists():
-            return None
-        with Image.open(picture) as image:
-            return image.info.get(DIGEST)
-
-    return any(carried(path(name, theme, folder)) != digest(study) for theme in THEMES)
+    drawn, wanted = [path(name, theme, folder) for theme in THEMES], digest(study)
+    carried = lambda picture: Image.open(BytesIO(picture.read_bytes())).info.get(DIGEST)
+    return any(not picture.exists() or carried(picture) != wanted for picture in drawn)
 
 
 def path(name: str, theme: Theme, folder: Path) -> Path:
@@ -86,9 +82,6 @@ def path(name: str, theme: Theme, folder: Path) -> Path:
 def digest(study: Row) -> str:
     """Return a digest of the figures of a study and of what they were measured on."""
     return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
-
-
-# --- Panels
 
 
 def panels(
@@ -125,9 +118,7 @@ def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: 
     axis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
 
 
-def curves(
-    axis: Axes, table: pd.DataFrame, colours: Colours, theme: Theme, solid: Collection[str], **style: Any
-) -> None:
+def curves(axis: Axes, table: pd.DataFrame, colours: Colours, theme: Theme, solid: Collection[str], **style) -> None:
     """Draw of each column the mean at each place, which the index begins with, and its range; all not solid dashed."""
     for name, values in table.items():
         found = values.dropna().groupby(level=0).agg(["mean", "min", "max"])

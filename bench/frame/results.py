@@ -1,10 +1,11 @@
 """Result files: one folder a machine, one JSON a study."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from bench.frame.facts import ROOT, slug
+from bench.frame.facts import ROOT, place
 from brandla.demo import frame
 
 FOLDER = ROOT / "bench" / "results"
@@ -13,10 +14,7 @@ QUICK_FOLDER = ROOT / ".benchmarks" / "quick"
 
 
 def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write a study's figures beside its machine's facts, whole or not at all, and return the path.
-
-    ``folder`` is that of the machine unless another is named.
-    """
+    """Write figures and facts of a study, whole or not at all, to the machine's folder or another; return the path."""
     path = (folder or folder_of(machine)) / f"{study}.json"
     frame.write({"schema": 1, "facts": machine, **content}, path)
     return path
@@ -24,7 +22,8 @@ def write(study: str, machine: dict[str, Any], content: dict[str, Any], folder: 
 
 def folder_of(machine: dict[str, Any]) -> Path:
     """Return the folder of a machine's results, by its facts."""
-    return (QUICK_FOLDER if machine["quick"] else FOLDER) / slug(machine)
+    name = re.sub(r"[^a-z0-9]+", "-", place(machine).lower()).strip("-")
+    return (QUICK_FOLDER if machine["quick"] else FOLDER) / name
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:

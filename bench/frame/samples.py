@@ -20,8 +20,6 @@ FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind i
 # Of the training images, the last of every so many validate in the search.
 PARTS = 12
 FIFTH = 5
-# What an idx file of bytes starts with, before the number of its dimensions.
-BYTES = b"\0\0\x08"
 CLASSES = 10
 # Letters of a window, and how many different ones there are.
 CONTEXT, LETTERS = 32, 96
@@ -93,7 +91,8 @@ def read(path: Path) -> np.ndarray:
     except (OSError, EOFError, IndexError, ValueError) as error:
         message = f"{path} is no idx file: {error}"
         raise UnusableError(message) from error
-    if content[:3] != BYTES:
+    # Behind it stands the number of dimensions.
+    if content[:3] != b"\0\0\x08":
         message = f"{path} is no idx file of bytes: it starts with {content[:4]!r}"
         raise UnusableError(message)
     return array

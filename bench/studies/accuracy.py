@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -32,14 +33,8 @@ from tests.oracles import gaussian, updated
 Factor = brandla.LowRankEigh | brandla.LowRankRoot
 FACTORS = ("inputs", "gradients")
 # Each with the kind of factor that it keeps.
-UPDATES = {
-    "brand": problems.UPDATES["eigh_update"],
-    "root": problems.UPDATES["root_update"],
-    "cholesky": problems.UPDATES["root_update, cholesky"],
-}
+UPDATES = dict(zip(("root", "cholesky", "brand"), problems.UPDATES.values(), strict=True))
 BEST = "best rank r"
-# ‖M − M̂‖₂ comes from Lanczos' iteration, whose eigenvalue is right to the square of this.
-LANCZOS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -63,11 +58,6 @@ class Settings:
     warmup: int = 40  # steps until the average has forgotten its start, 2/(1 − ρ); summaries begin after it
     repeats: int = 15  # of the calls that are timed for the costs
 
-    @property
-    def measured(self) -> list[int]:
-        """Steps after which the trackers are compared with the truth."""
-        return list(range(self.measure_every, self.steps + 1, self.measure_every))
-
 
 USUAL = Settings()
 QUICK = Settings(widths=(192, 256), seeds=(0,), steps=14, measure_every=3, batch=48, rank=12, warmup=6, repeats=3)
@@ -84,62 +74,55 @@ MEASURES = {
     "inputs trace": "trace of A left out",
     "gradients trace": "trace of G left out",
 }
-# Errors of B-R over those of RS: what the study is to answer.
-QUESTION = ("B-R", "RS")
 
 
 def pieces(settings: Settings, _: Device, tables: Tables) -> Iterator[Piece]:
     """Yield the costs at each width, and its runs; widths are in order, so that an end in between leaves all seeds."""
+    rows = 10 * (settings.steps // settings.measure_every)
     for width in settings.widths:
         yield Piece("trackers", {"width": width}, partial(timed, settings, width), 0.1)
         for seed in settings.seeds:
             measure = partial(measured, settings, width, seed, tables)
-            yield Piece("runs", {"width": width, "seed": seed}, measure, width**2 / 512**2, 10 * len(settings.measured))
+            yield Piece("runs", {"width": width, "seed": seed}, measure, width**2 / 512**2, rows)
 
 
 def timed(settings: Settings, width: int) -> Iterator[Row]:
     """Yield the trackers with their costs: once for all seeds."""
-    *seen, last = (
-        columns["inputs"]
-        for columns, _ in islice(observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
-    )
+    observed = islice(observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
+    *seen, last = (columns["inputs"] for columns, _ in observed)
     # Every move is timed, in turn, on a factor that has seen all but the last of some columns.
     kept = Kept(settings, len(last), 0, [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)])
     for step, columns in enumerate(seen, start=1):
         kept.absorb(step, columns)
     of = lambda move: kept.factors["root" if move in ("root", "cholesky") else "eigh"]
     moves = {name: partial(move, of(name)) for name, move in kept.moves(last).items()}
-    seconds = timing.alternating(moves, settings.repeats)
-    costs = {name: 1e3 * timing.of_median(times).value for name, times in seconds.items()}
+    costs = {name: 1e3 * median(times) for name, times in timing.alternating(moves, settings.repeats).items()}
     for one in trackers(settings, costs):
         yield {**vars(one), "milliseconds": one.cost(costs)}
 
 
 def measured(settings: Settings, width: int, seed: int, tables: Tables) -> Iterator[Row]:
     """Yield the errors of every tracker after each of the steps that are looked at."""
-    keep = ("name", "update", "renewal", "period")
     rows = [row for row in tables["trackers"] if row["width"] == width]
-    chosen = [Tracker(**{name: row[name] for name in keep}) for row in rows]
-    sizes = {"inputs": width + 1, "gradients": width}
-    truths = {name: torch.zeros(sizes[name], sizes[name], dtype=torch.float64) for name in FACTORS}
-    kept = {name: Kept(settings, sizes[name], seed, chosen) for name in FACTORS}
+    chosen = [Tracker(row["name"], row["update"], row["renewal"], row["period"]) for row in rows]
+    truths = {"inputs": torch.zeros(width + 1, width + 1).double(), "gradients": torch.zeros(width, width).double()}
+    kept = {side: Kept(settings, len(truth), seed, chosen) for side, truth in truths.items()}
     for step, (columns, gradient) in enumerate(observations(settings, width, seed), start=1):
-        for name in FACTORS:
-            truths[name] = updated(truths[name], columns[name], settings.decay, 1 - settings.decay)
-            kept[name].absorb(step, columns[name])
-        if step in settings.measured:
-            exact = {name: Decomposed(truths[name], settings) for name in FACTORS}
-            held = {name: {BEST: exact[name].best(settings.rank)} | kept[name].factors for name in FACTORS}
-            for tracker in held["inputs"]:
-                factors, row = {name: held[name][tracker] for name in FACTORS}, {"step": step, "tracker": tracker}
-                for name in FACTORS:
-                    row |= {f"{name} {of}": value for of, value in exact[name].errors(factors[name]).items()}
-                yield row | step_errors(gradient, exact, factors)
+        for side in FACTORS:
+            truths[side] = updated(truths[side], columns[side], settings.decay, 1 - settings.decay)
+            kept[side].absorb(step, columns[side])
+        if step % settings.measure_every:
+            continue
+        exact = {side: Decomposed(truth, settings) for side, truth in truths.items()}
+        held = {side: {BEST: exact[side].best(settings.rank)} | kept[side].factors for side in FACTORS}
+        for tracker in held["inputs"]:
+            factors, row = {side: held[side][tracker] for side in FACTORS}, {"step": step, "tracker": tracker}
+            for side in FACTORS:
+                row |= {f"{side} {of}": value for of, value in exact[side].errors(factors[side]).items()}
+            yield row | step_errors(gradient, exact, factors)
 
 
 # --- The trackers and their costs
-
-Costs = dict[str, float]  # milliseconds of each move, for one factor: "average", the updates and the renewals
 
 
 @dataclass(frozen=True)
@@ -151,8 +134,8 @@ class Tracker:
     renewal: str | None
     period: int
 
-    def cost(self, costs: Costs) -> float:
-        """Milliseconds of a step, the dense average included where it is needed."""
+    def cost(self, costs: dict[str, float]) -> float:
+        """Milliseconds of a step, the dense average included where it is needed, from those of each move."""
         renewed = (costs["average"] + costs[self.renewal] / self.period) if self.renewal else 0.0
         return renewed + (costs[self.update] if self.update else 0.0)
 
@@ -161,7 +144,7 @@ class Tracker:
         return self.renewal is not None and (step - 1) % self.period == 0
 
 
-def trackers(settings: Settings, costs: Costs) -> list[Tracker]:
+def trackers(settings: Settings, costs: dict[str, float]) -> list[Tracker]:
     """Return all trackers: B-R as it is set, and B-C, RS and SRE renewed as often as its cost pays for.
 
     RS and SRE come once more with the period of B-R.
@@ -191,21 +174,16 @@ class Kept:
         self._settings, self._trackers = settings, chosen
         self._generator = torch.Generator().manual_seed(seed)
         self._dense = torch.zeros(n, n)
-        self.factors: dict[str, Any] = {
-            one.name: UPDATES[one.update or "brand"][1].zeros(n, settings.rank) for one in chosen
-        }
+        kinds = {one.name: UPDATES[one.update or "brand"][1] for one in chosen}
+        self.factors: dict[str, Any] = {name: kind.zeros(n, settings.rank) for name, kind in kinds.items()}
 
     def moves(self, columns: Tensor) -> dict[str, Callable[[Any], Any]]:
-        """Return what may be done with new columns, each a function from a factor to the next.
-
-        They are taken into the dense average and into a factor; the average is decomposed as RS or SRE does; and a
-        random part of the columns of a factor is corrected.
-        """
+        """Return what may be done with new columns, each a function from a factor to the next."""
         settings, dense, random = self._settings, self._dense, {"generator": self._generator}
         average = {"decay": settings.decay, "weight": 1 - settings.decay}
         sketched = random | {"oversample": settings.oversample, "power_iterations": settings.power_iterations}
-        count = math.ceil(settings.fraction * settings.rank)
-        chosen = lambda: torch.randperm(settings.rank, **random)[:count]
+        # A random part of the columns of a factor is corrected.
+        chosen = lambda: torch.randperm(settings.rank, **random)[: math.ceil(settings.fraction * settings.rank)]
         eigh_of = lambda svd: brandla.LowRankEigh(svd.S, svd.U)
         return {
             "average": lambda _: gram_ema_(dense, columns, **average),
@@ -250,15 +228,12 @@ class Decomposed:
         return brandla.LowRankEigh(self.values[:rank], self.vectors[:, :rank])
 
     def errors(self, factor: Factor) -> dict[str, float]:
-        """Return the relative errors of a tracker's factor.
-
-        Of its damped inverse in the Frobenius norm, of itself in the spectral norm, and tr((I − UUᵀ) M) / tr M, what
-        its basis does not hold.
-        """
+        """Return the relative errors of damped inverse (Frobenius) and factor (spectral), and the trace left out."""
         found, n = eigenpairs(factor), len(self.matrix)
         inverse = brandla.damped_solve(found, torch.eye(n, dtype=torch.float64), self.damping)
         difference, start = (found.dense() - self.matrix).numpy(), gaussian(n, seed=0).numpy()
-        (largest,) = eigsh(difference, k=1, which="LM", tol=LANCZOS, v0=start, return_eigenvectors=False)
+        # By Lanczos' iteration, whose eigenvalue is right to the square of the tolerance.
+        (largest,) = eigsh(difference, k=1, which="LM", tol=1e-3, v0=start, return_eigenvectors=False)
         outside = self.values.sum() - (found.eigenvectors * (self.matrix @ found.eigenvectors)).sum()
         return {
             "inverse": float((inverse - self.inverse).norm() / self.inverse.norm()),
@@ -274,10 +249,7 @@ def eigenpairs(factor: Factor) -> brandla.LowRankEigh:
 
 
 def step_errors(gradient: Tensor, exact: dict[str, Decomposed], factors: dict[str, Factor]) -> dict[str, float]:
-    """Return how far (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ is from the step of the true factors, relative, and the degrees between.
-
-    Both are in float64.
-    """
+    """Return how far (Γ̂ + λI)⁻¹ ∂W (Â + λI)⁻¹ is from the true factors' step, relative, and the degrees between."""
     (inputs, gradients), wide = (exact[side] for side in FACTORS), gradient.double()
     right = gradients.inverse @ wide @ inputs.inverse
     right_side, left_side = (eigenpairs(factors[side]) for side in FACTORS)
@@ -320,16 +292,15 @@ COLUMNS = ["tracker", "renewed every", "ms per step", "inverse of A", "inverse o
 def answer(content: Row) -> str:
     """Return the step's error of B-R over that of RS at equal cost, at the largest width."""
     by_tracker = settled(content).pivot(index=["width", "seed", "step"], columns="tracker", values="step error")
-    found = by_tracker.reindex(columns=list(QUESTION)).dropna()
+    found = by_tracker.reindex(columns=["B-R", "RS"]).dropna()
     if found.empty:
         return ""
     width = found.index.unique("width").max()
-    own = (found[QUESTION[0]] / found[QUESTION[1]]).loc[width]
+    own = (found["B-R"] / found["RS"]).loc[width]
     seeds = own.groupby("seed").median()
     return (
-        f"At width {width} and equal cost the step of {QUESTION[0]} has {seeds.mean():.2f} ({seeds.min():.2f} to"
-        f" {seeds.max():.2f}) times the error of {QUESTION[1]}. It has less error in {100 * (own < 1).mean():.0f} % of"
-        " the steps."
+        f"At width {width} and equal cost the step of B-R has {seeds.mean():.2f} ({seeds.min():.2f} to"
+        f" {seeds.max():.2f}) times the error of RS. It has less error in {100 * (own < 1).mean():.0f} % of the steps."
     )
 
 

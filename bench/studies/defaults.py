@@ -48,13 +48,9 @@ METHODS: dict[str, tuple[tuple[float, ...], dict[str, Any] | None]] = {
 }
 
 
-def after_letters() -> tuple[Split, Split]:
-    """Return windows of letters, and the one letter after each."""
-    windows = text()[0]
-    return shuffled(windows.images, windows.labels[:, -1])
-
-
 digits = partial(table, "digits")
+# The one letter after each window.
+after_letters = lambda: shuffled(text()[0].images, text()[0].labels[:, -1])
 # Data, network, its width, and the batch.
 TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], nn.Module], int, int]] = {
     "digits MLP 256": (digits, two_hidden, 256, 128),
@@ -62,9 +58,9 @@ TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], n
     "digits MLP 2048": (digits, lambda inputs, width: mlp(inputs, width, 10), 2048, 128),
     "digits CNN": (digits, strided, 256, 64),
     "digits graph": (digits, Graph, 512, 128),
-    "breast cancer MLP": (partial(table, "breast_cancer"), lambda n, width: mlp(n, width, width, 2), 256, 128),
-    "wine MLP": (partial(table, "wine"), lambda n, width: mlp(n, width, width, 3), 512, 128),
-    "diabetes MLP": (partial(table, "diabetes"), lambda n, width: mlp(n, width, width, 1), 256, 128),
+    "breast cancer MLP": (partial(table, "breast_cancer"), partial(two_hidden, outputs=2), 256, 128),
+    "wine MLP": (partial(table, "wine"), partial(two_hidden, outputs=3), 512, 128),
+    "diabetes MLP": (partial(table, "diabetes"), partial(two_hidden, outputs=1), 256, 128),
     "letters transformer": (text, Transformer, 128, 32),
     "letters MLP": (after_letters, letters_mlp, 512, 128),
 }
@@ -72,9 +68,8 @@ TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], n
 
 def pieces(settings: Settings, device: Device, _: Tables) -> Iterator[Piece]:
     """Return the runs of all tasks, seed by seed."""
-    tried = [
-        (method, rate) for method, (rates, _) in METHODS.items() for rate in (rates if settings.tuned else rates[:1])
-    ]
+    most = None if settings.tuned else 1
+    tried = [(method, rate) for method, (rates, _) in METHODS.items() for rate in rates[:most]]
     values = [(task, *own, seed) for seed in settings.seeds for task in TASKS for own in tried]
     return each("runs", ("task", "method", "rate", "seed"), values, run, settings, str(device.tensors))
 
@@ -117,18 +112,14 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     before = runs.groupby("task")["before"].mean()
     # The share of what the best run of a task takes off its loss.
     shares = means.rsub(before, axis=0).div(before - means.min(axis=1), axis=0)
-    percent = {"median share": shares.median(), "least share": shares.min()}
-    counted = {f"tasks at {100 * SHARE:g} %": shares.ge(SHARE).sum()} | {
-        name: share.clip(lower=0).map("{:.1%}".format) for name, share in percent.items()
-    }
-    yield f"One rate for all {len(shares)} tasks", pd.DataFrame(counted).reset_index()
-    spell = lambda losses: losses.map(lambda loss: f"{loss:.3f}" if math.isfinite(loss) else "–")
-    cells = {
-        method: spell(means[method, rates[0]]) + " / " + spell(means[method].min(axis=1))
-        for method, (rates, _) in METHODS.items()
-        if method in means
-    }
-    yield "Validation loss, untuned / best rate", pd.DataFrame(cells).reset_index()
+    percent = pd.DataFrame({"median share": shares.median(), "least share": shares.min()}).clip(lower=0)
+    percent = percent.map("{:.1%}".format)
+    percent.insert(0, f"tasks at {100 * SHARE:g} %", shares.ge(SHARE).sum())
+    yield f"One rate for all {len(shares)} tasks", percent.reset_index()
+    # Untuned is the first of a method's rates.
+    losses = means.T.groupby(level="method", sort=False).agg([lambda tried: tried.iloc[0], "min"]).T
+    cells = losses.map(lambda loss: f"{loss:.3f}" if math.isfinite(loss) else "–").groupby(level=0, sort=False)
+    yield "Validation loss, untuned / best rate", cells.agg(" / ".join).reset_index()
 
 
 SIZES = {"quick": Settings(2, 16, (0,), 16, tuned=False), "usual": Settings()}

@@ -23,7 +23,7 @@ from bench.frame.study import Piece, Row, Study, Tables, command, each
 from bench.gpu.device import Device
 from bench.studies import kfac_page
 from bench.studies.kfac_methods import OPTIMIZERS, points, spread
-from bench.studies.kfac_page import BASE, by_method, over_base, ranged, ratio
+from bench.studies.kfac_page import BASE, by_method, ranged, ratio
 from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data
 from brandla.demo.data import Split, seeded
@@ -82,8 +82,6 @@ SMALL = {"images": DIGITS, "width": 8, "batch": 16, "steps": 2, "search_steps": 
 QUICK = Settings(tuple(replace(task, **SMALL) for task in USUAL.tasks), seeds=(0,), trials=1, most_judged=100)
 
 
-# --- Methods
-
 FIRST_ORDER = ("AdamW", "Muon", "SOAP")
 EXPAND, REDUCE = "K-FAC, expand", "K-FAC, reduce"
 # Ranges of the two numbers that are searched, each evenly in the logarithm.
@@ -91,11 +89,6 @@ ADAM_RANGES = {"rate": (3e-4, 0.03), "1 − β₁": (0.03, 0.3)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1)}
 METHODS = dict.fromkeys(FIRST_ORDER, ADAM_RANGES) | dict.fromkeys((EXPAND, REDUCE), KFAC_RANGES)
 COLOURS = kfac_page.COLOURS | {EXPAND: pictures.PALETTE[4], REDUCE: pictures.PALETTE[0]}
-
-
-def methods(task: Task) -> list[str]:
-    """Return the methods of a task: where each node has a term of the loss, there is nothing to reduce."""
-    return [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
 
 
 # --- Runs
@@ -121,9 +114,11 @@ def pieces(settings: Settings, device: Device, tables: Tables) -> Iterator[Piece
         yield {"numbers": numbers, "looks": looks}
 
     for task in settings.tasks:
-        trials = product([task], methods(task), range(settings.trials))
+        # Where each node has a term of the loss, there is nothing to reduce.
+        methods = [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
+        trials = product([task], methods, range(settings.trials))
         yield from each("trials", ("task", "method", "point"), trials, tried, cost=task.search_steps)
-        runs = [(task, method, seed) for seed in settings.seeds for method in methods(task)]
+        runs = [(task, method, seed) for seed in settings.seeds for method in methods]
         yield from each("runs", ("task", "method", "seed"), runs, measured, cost=task.steps)
 
 
@@ -160,59 +155,51 @@ def judge(model: nn.Module, split: Split, chunk: int) -> Row:
 # --- Summaries
 
 
-def looks_of(content: Row, task: Row) -> pd.DataFrame:
-    """Return a row a look of the runs of a task."""
-    runs, about = [row for row in content.get("runs", []) if row["task"] == task["name"]], ["method", "seed", "numbers"]
-    looks = pd.json_normalize(runs, "looks", about) if runs else []
-    return pd.DataFrame(looks, columns=[*about, "step", "accuracy", "loss"]).astype({"accuracy": float})
+def courses(content: Row) -> Iterator[tuple[Row, pd.DataFrame, float]]:
+    """Yield tasks with runs, a row a look of them, and the accuracy in % to count steps to, NaN without AdamW."""
+    for task in content["settings"]["tasks"]:
+        if runs := [row for row in content.get("runs", []) if row["task"] == task["name"]]:
+            looks = pd.json_normalize(runs, "looks", ["method", "seed", "numbers"]).astype({"accuracy": float})
+            early = looks[(looks["method"] == BASE) & (looks["step"] <= SHARE * task["steps"])]
+            least = early.groupby("seed")["accuracy"].max().min()
+            yield task, looks, math.nan if early.empty else math.floor(1e-9 + 100 * least)
 
 
-def target_of(content: Row, task: Row) -> float:
-    """Return the accuracy that steps are counted to; NaN where AdamW has not run."""
-    looks = looks_of(content, task)
-    early = looks[(looks["method"] == BASE) & (looks["step"] <= SHARE * task["steps"])]
-    return math.floor(1e-9 + 100 * early.groupby("seed")["accuracy"].max().min()) / 100 if len(early) else math.nan
-
-
-def summary(content: Row, task: Row) -> pd.DataFrame:
+def summary(looks: pd.DataFrame, target: float) -> pd.DataFrame:
     """Return a row a method: mean, least and largest of the steps to the target, and of the last accuracy and loss."""
-    looks, run = looks_of(content, task), ["method", "seed"]
-    first = looks[looks["accuracy"] >= target_of(content, task)].groupby(run)["step"].min()
+    run = ["method", "seed"]
+    first = looks[looks["accuracy"] >= target / 100].groupby(run)["step"].min()
     ended = looks.drop_duplicates(run, keep="last").set_index(run).assign(step=first).reset_index()
     words = lambda numbers: "; ".join(f"{name} {value:g}" for name, value in numbers.items())
     numbers = looks.groupby("method")["numbers"].first().map(words)
-    return by_method(ended, ("step", "accuracy", "loss")).assign(numbers=numbers)
+    return by_method(ended, ["step", "accuracy", "loss"]).assign(numbers=numbers)
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield a table a task: steps to the target, whoever wins, and what all steps lead to."""
-    for task in content["settings"]["tasks"]:
-        found, share = summary(content, task), target_of(content, task)
-        target = "the target" if math.isnan(share) else f"{share:.0%}"
-        if len(found):
-            columns = {
-                "method": found.index,
-                f"steps to {target}": ranged(found, "step", "{:.0f}".format),
-                f"× {BASE}": over_base(found, "step").map(ratio),
-                "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
-                "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
-                "loss after all steps": ranged(found, "loss", "{:.3f}".format),
-                "chosen by the search": found["numbers"],
-            }
-            yield f"{task['name']}, to {target}", pd.DataFrame(columns).reset_index(drop=True)
+    for task, looks, percent in courses(content):
+        found, target = summary(looks, percent), "the target" if math.isnan(percent) else f"{percent}%"
+        columns = {
+            "method": found.index,
+            f"steps to {target}": ranged(found, "step", "{:.0f}".format),
+            f"× {BASE}": found["step over"].map(ratio),
+            "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
+            "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
+            "loss after all steps": ranged(found, "loss", "{:.3f}".format),
+            "chosen by the search": found["numbers"],
+        }
+        yield f"{task['name']}, to {target}", pd.DataFrame(columns).reset_index(drop=True)
 
 
 def draw(content: Row, theme: Theme) -> Figure:
     """Draw a panel a task: mean test accuracy over the seeds against steps, with the range."""
-    tasks = [task for task in content["settings"]["tasks"] if len(summary(content, task))]
+    found = list(courses(content))
     words = f"{content['settings']['trials']} trials of each method beforehand; mean and range of the seeds"
-    about = [(f"{task['name']}: test accuracy", task["words"], 3.6) for task in tasks]
+    about = [(f"{task['name']}: test accuracy", task["words"], 3.6) for task, *_ in found]
     figure, axes = pictures.panels(content, words, theme, *about)
-    for task, axis in zip(tasks, axes, strict=True):
-        looks = looks_of(content, task)
-        courses = looks.pivot(index=["step", "seed"], columns="method", values="accuracy")[looks["method"].unique()]
-        pictures.curves(axis, 100 * courses, COLOURS, theme, (EXPAND, REDUCE), linewidth=1.7)
-        target = 100 * target_of(content, task)
+    for axis, (_, looks, target) in zip(axes, found, strict=True):
+        lines = looks.pivot(index=["step", "seed"], columns="method", values="accuracy")[looks["method"].unique()]
+        pictures.curves(axis, 100 * lines, COLOURS, theme, (EXPAND, REDUCE), linewidth=1.7)
         axis.axhline(target, color=theme.text, linewidth=1, linestyle=":")
         axis.set(ylim=(3 * target - 200 if target > 75 else 0, 100), ylabel="%")
     axes[0].legend(fontsize=9)

@@ -38,10 +38,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def solves(name: str) -> Iterator[Row]:
-    """Yield errors of damped solves after float32 updates beside the truncated update in float64: root and eigh.
-
-    Beside them what truncation itself costs.
-    """
+    """Yield errors of damped solves after float32 updates beside float64's, and what truncation itself costs."""
     # With the seed of the stream, right-hand sides would lie in its leading directions.
     rhs, matrix = gaussian(N, 32, seed=1), torch.zeros(N, N, dtype=torch.float64)
     exact = brandla.LowRankEigh.zeros(N, RANK, dtype=torch.float64)

@@ -7,6 +7,7 @@ from every seed.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from enum import Enum
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -40,7 +41,8 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
     """
     where = str(device.tensors)
     samples = cache(lambda task: task.data(folder, where, settings.most))
-    pairs = [pair for pair in product(settings.tasks, METHODS) if pair[1].takes_part(pair[0])]
+    wanted = lambda task, method: task.kind != method.refuses and (method.usual or task.everyone)
+    pairs = [(task, own) for task in settings.tasks for own in METHODS if own.installed and wanted(task, own)]
     count = lambda task: settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
     cost, about = lambda task, method, _: method.cost * task.cost, (settings, samples, tables)
     trials = [(task, method, point) for task, method in pairs for point in range(count(task))]
@@ -61,9 +63,9 @@ def tried(task: Task, method: Method, point: int, settings: Settings, samples: S
         given = followed(task, method, settings, tables, EXPONENTS[point])
     else:
         given = {"numbers": method.numbers(points(settings)[point]), "exponent": 0.0}
-    seed, limited = settings.search_seed, replace(task, steps=most, seconds=task.seconds / 3)
-    trainer = trainer_of(task, method, given["numbers"], samples, settings, seed)
-    return [given | train(trainer, limited, samples(task)[2:], seed, settings)]
+    seed, limited, parts = settings.search_seed, replace(task, steps=most, seconds=task.seconds / 3), samples(task)
+    trainer = method.trainer(task.model(parts.training.images, seed), given["numbers"], settings, task, seed)
+    return [given | train(trainer, limited, parts[2:], seed, settings)]
 
 
 def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
@@ -83,10 +85,7 @@ def followed(task: Task, method: Method, settings: Settings, tables: Tables, exp
 
 
 def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Row:
-    """Return the numbers of the best trial: the fewest steps to the target, else the best score at the end.
-
-    A task without trials has those of the one that it follows.
-    """
+    """Return the numbers of the trial with the fewest steps, else the best score, or those of the task it follows."""
     sign = 1 if task.network.by_loss else -1
     failed = lambda row: row["failure"] is not None
     order = lambda row: (failed(row), row["step"] or math.inf, 0 if failed(row) else sign * row["score"])
@@ -97,17 +96,11 @@ def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Ro
 # --- The runs
 
 
-def trainer_of(task: Task, method: Method, numbers: Row, samples: Samples, settings: Settings, seed: int) -> Any:
-    """Return the network of a seed with what trains it by these numbers."""
-    inputs = samples(task).training.images
-    return method.trainer(task.model(inputs.shape[1], str(inputs.device), seed), numbers, settings, task, seed)
-
-
 def measured(task: Task, method: Method, seed: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
     """Return a run with the numbers of the best trial, and the bytes that it keeps beside weights and gradients."""
-    numbers = chosen(task, method, settings, tables)["numbers"]
-    trainer = trainer_of(task, method, numbers, samples, settings, seed)
-    return [{"numbers": numbers} | train(trainer, task, samples(task)[:2], seed, settings) | kept_bytes(trainer)]
+    numbers, parts = chosen(task, method, settings, tables)["numbers"], samples(task)
+    trainer = method.trainer(task.model(parts.training.images, seed), numbers, settings, task, seed)
+    return [{"numbers": numbers} | train(trainer, task, parts[:2], seed, settings) | kept_bytes(trainer)]
 
 
 def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, settings: Settings) -> Row:
@@ -118,14 +111,9 @@ def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, setti
     looks = [settings.look_after]
     while looks[-1] < task.steps:
         looks.append(max(looks[-1] + 1, round(looks[-1] * (1 + settings.look_every))))
-    run = follow(
-        trainer,
-        data.batches(parts[0], task.batch, task.steps, seed),
-        lambda model: {"score": task.score(model, parts[1])},
-        {*looks, task.steps},
-        task.seconds,
-        lambda look: task.reached(look["score"]),
-    )
+    judge, done = lambda model: {"score": task.score(model, parts[1])}, lambda look: task.reached(look["score"])
+    batches = data.batches(parts[0], task.batch, task.steps, seed)
+    run = follow(trainer, batches, judge, {*looks, task.steps}, task.seconds, done)
     took, last = run["milliseconds"], (run["evaluations"] or [{"score": None}])[-1]
     arrived = run["failure"] is None and task.reached(last["score"])
     return {
@@ -146,9 +134,6 @@ def kept_bytes(trainer: Trainer) -> Row:
     return {"factor_bytes": factors, "optimizer_bytes": kept}
 
 
-# --- The cost of a step
-
-
 def cost_of(width: int, method: Method, settings: Settings, where: str) -> Iterator[Row]:
     """Yield the milliseconds of a step of an MLP: that of one that renews, of the others, and the mean of a period.
 
@@ -157,14 +142,14 @@ def cost_of(width: int, method: Method, settings: Settings, where: str) -> Itera
     task = Task("", "mlp", width, width // 8, 0, 0, 0)
     period = getattr(settings, method.renews) if method.renews else 1
     often = replace(settings, **({method.renews: 2} if method.renews else {}))
-    trainer = method.trainer(task.model(PIXELS, where, 0), method.numbers([0.5] * 3), often, task, 0)
+    images = torch.randn(task.batch, PIXELS, generator=torch.Generator().manual_seed(0)).to(where)
+    trainer = method.trainer(task.model(images, 0), method.numbers([0.5] * 3), often, task, 0)
     if method.name == "SOAP":
         # It begins with eigendecompositions, which are not repeated.
         for weight in (weight for weight in trainer.model.parameters() if weight.ndim == 2):
             bases = [torch.eye(n, device=where) for n in weight.shape]
             trainer.optimizer.state[weight] |= {"bases": bases, "mean": torch.zeros_like(weight)}
-    images = torch.randn(task.batch, PIXELS, generator=torch.Generator().manual_seed(0))
-    batch, times = Split(images.to(where), torch.arange(task.batch).to(where) % 10), []
+    batch, times = Split(images, torch.arange(task.batch).to(where) % 10), []
     while len(times) < LEAST or (len(times) < MOST and sum(times) < 1e3 * settings.cost_seconds):
         times.append(timed(partial(trainer.step, batch), where)[1])
     # Which of two steps renews depends on the method.
@@ -174,6 +159,7 @@ def cost_of(width: int, method: Method, settings: Settings, where: str) -> Itera
 
 
 STUDY = Study("kfac-study", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown)
+Kinds = Enum("Kinds", {kind: kind for kind in KINDS})
 app = application(__doc__)
 
 
@@ -183,22 +169,19 @@ def main(
     full: Full = False,
     resume: Resume = False,
     out: Out = None,
-    only: Annotated[str | None, typer.Option(help=f"These networks alone: {', '.join(KINDS)}.")] = None,
+    only: Annotated[Kinds | None, typer.Option(help="These networks alone.")] = None,
     folder: Annotated[Path, typer.Option("--data", help="Folder of Fashion-MNIST's four files.")] = FOLDER,
 ) -> None:
     """Take the tasks that are wanted, with the images that they need."""
-    kinds, sizes = {only} if only else {*KINDS}, STUDY.sizes
-    if not kinds <= {*KINDS}:
-        message = f"no networks are called {only!r}: name one of {', '.join(KINDS)}"
-        raise typer.BadParameter(message, param_hint="--only")
+    sizes = STUDY.sizes
     if only:
-        of_kind = lambda of: replace(of, tasks=tuple(task for task in of.tasks if task.kind == only), widths=())
+        of_kind = lambda of: replace(of, tasks=tuple(task for task in of.tasks if task.kind == only.value), widths=())
         sizes = {name: of_kind(of) for name, of in sizes.items()}
     for method in METHODS:
         if not method.installed:
             typer.echo(f"{method.name} is left out: it is not installed")
     try:
-        if any(KINDS[kind].load is garments for kind in kinds):
+        if any(KINDS[kind.value].load is garments for kind in ([only] if only else Kinds)):
             check(folder)
         conduct(replace(STUDY, sizes=sizes, pieces=partial(pieces, folder=folder)), quick, full, resume, out)
     except UnusableError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,14 +15,12 @@ from torch.optim import SGD, AdamW
 
 from bench.frame.samples import friedman, garments, parted, text
 from bench.studies.networks import Graph, Transformer, conv, two_hidden
-from bench.studies.peers import SOAP, Maker, Muon, Shampoo, maker
-from brandla.demo.data import Parts, Split, mlp, seeded
+from bench.studies.peers import SOAP, Maker, Muon, Shampoo
+from brandla.demo.data import Parts, Split, seeded
 from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
 Numbers = dict[str, float]
-# Of SINGD, which has β to search in its place.
-DECAY = 0.95
 # A task that follows another of width w₀ tries its rate times (w₀ / width) to these powers.
 EXPONENTS = (0.0, 0.5, 1.0)
 
@@ -43,13 +42,7 @@ KINDS = {
     "conv": Kind(conv),
     "graph": Kind(Graph),
     "transformer": Kind(Transformer, lambda _: parted(*text()), 100, by_loss=True, sharing="expand"),
-    "regression": Kind(
-        lambda inputs, width: mlp(inputs, width, width, 1),
-        lambda _: parted(*friedman()),
-        2000,
-        by_loss=True,
-        loss=F.mse_loss,
-    ),
+    "regression": Kind(partial(two_hidden, outputs=1), lambda _: parted(*friedman()), 2000, True, F.mse_loss),
 }
 
 
@@ -80,9 +73,9 @@ class Task:
         whole = zip(self.network.load(folder), (most, judged, most, judged), strict=True)
         return Parts(*(Split(*(tensor[:limit].to(device) for tensor in part)) for part, limit in whole))
 
-    def model(self, inputs: int, device: str, seed: int) -> nn.Module:
-        """Return the network for samples of so many numbers, initialised from a seed."""
-        return seeded(seed, self.network.make, inputs, self.width).to(device)
+    def model(self, like: Tensor, seed: int) -> nn.Module:
+        """Return the network for such samples, initialised from a seed."""
+        return seeded(seed, self.network.make, like.shape[1], self.width).to(like.device)
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split) -> float:
@@ -196,9 +189,6 @@ class Method:
     def installed(self) -> bool:
         return util.find_spec(self.package) is not None
 
-    def takes_part(self, task: Task) -> bool:
-        return self.installed and task.kind != self.refuses and (self.usual or task.everyone)
-
     def numbers(self, point: list[float]) -> Numbers:
         """Return the numbers at a point of the unit cube."""
         return spread(self.ranges, point)
@@ -207,28 +197,23 @@ class Method:
         loss = task.network.loss
         if self.name in OPTIMIZERS:
             return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
-        plain = SGD(model.parameters(), numbers["rate"])
-        damping, weight = numbers["damping"], numbers.get("1 − ρ", 1 - DECAY)
+        # SINGD searches β in the place of ρ.
+        rate, damping, weight = numbers["rate"], numbers["damping"], numbers.get("1 − ρ", 0.05)
         if self.name not in STRATEGIES:
-            return Maker(model, plain, maker(model, task.batch, settings.renew_every, damping, weight), loss)
-        strategy, sharing = STRATEGIES[self.name](settings, numbers), task.network.sharing
-        options = {"clip": settings.clip, "decay": 1 - weight, "sharing": sharing, "seed": seed}
-        return Trainer(model, plain, KFAC(model, strategy, damping=damping, **options), loss)
+            return Maker(model, rate, loss, task.batch, settings.renew_every, damping, weight)
+        options = {"clip": settings.clip, "decay": 1 - weight, "sharing": task.network.sharing, "seed": seed}
+        kfac = KFAC(model, STRATEGIES[self.name](settings, numbers), damping=damping, **options)
+        return Trainer(model, SGD(model.parameters(), rate), kfac, loss)
 
 
 def spread(ranges: dict[str, tuple[float, float]], point: list[float]) -> Numbers:
     """Return the numbers at a point of the unit cube, each evenly in the logarithm between the ends of its range."""
-    return {
-        name: float(f"{low * (high / low) ** part:.3g}")
-        for part, (name, (low, high)) in zip(point, ranges.items(), strict=True)
-    }
+    parts = zip(point, ranges.items(), strict=True)
+    return {name: float(f"{low * (high / low) ** part:.3g}") for part, (name, (low, high)) in parts}
 
 
 def points(settings: Settings) -> list[list[float]]:
-    """Return the points of the unit cube at which every method is tried: a Latin hypercube.
-
-    The coordinates of each one number fall one into each of as many equal parts as there are points.
-    """
+    """Return the points of a Latin hypercube at which every method is tried: each number has one in each equal part."""
     return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()
 
 
@@ -258,6 +243,8 @@ KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
 ASDL_RANGES = {"rate": (0.003, 0.1), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 PACE, EXTRA = "renew_every", {"usual": False, "priced": False}
+# It cannot train the Linear layer inside torch's attention.
+OF_PACKAGE = "K-FAC of that package, inverses every {renew_every} steps, without a clip"
 METHODS = (
     Method("SGD", "with momentum", 4, SGD_RANGES),
     Method("AdamW", "β₂ 0.999", 5, ADAM_RANGES),
@@ -273,10 +260,5 @@ METHODS = (
     Method("SRE-KFAC", '`Randomized`, `"eigh"`, every {renew_every} steps', 17, KFAC_RANGES, **EXTRA),
     Method("B-R-KFAC", "`BrandRandomized`, overwritten every {overwrite_every} steps", 34, KFAC_RANGES, **EXTRA),
     Method("B-KFAC-C", "`BrandCorrected`, corrected every {renew_every} steps", 41, KFAC_RANGES, **EXTRA),
-    Method(
-        *("asdfghjkl", "K-FAC of that package, inverses every {renew_every} steps, without a clip", 30, ASDL_RANGES),
-        priced=False,
-        package="asdl",
-        refuses="transformer",  # the Linear layer inside torch's attention
-    ),
+    Method("asdfghjkl", OF_PACKAGE, 30, ASDL_RANGES, priced=False, package="asdl", refuses="transformer"),
 )

@@ -1,7 +1,7 @@
 """What the study of K-FAC shows of its result file: an answer, tables, and pictures."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -22,47 +22,45 @@ OWN = list(STRATEGIES)
 IN_README = ["SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketched"]
 
 
-def by_method(runs: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
-    """Return a row a method: mean, least and largest of each figure, the runs, and those that reached the target."""
+def by_method(runs: pd.DataFrame, parts: list[str]) -> pd.DataFrame:
+    """Return a row a method: mean, least and largest of each figure, the runs, and those that reached the target.
+
+    Where all did, the mean is there once more as "whole", and "over" that of AdamW.
+    """
     by = runs.astype(dict.fromkeys(parts, float)).groupby("method", sort=False)
-    found = pd.concat([by[part].agg(["mean", "min", "max"]).add_prefix(f"{part} ") for part in parts], axis=1)
-    return found.assign(runs=by.size(), reached=by["step"].count())
+    found = by[parts].agg(["mean", "min", "max"])
+    found = found.set_axis(map(" ".join, found), axis=1).assign(runs=by.size(), reached=by["step"].count())
+    for part in parts:
+        whole = found[f"{part} mean"].where(found["reached"] == found["runs"])
+        found[f"{part} whole"], found[f"{part} over"] = whole, whole / whole.get(BASE, math.nan)
+    return found
 
 
 def summaries(content: Row) -> dict[Task, pd.DataFrame]:
-    """Return of each task that has runs a row a method, with what it keeps besides weights and gradients."""
-    found = {}
+    """Return of each task with runs a row a method, with what it keeps, and in words what it takes to the target."""
+    summary = {}
     for task in (Task(**row) for row in content["settings"]["tasks"]):
         runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])
         if len(runs):
             kept = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
             # The package does not tell what its factors take.
             kept[kept.index == "asdfghjkl"] = math.nan
-            found[task] = in_order(by_method(runs, ("step", "seconds", "milliseconds")).assign(bytes=kept))
-    return found
+            found = in_order(by_method(runs, ["step", "seconds", "milliseconds"]).assign(bytes=kept))
+            taken = found["step whole"].map("{:.0f} steps, ".format) + found["seconds whole"].map(spelled) + " s"
+            summary[task] = found.assign(taken=taken.where(found["step whole"].notna(), NOTHING))
+    return summary
 
 
 def in_order(found: pd.DataFrame) -> pd.DataFrame:
     return found.reindex([method.name for method in METHODS if method.name in found.index])
 
 
-def whole(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the methods all of whose runs reached the target."""
-    return found[found["reached"] == found["runs"]]
-
-
-def over_base(found: pd.DataFrame, part: str) -> pd.Series:
-    """Return means over that of AdamW, where every run of both reached the target."""
-    means = whole(found)[f"{part} mean"].reindex(found.index)
-    return means / means.get(BASE, math.nan)
-
-
 def means(content: Row) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return steps and seconds over AdamW's, where every run of both arrived; and their geometric means by method."""
-    parts = ("step", "seconds")
-    over = [pd.DataFrame({part: over_base(found, part) for part in parts}) for found in summaries(content).values()]
-    own = pd.concat(over).dropna() if over else pd.DataFrame(columns=parts)
-    by = np.log(own.astype(float)).groupby(level=0)
+    parts = {"step over": "step", "seconds over": "seconds"}
+    own = pd.concat([pd.DataFrame(columns=[*parts], dtype=float), *summaries(content).values()])
+    own = own[[*parts]].rename(columns=parts).dropna()
+    by = np.log(own).groupby(level=0)
     return own, in_order(np.exp(by.mean()).assign(tasks=by.size()))
 
 
@@ -85,9 +83,9 @@ def cells_of(found: pd.DataFrame) -> pd.DataFrame:
     columns = {
         "method": found.index,
         "steps": ranged(found, "step", "{:.0f}".format),
-        f"steps × {BASE}": over_base(found, "step").map(ratio),
+        f"steps × {BASE}": found["step over"].map(ratio),
         "seconds": ranged(found, "seconds", spelled),
-        f"seconds × {BASE}": over_base(found, "seconds").map(ratio),
+        f"seconds × {BASE}": found["seconds over"].map(ratio),
         "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
         "ms per step": ranged(found, "milliseconds", spelled),
         "kept, MB": (found["bytes"] / 1e6).astype(object).map(spelled, "ignore").fillna(NOTHING),
@@ -99,20 +97,13 @@ def winners(content: Row) -> pd.DataFrame:
     """Return for each task who takes the fewest steps and the fewest seconds, of those that always arrive."""
     rows = []
     for task, found in summaries(content).items():
-        if len(arrived := whole(found)):
+        if found["step whole"].notna().any():
             row = {"task": f"{task.name}, to {task.goal}"}
             for words, part in (("steps", "step"), ("seconds", "seconds")):
-                best = arrived[f"{part} mean"].idxmin()
-                row |= {f"fewest {words}": best, words: taken(found, best)}
-            rows.append(row | {BASE: taken(found, BASE)})
+                best = found[f"{part} whole"].idxmin()
+                row |= {f"fewest {words}": best, words: found["taken"][best]}
+            rows.append(row | {BASE: found["taken"].get(BASE, NOTHING)})
     return pd.DataFrame(rows)
-
-
-def taken(found: pd.DataFrame, name: str) -> str:
-    """Return what a method takes to the target in words, if all its runs arrive."""
-    if name not in whole(found).index:
-        return NOTHING
-    return f"{found.loc[name, 'step mean']:.0f} steps, {spelled(found.loc[name, 'seconds mean'])} s"
 
 
 def costs(content: Row) -> pd.DataFrame:
@@ -163,9 +154,8 @@ def by_width(content: Row) -> dict[Task, pd.DataFrame]:
 
 def readme(content: Row) -> pd.DataFrame:
     """Return what some methods take to the target, by the width of an MLP."""
-    taken_in = lambda found: [taken(found, name) for name in IN_README]
-    cells = {f"width {task.width}": taken_in(found) for task, found in by_width(content).items()}
-    return pd.DataFrame({"method": IN_README} | cells)
+    cells = {f"width {task.width}": found["taken"] for task, found in by_width(content).items()}
+    return pd.DataFrame(cells, IN_README).fillna(NOTHING).reset_index(names="method")
 
 
 # --- Pictures
@@ -208,8 +198,8 @@ def draw_widths(content: Row, theme: Theme) -> Figure:
     """Draw steps and seconds of MLPs to their target against the width, of the methods that always arrive."""
     found = by_width(content)
     goal = next(iter(found)).goal if found else ""
-    means = lambda part: pd.DataFrame({task.width: whole(own)[f"{part} mean"] for task, own in found.items()})
-    steps, seconds = (means(part).reindex(IN_README) for part in ("step", "seconds"))
+    by = lambda part: pd.DataFrame({task.width: own[f"{part} whole"] for task, own in found.items()}).reindex(IN_README)
+    steps, seconds = by("step"), by("seconds")
     panels = (f"Steps to {goal}", 3.6, steps, "steps"), (f"Seconds to {goal}", 4.2, seconds, "seconds")
     return _against_width(content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme, *panels)
 

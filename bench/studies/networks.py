@@ -16,9 +16,9 @@ PATCHES, HEADS, LAYERS = 4, 4, 2  # patches along a side
 NEIGHBOURS = 8
 
 
-def two_hidden(inputs: int, width: int) -> nn.Sequential:
-    """Return the MLP inputs-width-width-10."""
-    return mlp(inputs, width, width, CLASSES)
+def two_hidden(inputs: int, width: int, outputs: int = CLASSES) -> nn.Sequential:
+    """Return the MLP inputs-width-width-outputs."""
+    return mlp(inputs, width, width, outputs)
 
 
 def conv(pixels: int, channels: int) -> nn.Sequential:

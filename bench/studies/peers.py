@@ -4,11 +4,11 @@ A weight is a matrix, of convolutions with its windows as columns; vectors are t
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from brandla.demo.data import Split
 
 EPS = 1e-8
 State = dict[str, Any]
-Parameters = Iterable[nn.Parameter]
-OfMatrix = Callable[[State, Tensor, State], Tensor]
 
 
 class Matrices(torch.optim.Optimizer):
@@ -27,8 +25,8 @@ class Matrices(torch.optim.Optimizer):
     ``of_matrix`` returns the step of a matrix, at rate 1, from its state, its gradient and the options.
     """
 
-    def __init__(self, of_matrix: OfMatrix, parameters: Parameters, rate, betas, decay: float, every: int = 1) -> None:
-        super().__init__(parameters, {"lr": rate, "betas": betas, "weight_decay": decay, "every": every})
+    def __init__(self, of_matrix: Callable[[State, Tensor, State], Tensor], weights, rate, betas, decay, every=1):
+        super().__init__(weights, {"lr": rate, "betas": betas, "weight_decay": decay, "every": every})
         self.of_matrix = of_matrix
 
     @torch.no_grad()
@@ -91,39 +89,30 @@ def muon(state: State, gradient: Tensor, group: State) -> Tensor:
 
 # From their papers, arXiv 1802.09568 and 2409.11321; and ``torch.optim.Muon`` at the length of AdamW's steps.
 Shampoo, SOAP = partial(Matrices, shampoo), partial(Matrices, soap)
-Muon = lambda parameters, rate, momentum, decay: Matrices(muon, parameters, rate, (momentum, 0.999), decay)
+Muon = lambda weights, rate, momentum, decay: Matrices(muon, weights, rate, (momentum, 0.999), decay)
 
 
-def unsaid(kind: type[Warning]) -> warnings.catch_warnings:
-    return warnings.catch_warnings(action="ignore", category=kind)
+class Maker:
+    """A model whose gradients are preconditioned as they are taken, by K-FAC with the empirical Fisher of asdfghjkl."""
 
+    preconditioner = None
 
-def maker(model: nn.Module, batch: int, period: int, damping: float, weight: float) -> Any:
-    """Return what takes gradients, preconditioned by K-FAC with the empirical Fisher, of the package ``asdfghjkl``."""
-    with unsaid(DeprecationWarning):
-        import asdl
-        from asdl.precondition import natural_gradient
+    def __init__(self, model: nn.Module, rate: float, loss, batch: int, period: int, damping: float, weight: float):
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            import asdl
+            from asdl.precondition import natural_gradient
 
-    if not torch.backends.cuda.is_built():
-        # Its named ranges ask for a CUDA build of torch.
-        natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
-    every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
-    config = asdl.PreconditioningConfig(data_size=batch, damping=damping, ema_decay=weight, **every)
-    return asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
-
-
-class Maker(NamedTuple):
-    """A model whose gradients are preconditioned by asdfghjkl as they are taken, with its optimizer."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    maker: Any
-    loss: Callable[[Tensor, Tensor], Tensor]
-    preconditioner: None = None
+        if not torch.backends.cuda.is_built():
+            # Its named ranges ask for a CUDA build of torch.
+            natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
+        every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
+        config = asdl.PreconditioningConfig(data_size=batch, damping=damping, ema_decay=weight, **every)
+        self.model, self.optimizer, self.loss = model, torch.optim.SGD(model.parameters(), rate), loss
+        self.maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp")
 
     def step(self, batch: Split) -> None:
         self.optimizer.zero_grad()
-        with unsaid(FutureWarning):
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             outputs = self.maker.setup_model_call(self.model, batch.images)
             self.maker.setup_loss_call(self.loss, outputs, batch.labels)
             self.maker.forward_and_backward()

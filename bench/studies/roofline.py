@@ -5,7 +5,6 @@ everywhere on inputs that are no longer in the cache when their turn comes.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 
 import pandas as pd
@@ -19,18 +18,7 @@ from bench.gpu.cases import FULL, TOY, Case, Sizes
 from bench.gpu.device import MOST_SETS, Ceilings, Device, measure, replayed
 from brandla_kernels import OPS
 
-USUAL = replace(
-    FULL,
-    copy=2**28,
-    product=2048,
-    rows=(16384, 4096),
-    ranks=(256, 64, 8),
-    other_dtypes=(4096, 64),
-    most_square=4096,
-    width=1024,
-    cores=8,
-    seconds=0.3,
-)
+USUAL = Sizes(2**28, 2048, (16384, 4096), (256, 64, 8), FULL.uneven, (4096, 64), 4096, width=1024, cores=8, seconds=0.3)
 
 
 def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
@@ -79,9 +67,6 @@ def measured(
         return row
     ratio = timing.ratio(times["torch"], times["op"]).value
     return row | {"× torch": ratio, "torch_error": torch_error, "timed_by": how}
-
-
-# --- Tables
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:

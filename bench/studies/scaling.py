@@ -27,30 +27,36 @@ from brandla_kernels import OPS
 
 REFERENCE = "GEMMs of an update"
 PCA = "svd_append, centred"
-# Methods by the sizes that they are measured at, those of a power of n: that of the time, but for a centred
-# decomposition, which goes as far as scikit-learn's. All others from 2 on work on a dense matrix.
+
+
+def gram_ema(shape: Shape, device: Device) -> Task:
+    """Return the update of a dense n × n moment."""
+    case = cases.Case("gram_ema_", *shape[:3], shape.n, 1)
+    judge = lambda _: Judgement(cases.check(case, device)[0], cases.allowed(case))
+    return Task(OPS["gram_ema_"], cases.operands(case, device), judge, cases.work(case))
+
+
+# Of each method the power of n that its time grows with, which says at what sizes it is measured, its task, and whose
+# way that is. A centred decomposition goes as far as scikit-learn's. All others from 2 on work on a dense matrix, which
+# others are given for nothing.
 METHODS = {
-    **dict.fromkeys((*UPDATES, "damped_solve", "kron_damped_solve, pair"), 1),
-    **dict.fromkeys(("gram_ema_", "randomized_eigh", "torch.svd_lowrank", PCA, INCREMENTAL), 2),
-    **dict.fromkeys(("Cholesky solve", "torch.linalg.eigh"), 3),
+    **{name: (1, TASKS[name].task, BRANDLA) for name in (*UPDATES, "damped_solve")},
+    "kron_damped_solve, pair": (1, partial(kron, pair=True, square=True), BRANDLA),
+    "gram_ema_": (2, gram_ema, BRANDLA),
+    "randomized_eigh": (2, TASKS["randomized_eigh"].task, BRANDLA),
+    "torch.svd_lowrank": (2, TASKS["randomized_eigh"].task, "torch.svd_lowrank"),
+    PCA: (2, TASKS[PCA].task, BRANDLA),
+    INCREMENTAL: (2, TASKS[PCA].task, INCREMENTAL),
+    "Cholesky solve": (3, TASKS["damped_solve"].task, CHOLESKY),
+    "torch.linalg.eigh": (3, TASKS["randomized_eigh"].task, "torch.linalg.eigh"),
 }
-TALL = [name for name, power in METHODS.items() if power == 1]
-# Other people's ways: the task, and the name there. The dense matrix is handed to them for nothing.
-OTHERS = {
-    INCREMENTAL: (PCA, INCREMENTAL),
-    "torch.svd_lowrank": ("randomized_eigh", "torch.svd_lowrank"),
-    "torch.linalg.eigh": ("randomized_eigh", "torch.linalg.eigh"),
-    "Cholesky solve": ("damped_solve", CHOLESKY),
-}
+TALL = [name for name, (power, *_) in METHODS.items() if power == 1]
 Three = tuple[int, int, int]  # n rows, rank r, k new columns or right-hand sides
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run measures: the n of each kind of method, and for growth with r and with k the sizes they share.
-
-    An update meets at least half as many columns as its rank.
-    """
+    """What a run measures: the n of each kind of method, and for growth with r and with k the sizes they share."""
 
     n: dict[int, tuple[int, ...]]  # by the power of n that the time grows with
     with_n: Three
@@ -68,6 +74,7 @@ def _doubling(first: int, last: int, between: bool = False) -> tuple[int, ...]:
     return tuple(sorted(sizes + ([size * 3 // 2 for size in sizes[:-1]] if between else [])))
 
 
+# An update meets at least half as many columns as its rank.
 USUAL = Sizes(
     n={1: _doubling(1024, 65536, True), 2: _doubling(1024, 8192, True), 3: _doubling(512, 4096, True)},
     with_n=(0, 128, 64),
@@ -95,25 +102,18 @@ TOY = Sizes(SMALL, (0, 8, 8), (4, 8), (96, 0, 8), (4, 8), (96, 8, 0), dense=64, 
 # --- Time and memory at a size
 
 
-def gram_ema(shape: Shape, device: Device) -> Task:
-    """Return the update of a dense n × n moment."""
-    case = cases.Case("gram_ema_", *shape[:3], shape.n, 1)
-    judge = lambda _: Judgement(cases.check(case, device)[0], cases.allowed(case))
-    return Task(OPS["gram_ema_"], cases.operands(case, device), judge, cases.work(case))
-
-
 def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
     """Yield the study in pieces, one for each size."""
 
     def piece(axis: str, value: int, names: Sequence[str], **other: int) -> Piece:
         size = dict(zip("nrk", getattr(sizes, f"with_{axis}"), strict=True)) | {axis: value} | other
-        flops = sum(size["n"] ** METHODS[name] for name in names if name not in TALL)
+        flops = sum(size["n"] ** METHODS[name][0] for name in names if name not in TALL)
         seconds = 6 * flops / 2e10 + 1.5 * sizes.seconds * len(names) + size["n"] / 2e4
         call = partial(measured, Shape(**size), names, sizes.seconds, device)
         return Piece("rows", {"axis": axis, **size}, call, seconds, len(names))
 
     for n in sorted(set().union(*sizes.n.values())):
-        yield piece("n", n, [name for name, power in METHODS.items() if n in sizes.n[power]])
+        yield piece("n", n, [name for name, (power, *_) in METHODS.items() if n in sizes.n[power]])
     for r in sizes.r:
         yield piece("r", r, TALL)
         yield piece("r", r, ["randomized_eigh"], n=sizes.dense)
@@ -124,11 +124,8 @@ def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
 def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
     floor = update_floor(steady("eigh_update", *shape[:3], device=device.tensors))
-    # Of two-sided solves the task is that of two sides of n rows.
-    own = {"kron_damped_solve, pair": partial(kron, pair=True, square=True), "gram_ema_": gram_ema}
-    tasks = cache(lambda name: (own[name] if name in own else TASKS[name].task)(shape, device))
-    asked = {name: OTHERS.get(name, (name, BRANDLA)) for name in names}
-    calls = {name: tasks(task).call(by) for name, (task, by) in asked.items()}
+    made = cache(lambda task: task(shape, device))
+    calls = {name: made(task).call(by) for name, (_, task, by) in METHODS.items() if name in names}
     for name, call in calls.items():
         check(name, call)
     tall = [name for name in names if name in TALL]
@@ -149,7 +146,6 @@ def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device)
 
 # --- Exponents and tables
 
-FEWEST_SIZES = 3
 LARGER = "larger half"
 
 
@@ -168,7 +164,7 @@ def exponents(tables: Tables) -> Tables:
             for quantity in ("time", "memory"):
                 # NumPy's memory is not measured.
                 known = part[part[quantity] > 0]
-                if len(known) >= FEWEST_SIZES:
+                if len(known) >= 3:
                     sizes = known[axis].tolist()
                     about = {"axis": axis, "method": method, "quantity": quantity, "window": window, "sizes": sizes}
                     fits.append(about | {"exponent": timing.slope(sizes, known[quantity].tolist())})
@@ -234,14 +230,8 @@ def table(content: Row) -> pd.DataFrame:
 
 # What a picture shows; the tables have the rest.
 SHOWN = (
-    "root_update",
-    "eigh_update",
-    "damped_solve",
-    PCA,
-    INCREMENTAL,
-    "torch.svd_lowrank",
-    "Cholesky solve",
-    "torch.linalg.eigh",
+    *("root_update", "eigh_update", "damped_solve", PCA, INCREMENTAL),
+    *("torch.svd_lowrank", "Cholesky solve", "torch.linalg.eigh"),
 )
 COLOURS = dict(zip(SHOWN, pictures.PALETTE, strict=False))
 

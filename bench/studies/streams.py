@@ -79,44 +79,38 @@ FAMILIES = {
 # --- Losses, form and the error bound
 
 
-def appended(svd: brandla.LowRankSVD, columns: Tensor, decay: float, weight: float) -> brandla.LowRankSVD:
-    """Update the SVD of a panel P whose P Pᵀ is the matrix of the other updates."""
-    return brandla.svd_append(svd, columns * weight**0.5, decay=decay**0.5)
-
-
-def factor_of(value: Any) -> Any:
-    """Return what a tracked value holds, or U diag(S²) Uᵀ of an SVD."""
-    is_svd = isinstance(value, brandla.LowRankSVD)
-    return brandla.LowRankEigh(value.S.double().square(), value.U) if is_svd else value.lowrank
-
-
 def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
     """Yield a row for each update of a family, all run beside M in float64; ten looks at errors and bounds."""
     family = FAMILIES[name]
     family = replace(family, steps=min(family.steps, 30)) if quick else family
     n, r, kind, eps = family.n, family.r, DTYPES[dtype], torch.finfo(DTYPES[dtype]).eps
-    updates = {update: function for update, (function, _) in UPDATES.items()}
-    held: dict[str, Any] = {update: brandla.track(of.zeros(n, r, dtype=kind)) for update, (_, of) in UPDATES.items()}
-    if family.steps <= 100:
-        updates["svd_append"], held["svd_append"] = appended, brandla.LowRankSVD.zeros(n, 0, r, dtype=kind)
+    held = {update: brandla.track(of.zeros(n, r, dtype=kind)) for update, (_, of) in UPDATES.items()}
+    factors: dict[str, Any] = dict(held)
+    # Of a panel P whose P Pᵀ is the matrix of the updates.
+    svd = brandla.LowRankSVD.zeros(n, 0, r, dtype=kind) if family.steps <= 100 else None
     matrix = truncated = torch.zeros(n, n, dtype=torch.float64)
-    rounding, defects, looks = 0.0, dict.fromkeys(held, 0.0), {update: [] for update in UPDATES}
+    rounding, defects, looks = 0.0, {}, {update: [] for update in UPDATES}
     for step, columns in enumerate(family.batches(kind), 1):
         matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
         truncated = oracles.truncated_update(truncated, columns, r, DECAY, WEIGHT)
         size = oracles.spectral_norm(matrix)
         # Of each update in units of ε, which decays as everything before it does.
         rounding = DECAY * rounding + ROUNDING * size
-        for update, function in updates.items():
+        for update, (function, _) in UPDATES.items():
             held[update] = value = function(held[update], columns, decay=DECAY, weight=WEIGHT)
-            defects[update] = max(defects[update], defect(factor_of(value)) / eps)
-            if update in looks and (step % max(family.steps // 10, 1) == 0 or step == family.steps):
+            factors[update] = value.lowrank
+            if step % max(family.steps // 10, 1) == 0 or step == family.steps:
                 error, bound = oracles.spectral_norm(matrix - dense(value.lowrank)), float(value.error_bound)
                 # The bound need not cover rounding.
                 looks[update].append((error, bound, error <= bound + eps * rounding, (error - bound) / (eps * size)))
-    for update, value in held.items():
+        if svd:
+            svd = brandla.svd_append(svd, columns * WEIGHT**0.5, decay=DECAY**0.5)
+            factors["svd_append"] = brandla.LowRankEigh(svd.S.double().square(), svd.U)
+        for update, factor in factors.items():
+            defects[update] = max(defects.get(update, 0.0), defect(factor) / eps)
+    for update, factor in factors.items():
         row = {"update": update, **family.about, "steps": family.steps}
-        row |= lost(matrix, truncated, dense(factor_of(value)), r, eps) | {"defect_over_eps": defects[update]}
+        row |= lost(matrix, truncated, dense(factor), r, eps) | {"defect_over_eps": defects[update]}
         if update in looks:
             errors, bounds, holds, above = zip(*looks[update], strict=True)
             row |= {"error": errors[-1], "bound": bounds[-1], "bound_over_error": bounds[-1] / max(errors[-1], 1e-300)}
@@ -146,8 +140,6 @@ def dense(factor: Any) -> Tensor:
     return type(factor)(*(part.double() for part in factor)).dense()
 
 
-# --- Drift over many updates
-
 DRIFTING = ("slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated")
 MANY, EVERY, POOL = 10_000, 20, 300
 MARKS = (100, 1000, 3000, 10_000)
@@ -174,9 +166,6 @@ def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
     svd = reduce(append, family.batches(torch.float32), brandla.LowRankSVD.zeros(family.n, 0, family.r))
     off = orthonormality(svd.Vh.mT) / torch.finfo(torch.float32).eps
     yield {**family.about, "calls": family.steps, "defect_over_eps": off}
-
-
-# --- A stream that dies out
 
 
 def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]:
