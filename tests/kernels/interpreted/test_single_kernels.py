@@ -40,13 +40,6 @@ def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
 # --- damped_inverse: the small problem beside the projection, and what must not spread
 
 
-def negative_inverse(gram, damping, device):
-    """Return Z for S, as Y − V of U = V = I and β = 1."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=device).expand_as(gram)
-    shift = (torch.full(gram.shape[:-2], number, dtype=gram.dtype, device=device) for number in (damping, 1 - damping))
-    return (OPS["damped_inverse"](identity, gram.to(device), *shift, identity) - identity).cpu()
-
-
 # Around the blocks of 16 columns, and the tiles of 64 rows.
 @pytest.mark.parametrize(
     ("order", "damping", "dtype"),
@@ -60,7 +53,10 @@ def test_sweeps_invert_as_well_as_a_factorisation(order, damping, dtype, device)
     gram = oracles.symmetrised((turn * torch.logspace(0, -9, order, dtype=torch.float64)) @ turn.mT).to(dtype)
     damped = gram + damping * torch.eye(order, dtype=torch.float64)
     expected = -torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    found = negative_inverse(gram, damping, device).double()
+    # Z for S, as Y − V of U = V = I and β = 1.
+    identity = torch.eye(order, dtype=dtype, device=device)
+    shift = identity.new_tensor([damping, 1 - damping])
+    found = (OPS["damped_inverse"](identity, gram.to(device), *shift, identity) - identity).cpu().double()
     allowed = 8 * order**0.5 * eps * float(torch.linalg.cond(damped)) * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
     # The residual is that of a backward stable method, not κ times it.
