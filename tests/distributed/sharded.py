@@ -8,13 +8,13 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import brandla
 import builders
 import oracles
 from calls import ALL, given
-from distributed.processes import refusal
+from distributed.processes import refusal, whole
 
 UPDATES = {str(update): update for update in builders.SYMMETRIC_UPDATES}
 STREAMS = ("slow", "fast", "repeated-8", "zeros-between")
@@ -91,11 +91,6 @@ def sharded(factor, *, replicate=False):
     tall = {brandla.LowRankSVD: "U", brandla.LowRankRoot: "root", brandla.LowRankEigh: "eigenvectors"}[type(factor)]
     parts = factor._asdict()
     return factor._replace(**{name: (on_rows if name == tall else small)(part) for name, part in parts.items()})
-
-
-def whole(tree):
-    """Return the same with every DTensor gathered."""
-    return tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)
 
 
 def agree(actual, expected, label, scale=None):
