@@ -12,7 +12,9 @@ import oracles
 from builders import (
     EIGH_UPDATE,
     ROOT_UPDATE,
+    SVD_UPDATE,
     SYMMETRIC_UPDATES,
+    UPDATES,
     assert_factor,
     assert_underestimates,
     defect,
@@ -75,7 +77,7 @@ def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream,
         assert update.is_orthonormal or torch.equal(held.gram, torch.diag(values))
 
 
-# A stream, n, k, the most columns held, and batches: until all n directions are held, or with room for all that come.
+# A stream, its rows, k, the most columns held, and batches: until all are held, or with room for all that come.
 WHOLE = {
     **{stream: (stream, 48, 8, 48, 12) for stream in oracles.STREAMS},
     "sixteen directions in 32 columns": ("rank-16", 64, 32, 24, 20),
@@ -84,20 +86,24 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("update", UPDATES, ids=str)
 def test_a_stream_that_cuts_nothing_loses_nothing(update, case, dtype):
-    stream, n, k, most, count = WHOLE[case]
-    tracked = brandla.track(update.factor.zeros(n, 0, dtype=dtype))
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    # Once all n directions are held, Cholesky chooses columns, and leaves out some of what is small.
-    count = count if update.is_exact or most < n else n // k
-    for step, columns in enumerate(oracles.batches(stream, n, k, count, dtype=dtype), start=1):
+    stream, m, k, most, count = WHOLE[case]
+    # Once all directions are held, Cholesky chooses columns, and leaves out some of what is small.
+    count = count if update.is_exact or most < m else m // k
+    held = update.zeros(m, m + 2, 0, dtype=dtype)
+    value, matrix = brandla.track(held) if update.is_symmetric else held, dense(held)
+    sizes = (m,) if update.is_symmetric else (m, m + 2)
+    sides = [oracles.batches(stream, size, k, count, seed=size - m, dtype=dtype) for size in sizes]
+    for step, data in enumerate(zip(*sides, strict=True), start=1):
         rank = min(most, k * step)
-        tracked, matrix = update(tracked, columns, rank=rank), oracles.updated(matrix, columns)
-        assert_factor(tracked.lowrank, n, rank)
+        value, matrix = update(value, *data, rank=rank), update.whole(matrix, *data)
+        held = value.lowrank if update.is_symmetric else value
+        assert_factor(held, m, rank)
     norm = oracles.spectral_norm(matrix)
-    slack = oracles.tolerance(n, dtype, norm) if most < n else 2 * oracles.rounding(n, dtype, norm)
-    assert tracked.error_bound <= slack
-    assert oracles.spectral_norm(dense(tracked.lowrank) - matrix) <= slack
+    slack = oracles.tolerance(m, dtype, norm) if most < m else 2 * oracles.rounding(m, dtype, norm)
+    assert oracles.spectral_norm(dense(held) - matrix) <= slack
+    assert not update.is_symmetric or value.error_bound <= slack
 
 
 @pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)
@@ -112,17 +118,20 @@ def test_coordinates_that_are_empty_cost_the_others_no_accuracy(update, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SVD_UPDATE], ids=str)
 @pytest.mark.parametrize(("n", "r", "k", "count"), [(64, 12, 8, 200), (24, 6, 2, 1000)], ids=["hundreds", "thousand"])
 def test_many_updates_do_not_drift(update, n, r, k, count):
     """Of all streams at once; their first batches are repeated, so that no time is spent on drawing them."""
-    period = 50
-    streams = [torch.stack(oracles.batches(name, n, k, period, dtype=torch.float32)) for name in oracles.STREAMS]
-    steps = torch.stack(streams, dim=1)
-    value = update.factor.zeros(n, r, batch_shape=(len(streams),), dtype=torch.float32)
+    period, names = 50, oracles.STREAMS
+    data = [
+        torch.stack([torch.stack(oracles.batches(name, size, k, period, dtype=torch.float32)) for name in names], dim=1)
+        for size in ((n,) if update.is_symmetric else (n, n - 6))
+    ]
+    value = update.zeros(n, n - 6, r, batch_shape=(len(names),), dtype=torch.float32)
     for step in range(count):
-        value = update(value, steps[step % period], decay=0.95, weight=0.05)
+        value = update(value, *(side[step % period] for side in data), decay=0.95, weight=0.05)
         if step % (count // 10) == count // 10 - 1:
-            defects = zip(oracles.STREAMS, map(defect, unbound(value)), strict=True)
+            defects = zip(names, map(defect, unbound(value)), strict=True)
             ratios = {name: own / oracles.epsilon(torch.float32) for name, own in defects}
             assert {name: ratio for name, ratio in ratios.items() if not ratio <= ORTHONORMAL} == {}
 
