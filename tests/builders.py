@@ -190,14 +190,6 @@ def unchanged(*arguments: Any) -> Iterator[None]:
         assert torch.equal(tensor.isnan(), values.isnan())
 
 
-def shares_memory(one: Any, other: Any) -> bool:
-    """Return whether any tensor of one tree lies in the memory of one of the other."""
-    ones, others = (
-        {part.untyped_storage().data_ptr() for part in tensors_in(tree) if part.numel()} for tree in (one, other)
-    )
-    return not ones.isdisjoint(others)
-
-
 def in_full(result: Any) -> list[Tensor]:
     """Return what a result stands for, as matrices: eigenvectors of close eigenvalues are not comparable themselves."""
     if isinstance(result, Tensor):
@@ -318,6 +310,8 @@ class Update(NamedTuple):
 EIGH_UPDATE = Update("eigh_update", brandla.LowRankEigh, make_eigh, {})
 ROOT_UPDATE = Update("root_update", brandla.LowRankRoot, make_root, {"compress": "eigh"})
 CHOLESKY_UPDATE = ROOT_UPDATE._replace(options={"compress": "cholesky"}, is_exact=False)
+# Frequent directions.
+SHRINKING = ROOT_UPDATE._replace(options={"compress": "eigh", "shrink": True}, is_exact=False)
 SVD_UPDATE, SVD_APPEND = (Update(name, brandla.LowRankSVD, make_svd, {}) for name in ("svd_update", "svd_append"))
 SYMMETRIC_UPDATES = (EIGH_UPDATE, ROOT_UPDATE, CHOLESKY_UPDATE)
 UPDATES = (*SYMMETRIC_UPDATES, SVD_UPDATE, SVD_APPEND)

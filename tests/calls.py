@@ -48,11 +48,6 @@ def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = (),
     )
 
 
-def one_of(value: Any, index: int) -> Any:
-    """Return a problem of a batch."""
-    return tree_map(lambda part: part[index], value)
-
-
 def doubled(columns: Tensor) -> Tensor:
     """Return each column twice."""
     return torch.cat([columns, columns], -1)

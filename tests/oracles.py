@@ -231,11 +231,6 @@ def updated(matrix: Tensor, columns: Tensor, decay: float = 1.0, weight: float =
     return decay * matrix.double() + weight * (a @ a.mT)
 
 
-def truncated_update(matrix: Tensor, columns: Tensor, rank: int, decay: float = 1.0, weight: float = 1.0) -> Tensor:
-    """Return the best approximation of rank `rank` of decay·M + weight·A Aᵀ."""
-    return eigh(updated(matrix, columns, decay, weight)).truncation(rank)
-
-
 # --- Error ratios
 
 

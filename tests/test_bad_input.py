@@ -277,13 +277,10 @@ def test_wrong_input_is_refused_in_words(function, arguments, options, error, wo
         assert_refused(function, arguments, options, error, words)
 
 
-def test_numpy_numbers_are_numbers():
-    plain = brandla.eigh_update(EIGH, COLUMNS, decay=0.5, weight=2.0, rank=3)
-    result = brandla.eigh_update(EIGH, COLUMNS, decay=np.float32(0.5), weight=np.float64(2), rank=np.int64(3))
-    assert_same(result, plain)
+def test_numpy_integers_and_exponents_are_numbers():
+    assert_same(brandla.eigh_update(EIGH, COLUMNS, rank=np.int64(3)), brandla.eigh_update(EIGH, COLUMNS, rank=3))
     assert brandla.LowRankRoot.zeros(5, np.int64(2)).rank == brandla.randomized_svd(MATRIX, np.int64(2)).rank == 2
     assert brandla.Rank(np.int32(3), np.float32(0.5)).max == 3
-    assert torch.equal(brandla.damped_solve(EIGH, RHS, np.float32(0.5)), brandla.damped_solve(EIGH, RHS, 0.5))
     power = brandla.damped_power(EIGH, RHS, 0.5, np.float32(-0.5))
     assert torch.equal(power, brandla.damped_power(EIGH, RHS, 0.5, -0.5))
 

@@ -6,7 +6,7 @@ import torch
 import brandla
 import oracles
 from brandla import LowRankEigh, LowRankRoot, Rank, grouped
-from builders import assert_agree, assert_same, defect, make_columns, make_eigh, unchanged
+from builders import assert_agree, assert_same, defect, make_columns, unchanged
 from calls import LIST_SIZES, list_calls
 from oracles import generator, power_law, psd_matrix
 
@@ -158,12 +158,11 @@ def test_a_list_whose_layout_has_passed_is_computed_from_its_own_tensors_and_num
 @pytest.mark.parametrize("function", ["eigh_update", "root_update"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_lists_of_half_precision_columns_equal_their_float32_values(function, half):
-    factors = [make_eigh(n, 5, dtype=torch.float32) for n in (20, 33, 40)]
-    factors = factors if function == "eigh_update" else [LowRankRoot.from_eigh(own) for own in factors]
-    columns = [make_columns(n, 4, dtype=torch.float32).to(half) for n in (20, 33, 40)]
-    expected = getattr(grouped, function)(factors, [own.float() for own in columns], decay=0.9)
-    for given in (columns, [columns[0], columns[1].float(), columns[2]]):
-        assert_same(getattr(grouped, function)(factors, given, decay=0.9), expected)
+    (factors, columns), options = list_calls("some of one rank", torch.float32)[function]
+    columns = [own.to(half) for own in columns]
+    expected = getattr(grouped, function)(factors, [own.float() for own in columns], **options)
+    for given in (columns, [columns[0], columns[1].float(), *columns[2:]]):
+        assert_same(getattr(grouped, function)(factors, given, **options), expected)
 
 
 def test_every_public_function_has_a_grouped_form():

@@ -12,6 +12,7 @@ import oracles
 from builders import (
     EIGH_UPDATE,
     ROOT_UPDATE,
+    SHRINKING,
     SVD_UPDATE,
     SYMMETRIC_UPDATES,
     UPDATES,
@@ -30,10 +31,6 @@ from oracles import ORTHONORMAL
 WITH_A_GAP = [stream for stream in oracles.STREAMS if stream not in ("flat", "switch")]
 
 
-# Frequent directions.
-SHRINKING = ROOT_UPDATE._replace(options={"compress": "eigh", "shrink": True}, is_exact=False)
-
-
 @pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SHRINKING], ids=str)
 @pytest.mark.parametrize("stream", oracles.STREAMS)
 def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream, dtype):
@@ -47,7 +44,7 @@ def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream,
         held = tracked.lowrank
         discarded = decay * discarded + target - dense(held)
         matrix = oracles.updated(matrix, columns, decay, 1 - decay)
-        truncated = oracles.truncated_update(truncated, columns, r, decay, 1 - decay)
+        truncated = oracles.eigh(oracles.updated(truncated, columns, decay, 1 - decay)).truncation(r)
         peak, heaviest = max(peak, oracles.spectral_norm(matrix)), max(heaviest, float(matrix.trace()))
         if step % 3:
             continue
@@ -189,10 +186,3 @@ def test_nothing_shrinks_where_nothing_is_left_out():
     for options in ({"rank": 10}, {"weight": 0.0}):
         found, expected = (brandla.root_update(root, columns, **options, shrink=shrink) for shrink in (True, False))
         assert oracles.difference_ratio(dense(found), dense(expected), torch.float64) <= oracles.THRESHOLD
-
-
-def test_shrinking_in_place_equals_the_other_form():
-    held, columns = brandla.track(ROOT_UPDATE.make(30, 6)), make_columns(30, 4)
-    expected = SHRINKING(held, columns, decay=0.9)
-    assert SHRINKING.in_place(held, columns, decay=0.9) is held
-    torch.testing.assert_close((dense(held.lowrank), *held[1:]), (dense(expected.lowrank), *expected[1:]))

@@ -13,18 +13,11 @@ from brandla.demo import info, machine
 from brandla_kernels import OPS, _op, _targets
 from brandla_kernels._targets import AMD, NVIDIA, nearest
 
-NEAREST = {
-    "sm_75": None,
-    "sm_87": "sm_86",
-    "sm_88": "sm_86",
-    "sm_103": "sm_100",
-    "sm_110": "sm_100",
-    "sm_121": "sm_120",
-    "gfx908": None,
-    "gfx940": "gfx942",
-    "gfx941": "gfx942",
-    "gfx1100": None,
-    "gfx1201": None,
+# Tiles, or none, and whose they are besides.
+TILES = {
+    **{arch: [arch] for arch in NVIDIA + AMD},
+    **{"sm_86": ["sm_86", "sm_87", "sm_88"], "sm_100": ["sm_100", "sm_103", "sm_110"], "sm_120": ["sm_120", "sm_121"]},
+    **{"gfx942": ["gfx942", "gfx940", "gfx941"], None: ["sm_75", "gfx908", "gfx1100", "gfx1201"]},
 }
 
 
@@ -43,7 +36,7 @@ def on(monkeypatch):
     return be
 
 
-@pytest.mark.parametrize(("arch", "tiles"), [*NEAREST.items(), *zip(NVIDIA + AMD, NVIDIA + AMD, strict=True)])
+@pytest.mark.parametrize(("arch", "tiles"), [(arch, tiles) for tiles, archs in TILES.items() for arch in archs])
 def test_an_architecture_takes_the_nearest_tiles(arch, tiles):
     assert nearest(arch) == tiles
 

@@ -12,6 +12,8 @@ import oracles
 from builders import (
     EIGH_UPDATE,
     ROOT_UPDATE,
+    SHRINKING,
+    SYMMETRIC_UPDATES,
     UPDATES,
     assert_differentiable,
     assert_equals,
@@ -246,6 +248,7 @@ def test_tracking_does_not_change_the_factor(update):
 # --- In place: the same results, written over the tensors they came from
 
 
+@pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SHRINKING], ids=str)
 @pytest.mark.parametrize("k", [0, 8, 60], ids=lambda k: f"k-{k}")
 @pytest.mark.parametrize(
     ("batch_shape", "is_tracked"), [((), False), ((), True), ((2,), True)], ids=["plain", "tracked", "batch"]
