@@ -18,7 +18,7 @@ from builders import (
     dense,
     values_of,
 )
-from oracles import THRESHOLD, rank_16
+from oracles import THRESHOLD
 
 FUNCTIONS = {"eigh": brandla.randomized_eigh, "svd": brandla.randomized_svd}
 BOTH = pytest.mark.parametrize("kind", FUNCTIONS)
@@ -59,7 +59,7 @@ def test_what_the_rank_holds_is_recovered(kind, case, dtype):
 
 @BOTH
 def test_values_beyond_the_rank_of_the_matrix_vanish(kind, dtype):
-    matrix = matrix_for(kind, rank_16(100)).to(dtype)
+    matrix = matrix_for(kind, oracles.SPECTRA["rank-16"](100)).to(dtype)
     assert values_of(decomposed(kind, matrix, 20))[16:].max() <= 4 * oracles.epsilon(dtype)
 
 
