@@ -301,11 +301,6 @@ class Update(NamedTuple):
         """Whether it takes no notice of what is right."""
         return self.name == "svd_append"
 
-    @property
-    def is_orthonormal(self) -> bool:
-        """Whether the tall matrix has orthonormal columns."""
-        return self.factor is brandla.LowRankEigh
-
 
 EIGH_UPDATE = Update("eigh_update", brandla.LowRankEigh, make_eigh, {})
 ROOT_UPDATE = Update("root_update", brandla.LowRankRoot, make_root, {"compress": "eigh"})

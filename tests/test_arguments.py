@@ -70,17 +70,15 @@ LAYOUTS = {
 }
 
 
-def laid_out():
-    """Return arguments in every layout: those, a vector as every other entry, and columns that are one column."""
-    x = given(torch.float64)
-    for lay in LAYOUTS.values():
-        yield tree_map(lambda part, lay=lay: lay(part) if part.ndim > 1 else torch.stack([part, part], -1)[..., 0], x)
-    yield with_data(x, lambda part: part[:, :1].expand(part.shape))._replace(square=x.square)
-
-
 @pytest.mark.parametrize("name", [name for name in ALL if name != NOT_COMPARABLE])
 def test_layout_of_the_arguments_does_not_matter(name):
-    for view in laid_out():
+    """In every layout, of a vector as every other entry, and of columns that are one column."""
+    x = given(torch.float64)
+    views = [
+        tree_map(lambda part, lay=lay: lay(part) if part.ndim > 1 else torch.stack([part, part], -1)[..., 0], x)
+        for lay in LAYOUTS.values()
+    ]
+    for view in (*views, with_data(x, lambda part: part[:, :1].expand(part.shape))._replace(square=x.square)):
         plain = tree_map(lambda part: part.clone(memory_format=torch.contiguous_format), view)
         with unchanged(view) if name in NEW else nullcontext():
             result = ALL[name](view)

@@ -36,11 +36,6 @@ def on(monkeypatch):
     return be
 
 
-@pytest.mark.parametrize(("arch", "tiles"), [(arch, tiles) for tiles, archs in TILES.items() for arch in archs])
-def test_an_architecture_takes_the_nearest_tiles(arch, tiles):
-    assert nearest(arch) == tiles
-
-
 @pytest.mark.parametrize(("arch", "kernels"), [("sm_103", 1), ("gfx90a", 1), ("gfx1100", 0), ("gfx1201", 0)])
 def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(on, monkeypatch, arch, kernels):
     pytest.importorskip("triton")
@@ -64,16 +59,14 @@ def test_kernels_cannot_be_forced_where_there_are_none(on):
         brandla.backend("triton").__enter__()
 
 
-@pytest.mark.parametrize(
-    ("arch", "words"),
-    [
-        ("sm_90", "sm_90: compiled for it"),
-        ("sm_103", "sm_103: tiles of sm_100, the nearest compiled for"),
-        ("gfx1100", "gfx1100: no kernels, torch forms"),
-    ],
-)
-def test_info_says_whose_tiles_a_gpu_takes(on, arch, words):
+@pytest.mark.parametrize(("arch", "tiles"), [(arch, tiles) for tiles, archs in TILES.items() for arch in archs])
+def test_an_architecture_takes_the_nearest_tiles_and_info_says_whose(on, arch, tiles):
     on(arch)
+    words = f"{arch}: " + (
+        "no kernels, torch forms" if tiles is None else f"tiles of {tiles}, the nearest compiled for"
+    )
+    words = f"{arch}: compiled for it" if tiles == arch else words
+    assert nearest(arch) == tiles
     assert json.loads(info.as_json())["kernels"] == [words]
     assert f"kernels {words}" in info.as_text()
 

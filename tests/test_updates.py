@@ -175,7 +175,7 @@ def test_values_under_the_tolerance_leave_with_their_vectors(update, tol, dtype)
 def test_tolerance_holds_without_new_columns(update, dtype):
     values = torch.tensor([1.0, 0.5, 1e-3], dtype=dtype)
     old = brandla.LowRankEigh(values, oracles.orthonormal(20, 3, 1).to(dtype))
-    old = old if update.is_orthonormal else brandla.LowRankRoot.from_eigh(old)
+    old = old if (update.factor is brandla.LowRankEigh) else brandla.LowRankRoot.from_eigh(old)
     new = update(brandla.track(old), make_columns(20, 0, dtype=dtype), rank=brandla.Rank(max=3, tol=0.1))
     assert kept(new.lowrank) == 2
     # What was left out, 1e-3, to the rounding of d₁ = 1.

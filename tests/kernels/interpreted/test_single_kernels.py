@@ -114,41 +114,26 @@ ROWS, RANK, COLUMNS = 5, 3, 2
 STRIDE = 2**29
 
 
-@pytest.fixture
-def far_apart(tmp_path, device):
-    """Return a function that lays the rows (dim 0) or the columns (dim 1) of a matrix STRIDE elements apart.
+@pytest.mark.parametrize(
+    ("case", "dim", "listed"),
+    [(case, 0, listed) for case in ("project", "cross_gram", "rotate", "rotate_", "damped_apply") for listed in (0, 1)]
+    + [("project", 1, 0)],
+)
+def test_rows_or_columns_may_lie_further_apart_than_32_bits_reach(case, dim, listed, tmp_path, device):
+    """Memory on a CPU is that of a file with holes, so only the pages that hold an element take any.
 
-    Memory on a CPU is that of a file with holes, so only the pages that hold an element take any. It begins 2³¹
-    elements before the matrix, where a 32-bit offset that wraps around would read zeros.
+    It begins 2³¹ elements before the matrix, where a 32-bit offset that wraps around would read zeros.
     """
-
-    def place(matrix, dim):
-        size, before = (ROWS - 1) * STRIDE + matrix.numel(), 0
-        if device.type == "cpu":
-            before = 2**31
-            memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=before + size, dtype=matrix.dtype)
-        else:
-            memory = torch.zeros(size, dtype=matrix.dtype, device=device)
-        placed = memory.as_strided(matrix.shape, [STRIDE, 1] if dim == 0 else [1, STRIDE], before)
-        placed.copy_(matrix)
-        return placed
-
-    return place
-
-
-@pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
-@pytest.mark.parametrize("case", ["project", "cross_gram", "rotate", "rotate_", "damped_apply"])
-def test_rows_may_lie_further_apart_than_32_bits_reach(case, listed, far_apart, device):
-    basis, *others = operands(case, ROWS, RANK, COLUMNS, "plain", torch.float32, device)
-    expected = run(OPS[case].torch_form, (basis.clone(), *others))
-    arguments = (far_apart(basis, 0), *others)
-    if listed:
-        (result,) = (part[0] for part in run(OPS[case], grouped(case, [arguments]))[:1])
+    sizes = (RANK, ROWS, COLUMNS) if dim else (ROWS, RANK, COLUMNS)
+    basis, *others = operands(case, *sizes, "plain", torch.float32, device)
+    size, before = (ROWS - 1) * STRIDE + basis.numel(), 2**31 if device.type == "cpu" else 0
+    if before:
+        memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=before + size)
     else:
-        result = run(OPS[case], arguments)[0]
-    assert_computes(case, (result, *expected[1:]), (basis, *others))
-
-
-def test_columns_may_lie_further_apart_than_32_bits_reach(far_apart, device):
-    basis, columns = operands("project", 3, ROWS, COLUMNS, "plain", torch.float32, device)
-    assert_computes("project", run(OPS["project"], (far_apart(basis, 1), columns)), (basis, columns))
+        memory = basis.new_zeros(size)
+    far_apart = memory.as_strided(basis.shape, [1, STRIDE] if dim else [STRIDE, 1], before)
+    far_apart.copy_(basis)
+    expected = run(OPS[case].torch_form, (basis.clone(), *others))
+    arguments = (far_apart, *others)
+    result = run(OPS[case], grouped(case, [arguments]) if listed else arguments)[0]
+    assert_computes(case, (result[0] if listed else result, *expected[1:]), (basis, *others))
