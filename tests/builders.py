@@ -105,32 +105,47 @@ def values_of(value: Symmetric | brandla.LowRankSVD) -> Tensor:
     return value.eigenvalues if isinstance(value, brandla.LowRankEigh) else value.gram.diagonal(dim1=-2, dim2=-1)
 
 
-def tall_of(value: Symmetric) -> Tensor:
+def sides_of(value: Symmetric | brandla.LowRankSVD) -> list[Tensor]:
+    """Return U or F, and V where there is one."""
+    if isinstance(value, brandla.LowRankSVD):
+        return [value.U, value.Vh.mT]
+    return [value.eigenvectors if isinstance(value, brandla.LowRankEigh) else value.root]
+
+
+def tall_of(value: Symmetric | brandla.LowRankSVD) -> Tensor:
     """Return U or F."""
-    return value.eigenvectors if isinstance(value, brandla.LowRankEigh) else value.root
+    return sides_of(value)[0]
 
 
-def defect(value: Symmetric) -> float:
-    """Return ‖UᵀU − I‖₂, or of a root ‖FᵀF − S‖₂/‖S‖₂; of a batch the largest."""
+def defect(value: Symmetric | brandla.LowRankSVD) -> float:
+    """Return ‖UᵀU − I‖₂, or of a root ‖FᵀF − S‖₂/‖S‖₂; of two sides or of a batch the largest."""
     if tall_of(value).ndim > 2:
         return max(map(defect, unbound(value)), default=0.0)
-    if isinstance(value, brandla.LowRankEigh):
-        return oracles.orthonormality_defect(value.eigenvectors, value.eigenvalues)
-    root, gram = (part.double() for part in value)
-    return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
+    if isinstance(value, brandla.LowRankRoot):
+        root, gram = (part.double() for part in value)
+        return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
+    return max(oracles.orthonormality_defect(side, values_of(value)) for side in sides_of(value))
 
 
-def assert_factor(value: Symmetric, n: int, rank: int) -> None:
-    """Check shapes, U or S, and of a LowRankEigh that its values are descending and non-negative."""
+def assert_factor(value: Symmetric | brandla.LowRankSVD, n: int, rank: int) -> None:
+    """Check shapes, U and V or S, and that values, but of a root, are descending and non-negative."""
     values, tall = values_of(value), tall_of(value)
     assert values.shape[-1] == rank
     assert tall.shape[-2:] == (n, rank)
     assert defect(value) <= oracles.ORTHONORMAL * oracles.epsilon(tall.dtype)
-    if isinstance(value, brandla.LowRankEigh):
+    if isinstance(value, brandla.LowRankRoot):
+        assert torch.equal(value.gram, value.gram.mT)
+    else:
         assert (values >= 0).all()
         assert (values.diff(dim=-1) <= 0).all()
-    else:
-        assert torch.equal(value.gram, value.gram.mT)
+
+
+def assert_equals(value: Symmetric | brandla.LowRankSVD, matrix: Tensor, scale: float | None = None) -> None:
+    """Check the factor, and that nothing of a matrix, which is of about this size, is lost."""
+    assert_factor(value, len(matrix), values_of(value).shape[-1])
+    found = dense(value)
+    assert found.shape == matrix.shape
+    assert oracles.difference_ratio(found, matrix, tall_of(value).dtype, scale) <= oracles.THRESHOLD
 
 
 def assert_underestimates(value: Symmetric, matrix: Tensor, largest: float | None = None, decay: float = 0.0) -> None:
@@ -140,16 +155,6 @@ def assert_underestimates(value: Symmetric, matrix: Tensor, largest: float | Non
     approximation = dense(value)
     assert oracles.eigh(approximation).eigenvalues.amin() >= -slack
     assert oracles.eigh(matrix - approximation).eigenvalues.amin() >= -slack
-
-
-def assert_decomposition(value: brandla.LowRankEigh | brandla.LowRankSVD, rank: int) -> None:
-    """Check orthonormality, and that the values are descending and non-negative."""
-    values = values_of(value)
-    assert values.shape == (rank,)
-    assert (values >= 0).all()
-    assert (values.diff() <= 0).all()
-    for side in (value.U, value.Vh.mT) if isinstance(value, brandla.LowRankSVD) else (value.eigenvectors,):
-        assert oracles.orthonormality_ratio(side, values) <= oracles.THRESHOLD
 
 
 def unbound(value: Any) -> list[Any]:
@@ -183,14 +188,6 @@ def unchanged(*arguments: Any) -> Iterator[None]:
         assert tensor.stride() == stride
         assert torch.equal(tensor.nan_to_num(), values.nan_to_num())
         assert torch.equal(tensor.isnan(), values.isnan())
-
-
-def shares_memory(one: Any, other: Any) -> bool:
-    """Return whether any tensor of one tree lies in the memory of one of the other."""
-    ones, others = (
-        {part.untyped_storage().data_ptr() for part in tensors_in(tree) if part.numel()} for tree in (one, other)
-    )
-    return not ones.isdisjoint(others)
 
 
 def in_full(result: Any) -> list[Tensor]:
@@ -250,11 +247,11 @@ class OperatorFromTheRight(Operator):
         return block @ self.matrix
 
 
-class SymmetricUpdate(NamedTuple):
-    """An update of a symmetric low-rank matrix: the public function, the value it updates, and its options."""
+class Update(NamedTuple):
+    """An update of a low-rank matrix: the public function, the value it updates, and its options."""
 
     name: str
-    factor: type[Symmetric]
+    factor: type[Symmetric | brandla.LowRankSVD]
     make: Callable[..., Any]
     options: dict[str, Any]
     is_exact: bool = True  # best truncation to rounding, and S diagonal; else to some per cent
@@ -262,8 +259,11 @@ class SymmetricUpdate(NamedTuple):
     def __str__(self) -> str:
         return "-".join([self.name, *map(str, self.options.values())])
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return getattr(brandla, self.name)(*arguments, **self.options, **options)
+    def __call__(self, value: Any, *data: Any, **options: Any) -> Any:
+        """Return the updated value; the weight of what is not symmetric is that of its left columns."""
+        if not self.is_symmetric:
+            data = (options.pop("weight", 1.0) * data[0], *data[1:])[: 1 if self.appends else 2]
+        return getattr(brandla, self.name)(value, *data, **self.options, **options)
 
     def in_place(self, *arguments: Any, **options: Any) -> Any:
         """Call the function that overwrites."""
@@ -273,13 +273,40 @@ class SymmetricUpdate(NamedTuple):
         """Call the function of lists."""
         return getattr(brandla.grouped, self.name)(*arguments, **self.options, **options)
 
+    def given(
+        self, m: int, n: int, r: int, k: int, spectrum: str = "medium", scale: float = 1.0, **options: Any
+    ) -> Any:
+        """Return a value of m rows and new columns for it; n belongs to the right side of what is not symmetric."""
+        sizes = (m,) if self.is_symmetric else (m, n)
+        columns = [make_columns(size, k, seed=50 - i, scale=scale, **options) for i, size in enumerate(sizes)]
+        return self.make(*sizes, r, spectrum, **options), *columns
+
+    def zeros(self, m: int, n: int, r: int, **options: Any) -> Any:
+        """Return the same with nothing in it."""
+        sizes = (m,) if self.is_symmetric else (m, 0 if self.appends else n)
+        return self.factor.zeros(*sizes, r, **options)
+
+    def whole(self, value: Any, *data: Tensor, decay: float = 1.0, weight: float = 1.0) -> Tensor:
+        """Return in float64 what a value or a matrix becomes before it is truncated."""
+        old, new = decay * (value if isinstance(value, Tensor) else dense(value)), weight * data[0].double()
+        return torch.cat([old, new], -1) if self.appends else old + new @ data[-1].double().mT
+
     @property
-    def is_orthonormal(self) -> bool:
-        """Whether the tall matrix has orthonormal columns."""
-        return self.factor is brandla.LowRankEigh
+    def is_symmetric(self) -> bool:
+        """Whether one side stands for both."""
+        return self.factor is not brandla.LowRankSVD
+
+    @property
+    def appends(self) -> bool:
+        """Whether it takes no notice of what is right."""
+        return self.name == "svd_append"
 
 
-EIGH_UPDATE = SymmetricUpdate("eigh_update", brandla.LowRankEigh, make_eigh, {})
-ROOT_UPDATE = SymmetricUpdate("root_update", brandla.LowRankRoot, make_root, {"compress": "eigh"})
+EIGH_UPDATE = Update("eigh_update", brandla.LowRankEigh, make_eigh, {})
+ROOT_UPDATE = Update("root_update", brandla.LowRankRoot, make_root, {"compress": "eigh"})
 CHOLESKY_UPDATE = ROOT_UPDATE._replace(options={"compress": "cholesky"}, is_exact=False)
+# Frequent directions.
+SHRINKING = ROOT_UPDATE._replace(options={"compress": "eigh", "shrink": True}, is_exact=False)
+SVD_UPDATE, SVD_APPEND = (Update(name, brandla.LowRankSVD, make_svd, {}) for name in ("svd_update", "svd_append"))
 SYMMETRIC_UPDATES = (EIGH_UPDATE, ROOT_UPDATE, CHOLESKY_UPDATE)
+UPDATES = (*SYMMETRIC_UPDATES, SVD_UPDATE, SVD_APPEND)

@@ -48,11 +48,6 @@ def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = (),
     )
 
 
-def one_of(value: Any, index: int) -> Any:
-    """Return a problem of a batch."""
-    return tree_map(lambda part: part[index], value)
-
-
 def doubled(columns: Tensor) -> Tensor:
     """Return each column twice."""
     return torch.cat([columns, columns], -1)
@@ -206,32 +201,30 @@ LIST_SIZES = {
     "one rank": [(40, 8, 5), (64, 8, 5), (90, 8, 5), (52, 8, 5)],
     "one order": [(40, 8, 5)] * 4,
     "some of one rank": [(50, 8, 5), (41, 8, 5), (50, 6, 5), (12, 8, 5)],
+    "filled whole": [(10, 8, 30), (20, 8, 30), (33, 8, 30), (21, 8, 30)],
 }
 
 
 @cache
 def list_calls(sizes: str, dtype: torch.dtype = torch.float64) -> dict[str, tuple[list[Any], dict[str, Any]]]:
     """Return the function, the lists and the options of each call, for factors of these sizes."""
-
-    def every(make: Callable[..., Any]) -> list[Any]:
-        return [make(*size, seed=50 + index, dtype=dtype) for index, size in enumerate(LIST_SIZES[sizes])]
-
-    eighs = every(lambda n, r, k, **options: make_eigh(n, r, **options))
-    roots = every(lambda n, r, k, **options: make_root(n, r, **options))
-    rights = every(lambda n, r, k, **options: make_root(n + 2, min(r, 5), **options))
-    svds = every(lambda n, r, k, **options: make_svd(n, n + 2, r, **options))
-    columns = every(lambda n, r, k, **options: make_columns(n, k, **options))
-    right_columns = every(lambda n, r, k, **options: make_columns(n + 2, k, **options))
-    rhs = every(lambda n, r, k, **options: make_columns(n, 2, **options))
+    each = [(*size, {"seed": 50 + index, "dtype": dtype}) for index, size in enumerate(LIST_SIZES[sizes])]
+    eighs = [make_eigh(n, r, **own) for n, r, k, own in each]
+    roots = [make_root(n, r, **own) for n, r, k, own in each]
+    rights = [make_root(n + 2, min(r, 5), **own) for n, r, k, own in each]
+    svds = [make_svd(n, n + 2, r, **own) for n, r, k, own in each]
+    columns = [make_columns(n, k, **own) for n, r, k, own in each]
+    right_columns = [make_columns(n + 2, k, **own) for n, r, k, own in each]
+    rhs = [make_columns(n, 2, **own) for n, r, k, own in each]
     widths = [own[:, : index + 1] for index, own in enumerate(columns)]
-    blocks = every(lambda n, r, k, **options: make_columns(n, n + 2, **options))
+    blocks = [make_columns(n, n + 2, **own) for n, r, k, own in each]
     pairs = list(zip(columns, right_columns, strict=True))
     # A column of zeros, where there is one.
     eighs[0] = padded(padded(eighs[0], -1), 1)
     one, other = (make(LIST_SIZES[sizes][index][0]).to(dtype) for make, index in ((torch.ones, 0), (torch.arange, 3)))
     numbers, tracked = [0.1, torch.tensor(0.2), 0.3, 0.4], partial(map, brandla.track)
     decays, tails = [0.9, 0.5, 0.1, 1.0], [0.0, "smallest", 0.5, torch.tensor(0.1)]
-    each = {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]}
+    own = {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]}
     forms = {"rank": [8, brandla.Rank(13, tol=1e-3), 1, 5], "compress": ["eigh", "cholesky", "eigh", "cholesky"]}
     diagonals = {"tail": "smallest", "diagonal": [one, None, None, other]}
     fitted = {"left_tail": 0.2, "values": [None, make_columns(8, 5, dtype=dtype).square(), None, None]}
@@ -241,7 +234,7 @@ def list_calls(sizes: str, dtype: torch.dtype = torch.float64) -> dict[str, tupl
     return {
         "eigh_update": ([eighs, columns], {}),
         "eigh_update, one value for all": ([eighs, columns], {"decay": 0.9, "weight": torch.tensor(0.1)}),
-        "eigh_update, one value each": ([eighs, columns], each),
+        "eigh_update, one value each": ([eighs, columns], own),
         "eigh_update, tracked": ([[*tracked(eighs)], columns], {"decay": 0.9}),
         "root_update": ([roots, columns], {"decay": decays}),
         "root_update, one value each": ([roots, columns], forms),

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from builders import SYMMETRIC_UPDATES, SymmetricUpdate
+from builders import SYMMETRIC_UPDATES, Update
 
 # One fixed set of examples, so that a failure is the change's and not the day's.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
@@ -24,6 +24,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(params=SYMMETRIC_UPDATES, ids=str)
-def update(request: pytest.FixtureRequest) -> SymmetricUpdate:
+def update(request: pytest.FixtureRequest) -> Update:
     """Each update of a symmetric low-rank matrix."""
     return request.param

@@ -33,21 +33,11 @@ def power_law(exponent: float) -> Spectrum:
     return lambda n: torch.arange(1, n + 1, dtype=torch.float64).pow(-exponent)
 
 
-def graded(n: int) -> Tensor:
-    """Return n values from 1 to 1e-12, evenly spaced in the exponent."""
-    return torch.logspace(0, -12, n, dtype=torch.float64)
-
-
 def clustered(n: int) -> Tensor:
     """Return four clusters (1, 0.3, 0.1, 0.03) whose members differ by 1e-6."""
     clusters = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
     i = torch.arange(n)
     return clusters[(4 * i // max(n, 1)).clamp(max=3)] - 1e-6 * i / max(n, 1)
-
-
-def rank_16(n: int) -> Tensor:
-    """Return 16 ones, then zeros."""
-    return (torch.arange(n) < 16).double()
 
 
 SPECTRA: dict[str, Spectrum] = {
@@ -56,8 +46,9 @@ SPECTRA: dict[str, Spectrum] = {
     "fast": power_law(3.0),
     "flat": power_law(0.0),
     "clustered": clustered,
-    "graded": graded,
-    "rank-16": rank_16,
+    # From 1 to 1e-12, evenly spaced in the exponent.
+    "graded": lambda n: torch.logspace(0, -12, n, dtype=torch.float64),
+    "rank-16": lambda n: (torch.arange(n) < 16).double(),
     "zero": lambda n: torch.zeros(n, dtype=torch.float64),
 }
 
@@ -104,7 +95,7 @@ def panels(n: int, k: int, seed: int = 5) -> dict[str, Tensor]:
         "gaussian": z,
         "condition 1e3": rectangular_matrix(torch.logspace(0, -3, k, dtype=torch.float64), n, k, seed),
         "condition 1e6": rectangular_matrix(torch.logspace(0, -6, k, dtype=torch.float64), n, k, seed),
-        "graded": rectangular_matrix(graded(k), n, k, seed),
+        "graded": rectangular_matrix(SPECTRA["graded"](k), n, k, seed),
         "columns of very different length": z * torch.logspace(-12, 12, k, dtype=torch.float64),
         "half the rank": z[:, : k // 2] @ gaussian(k // 2, k, seed=seed + 2),
         "two directions": of_two,
@@ -173,13 +164,7 @@ def interrupted_stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
 
 
 STREAMS: dict[str, Stream] = {
-    "slow": spectral_stream(power_law(0.5)),
-    "medium": spectral_stream(power_law(1.5)),
-    "fast": spectral_stream(power_law(3.0)),
-    "flat": spectral_stream(power_law(0.0)),
-    "clustered": spectral_stream(clustered),
-    "graded": spectral_stream(graded),
-    "rank-16": spectral_stream(rank_16),
+    **{name: spectral_stream(values) for name, values in SPECTRA.items() if name != "zero"},
     "repeated-8": spectral_stream(power_law(0.5), copies=8),
     "switch": switching_stream(1.0),
     "switch-20x-smaller": switching_stream(1 / 20),
@@ -231,11 +216,6 @@ def updated(matrix: Tensor, columns: Tensor, decay: float = 1.0, weight: float =
     return decay * matrix.double() + weight * (a @ a.mT)
 
 
-def truncated_update(matrix: Tensor, columns: Tensor, rank: int, decay: float = 1.0, weight: float = 1.0) -> Tensor:
-    """Return the best approximation of rank `rank` of decay·M + weight·A Aᵀ."""
-    return eigh(updated(matrix, columns, decay, weight)).truncation(rank)
-
-
 # --- Error ratios
 
 
@@ -273,13 +253,6 @@ def difference_ratio(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale
     scale = spectral_norm(expected) if scale is None else scale
     error = spectral_norm(actual.double() - expected.double())
     return quotient(error, max(expected.shape) * epsilon(dtype) * scale)
-
-
-def solve_ratio(operator: Tensor, solution: Tensor, rhs: Tensor, dtype: torch.dtype) -> float:
-    """Return ‖b − M x‖ / (‖M‖·‖x‖·n·ε) in the spectral norm."""
-    residual = spectral_norm(rhs.double() - operator.double() @ solution.double())
-    scale = spectral_norm(operator) * spectral_norm(solution)
-    return quotient(residual, scale * operator.shape[-1] * epsilon(dtype))
 
 
 def orthonormality_defect(vectors: Tensor, values: Tensor) -> float:

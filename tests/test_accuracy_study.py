@@ -7,7 +7,6 @@ import torch
 
 import brandla
 from bench.studies.accuracy import QUICK, Decomposed, Kept, Tracker, observations, step_errors, trackers
-from oracles import updated
 
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)
 COSTS = {"average": 3.0, "brand": 4.0, "root": 2.5, "cholesky": 3.0, "svd": 26.0, "eigh": 14.0, "correction": 1.5}
@@ -37,46 +36,36 @@ def test_the_columns_are_those_of_the_weights_gradient():
     torch.testing.assert_close(gradient, g @ a.mT)
 
 
+def inverse_of(matrix, damping):
+    return torch.linalg.inv(matrix + damping * torch.eye(len(matrix), dtype=torch.float64))
+
+
 def test_errors_are_those_of_their_definitions():
-    n, settings = 30, replace(TINY, rank=4)
-    matrix, identity = torch.zeros(n, n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
-    for seed in range(3):
-        matrix = updated(matrix, columns(n, 8, seed), 0.9, 0.1)
-    exact = Decomposed(matrix, settings)
-    factor = brandla.eigh_update(brandla.LowRankEigh.zeros(n, 4), columns(n, 8, 2))
-    damping = settings.damping * torch.linalg.eigvalsh(matrix)[-1]
-    right = torch.linalg.inv(matrix + damping * identity)
-    own = torch.linalg.inv(factor.dense().double() + damping * identity)
-    projector = factor.eigenvectors.double() @ factor.eigenvectors.double().mT
-    errors = exact.errors(factor)
-    # The factor is float32, and its vectors are orthonormal to that.
-    assert errors["inverse"] == pytest.approx(float((own - right).norm() / right.norm()), rel=1e-5)
-    outside = torch.trace(matrix - projector @ matrix) / torch.trace(matrix)
-    assert errors["trace"] == pytest.approx(float(outside), rel=1e-5)
-    distance = torch.linalg.matrix_norm(factor.dense().double() - matrix, 2) / torch.linalg.matrix_norm(matrix, 2)
-    assert errors["spectral"] == pytest.approx(float(distance), rel=1e-5)
-    values = torch.linalg.eigvalsh(matrix).flip(0)
-    assert exact.errors(exact.best(4))["spectral"] == pytest.approx(float(values[4] / values[0]), rel=1e-5)
-
-
-def test_the_step_is_compared_with_that_of_the_true_factors():
-    settings, exact = replace(TINY, rank=3), {}
+    settings, exact, factors = replace(TINY, rank=4), {}, {}
     for side, n in (("gradients", 20), ("inputs", 25)):
-        one = columns(n, 9, n).double()
-        exact[side] = Decomposed(one @ one.mT, settings)
-    gradient = columns(20, 25, 1)
-    whole = {side: one.best(len(one.values)) for side, one in exact.items()}
-    # acos loses half of the digits at 1.
+        batches = [columns(n, 8, seed) for seed in range(3)]
+        matrix = sum(batch.double() @ batch.double().mT for batch in batches)
+        own = exact[side] = Decomposed(matrix, settings)
+        factor = factors[side] = brandla.eigh_update(brandla.LowRankEigh.zeros(n, 4), batches[2])
+        held, basis, values = factor.dense().double(), factor.eigenvectors.double(), torch.linalg.eigvalsh(matrix)
+        damping = settings.damping * values[-1]
+        right = inverse_of(matrix, damping)
+        expected = {
+            "inverse": (inverse_of(held, damping) - right).norm() / right.norm(),
+            "spectral": torch.linalg.matrix_norm(held - matrix, 2) / values[-1],
+            "trace": 1 - torch.trace(basis.mT @ matrix @ basis) / torch.trace(matrix),
+        }
+        # The factor is float32, and its vectors are orthonormal to that.
+        assert own.errors(factor) == pytest.approx({name: float(one) for name, one in expected.items()}, rel=1e-5)
+        assert own.errors(own.best(4))["spectral"] == pytest.approx(float(values[-5] / values[-1]), rel=1e-5)
+    # The step is compared with that of the true factors. acos loses half of the digits at 1.
+    gradient, whole = columns(20, 25, 1), {side: one.best(len(one.values)) for side, one in exact.items()}
     assert step_errors(gradient, exact, whole) == pytest.approx({"step error": 0, "step angle": 0}, abs=1e-5)
-    own = step_errors(gradient, exact, {side: one.best(3) for side, one in exact.items()})
-    g, a = (
-        torch.linalg.inv(one.best(3).dense() + one.damping * torch.eye(len(one.values), dtype=torch.float64))
-        for one in exact.values()
-    )
+    g, a = (inverse_of(factors[side].dense().double(), one.damping) for side, one in exact.items())
     taken, right = g @ gradient.double() @ a, exact["gradients"].inverse @ gradient.double() @ exact["inputs"].inverse
-    assert own["step error"] == pytest.approx(float((taken - right).norm() / right.norm()), rel=1e-9)
-    cosine = (taken * right).sum() / (taken.norm() * right.norm())
-    assert own["step angle"] == pytest.approx(float(torch.rad2deg(torch.acos(cosine))), rel=1e-9)
+    angle = torch.rad2deg(torch.acos((taken * right).sum() / (taken.norm() * right.norm())))
+    expected = {"step error": float((taken - right).norm() / right.norm()), "step angle": float(angle)}
+    assert step_errors(gradient, exact, factors) == pytest.approx(expected, rel=1e-5)
 
 
 def test_trackers_do_what_they_are_called():

@@ -12,15 +12,6 @@ from brandla.cli import main
 from brandla.demo.commands import app
 from brandla_kernels import OPS
 
-COMMAND = [sys.executable, "-m", "brandla"]
-INTERRUPTED = 130
-CURSOR_SHOWN, CURSOR_HIDDEN = b"\x1b[?25h", b"\x1b[?25l"
-
-
-@pytest.fixture
-def runner():
-    return CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
-
 
 def test_no_command_shows_the_commands_and_an_option_the_version(capsys):
     main([])
@@ -76,7 +67,7 @@ def test_only_the_demo_needs_its_extra():
         (["--output", f"{__file__}/below"], "--output"),
     ],
 )
-def test_bad_option_is_refused_before_anything_runs(runner, options, words):
-    answer = runner.invoke(app, options)
+def test_bad_option_is_refused_before_anything_runs(options, words):
+    answer = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"}).invoke(app, options)
     assert answer.exit_code == 2
     assert words in answer.output

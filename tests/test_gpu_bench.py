@@ -100,22 +100,23 @@ class Faulty(Stub):
             raise RuntimeError(message)
 
 
+def poison(found):
+    found.device.poisoned = True
+
+
+FAULTS = {
+    "good": lambda found: found.row("table", case="good"),
+    "raises": lambda found: 1 / 0,
+    "poisons": poison,
+    "crashes": lambda found: ctypes.string_at(0),
+    "hangs": lambda found: time.sleep(60),
+    "after": lambda found: found.row("table", case="after"),
+}
+
+
 def faults(found):
-    def poison():
-        found.device.poisoned = True
-
-    for name, fault in {
-        "good": lambda: found.row("table", case="good"),
-        "raises": lambda: 1 / 0,
-        "poisons": poison,
-        "crashes": lambda: ctypes.string_at(0),
-        "hangs": lambda: time.sleep(60),
-        "after": lambda: found.row("table", case="after"),
-    }.items():
-        found.attempt(name, 0, fault)
-
-
-NAMES = ["good", "raises", "poisons", "crashes", "hangs", "after"]
+    for name, fault in FAULTS.items():
+        found.attempt(name, 0, fault, found)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -123,7 +124,7 @@ def test_no_fault_hides_another_case(apart, tmp_path, monkeypatch):
     """An exception, a poisoned device, a crash and a hang, in one process after another or each in its own."""
     monkeypatch.setattr(frame, "Stub", Faulty)
     monkeypatch.setattr(frame, "HANG", 1.0)
-    stage = Stage(faults, 60, (lambda dry: NAMES) if apart else None, together=2)
+    stage = Stage(faults, 60, (lambda dry: [*FAULTS]) if apart else None, together=2)
     monkeypatch.setitem(STAGES, "ops", stage)
     monkeypatch.setitem(STAGES, "core", Stage(lambda found: found.row("table", case="another stage"), 60))
     status, sections = dry(tmp_path, "ops,core")
@@ -156,12 +157,16 @@ def test_a_run_that_is_cut_off_leaves_a_report(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]["tune"]["status"] == "cut off"
 
 
-def test_a_line_that_an_end_cut_short_is_left_out(tmp_path):
-    path = tmp_path / "gpu.jsonl"
-    Findings(path, "ops", Stub(), 1).row("table", case="whole")
-    with path.open("a", encoding="utf-8") as file:
+def test_a_line_that_an_end_cut_short_is_left_out_and_a_case_without_time_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stub, "dry", False)
+    found = Findings(tmp_path / "gpu.jsonl", "ops", Stub(), 1)
+    found.row("table", case="whole")
+    found.attempt("long", 5, os.abort)
+    with found.path.open("a", encoding="utf-8") as file:
         file.write('{"stage": "ops", "kind": "no')
-    assert frame.sections(path)["ops"]["tables"] == {"table": [{"case": "whole"}]}
+    section = frame.sections(found.path)["ops"]
+    assert section["tables"] == {"table": [{"case": "whole"}]}
+    assert section["skipped"] == ["long: 1 s left, 5 s wanted"]
 
 
 def test_without_time_stages_are_skipped_and_named(tmp_path):
@@ -171,32 +176,28 @@ def test_without_time_stages_are_skipped_and_named(tmp_path):
     assert all("wanted" in section["skipped"][0] for section in sections.values())
 
 
-def test_a_case_for_which_no_time_is_left_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(Stub, "dry", False)
-    found = Findings(tmp_path / "gpu.jsonl", "ops", Stub(), 1)
-    found.attempt("long", 5, os.abort)
-    assert frame.sections(found.path)["ops"]["skipped"] == ["long: 1 s left, 5 s wanted"]
-
-
 # --- The command, the checks and the page
 
 
-def test_what_cannot_run_is_said(monkeypatch):
+def test_what_cannot_run_is_said_and_a_dry_run_writes_nothing_unless_told_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    nothing = CliRunner().invoke(app, [])
-    assert (nothing.exit_code, "--dry-run" in nothing.stderr) == (2, True)
-    assert "speed" in CliRunner().invoke(app, ["--only", "ops,speed"]).stderr
-
-
-def test_a_dry_run_writes_nothing_unless_told_where(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
-    assert CliRunner().invoke(app, ["--dry-run", "--only", "ceilings"]).exit_code == 0
+    for options, code, words in (
+        ([], 2, "--dry-run"),
+        (["--only", "ops,speed"], 2, "speed"),
+        (["--dry-run", "--only", "ceilings"], 0, ""),
+    ):
+        done = CliRunner().invoke(app, options)
+        assert (done.exit_code, words in done.stderr) == (code, True)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_a_wrong_result_is_not_timed(name):
-    case = next(case for case in cases.cases(TOY) if case.op == name)
+def test_every_op_has_a_cost_and_a_wrong_result_is_not_timed(name):
+    for sizes in (FULL, TOY):
+        case = next(case for case in cases.cases(sizes) if case.op == name)
+        assert min(cases.cost(case)) > 0
+        assert sum(cases.work(case)[:3]) <= cases.cost(case).flops
     cases.check(case, Stub())
 
     def slightly_off(*arguments):
@@ -215,14 +216,6 @@ def test_the_floor_is_set_by_the_slower_of_products_and_copy():
     assert ceilings.floor(Work(float32=10**14, bytes=10**11)) == (1.0, "float32 products")
     assert ceilings.floor(Work(float64=6 * 10**13, float32=10**13, bytes=10**11)) == (1.1, "float64 products")
     assert ceilings.floor(Work(float32=10**13, bytes=10**12)) == (1.0, "copy")
-
-
-def test_every_op_has_a_case_and_a_cost():
-    for sizes in (FULL, TOY):
-        assert {case.op for case in cases.cases(sizes)} == set(OPS)
-        for case in cases.cases(sizes):
-            assert min(cases.cost(case)) > 0
-            assert sum(cases.work(case)[:3]) <= cases.cost(case).flops
 
 
 def test_a_choice_of_tiles_is_seen_and_replaced_within_its_registers():

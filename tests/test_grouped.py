@@ -6,7 +6,7 @@ import torch
 import brandla
 import oracles
 from brandla import LowRankEigh, LowRankRoot, Rank, grouped
-from builders import assert_agree, assert_same, defect, make_columns, make_eigh, unchanged
+from builders import assert_agree, assert_same, defect, make_columns, unchanged
 from calls import LIST_SIZES, list_calls
 from oracles import generator, power_law, psd_matrix
 
@@ -81,29 +81,18 @@ def test_grouped_randomized_call_equals_a_loop_from_one_generator(function, rank
     assert_same(results, alone)
 
 
-def factors_and_columns(update, k, orders=(40, 64, 90), **options):
-    """Return factors of rank 8 and columns for them."""
-    factors = [update.make(n, 8, seed=n, **options) for n in orders]
-    return factors, [make_columns(n, k, seed=n, **options) for n in orders]
-
-
 @pytest.mark.parametrize("tracked", [False, True], ids=["plain", "tracked"])
 @pytest.mark.parametrize("inside", [(), (1,), (0, 1, 2)], ids=["none", "one", "all"])
 def test_columns_inside_the_span_of_some_factors(update, inside, tracked, dtype):
-    factors, columns = factors_and_columns(update, 5, dtype=dtype)
+    factors, columns = (
+        [make(n, k, seed=n, dtype=dtype) for n in (40, 64, 90)] for make, k in ((update.make, 8), (make_columns, 5))
+    )
     for index in inside:
         columns[index] = factors[index].dense() @ columns[index] / factors[index].n ** 0.5
     factors = [brandla.track(factor) for factor in factors] if tracked else factors
     for options in ({"rank": Rank(13, tol=1e-2)}, {"rank": 3}):
         given = update.options | options | {"decay": 0.9, "weight": [0.5, 1.0, 2.0]}
         assert_equal(*both(update.name, [factors, columns], given), dtype)
-
-
-@pytest.mark.parametrize("k", [3, 30], ids=["one among them", "all"])
-def test_lists_may_hold_factors_that_the_update_fills_whole(update, k):
-    """With r + k ≥ n: of the first factor, or of all."""
-    options = update.options | {"decay": 0.9, "rank": 8 + min(k, 2)}
-    assert_equal(*both(update.name, [*factors_and_columns(update, k, (10, 20, 33))], options), torch.float64)
 
 
 def test_the_gradient_of_listed_powers_is_that_of_single_ones():
@@ -158,12 +147,11 @@ def test_a_list_whose_layout_has_passed_is_computed_from_its_own_tensors_and_num
 @pytest.mark.parametrize("function", ["eigh_update", "root_update"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_lists_of_half_precision_columns_equal_their_float32_values(function, half):
-    factors = [make_eigh(n, 5, dtype=torch.float32) for n in (20, 33, 40)]
-    factors = factors if function == "eigh_update" else [LowRankRoot.from_eigh(own) for own in factors]
-    columns = [make_columns(n, 4, dtype=torch.float32).to(half) for n in (20, 33, 40)]
-    expected = getattr(grouped, function)(factors, [own.float() for own in columns], decay=0.9)
-    for given in (columns, [columns[0], columns[1].float(), columns[2]]):
-        assert_same(getattr(grouped, function)(factors, given, decay=0.9), expected)
+    (factors, columns), options = list_calls("some of one rank", torch.float32)[function]
+    columns = [own.to(half) for own in columns]
+    expected = getattr(grouped, function)(factors, [own.float() for own in columns], **options)
+    for given in (columns, [columns[0], columns[1].float(), *columns[2:]]):
+        assert_same(getattr(grouped, function)(factors, given, **options), expected)
 
 
 def test_every_public_function_has_a_grouped_form():

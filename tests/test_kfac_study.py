@@ -184,19 +184,18 @@ def toy_trainer(rate=0.1):
     return method.trainer(TASK.model(torch.empty(1, 784), 0), method.numbers([0.5] * 3) | {"rate": rate}, TINY, TASK, 0)
 
 
-def run_of(trainer, task, fashion, steps=6):
-    parts = task.data(fashion, "cpu", None)[:2]
-    return kfac_images.train(trainer, replace(task, steps=steps), parts, 0, TINY)
+def run_of(trainer, fashion, **changes):
+    task = replace(TASK, steps=6, **changes)
+    return kfac_images.train(trainer, task, task.data(fashion, "cpu", None)[:2], 0, TINY)
 
 
-def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(fashion):
-    run = run_of(toy_trainer(), replace(TASK, target=0.0), fashion)
-    assert (run["step"], run["steps"], run["failure"]) == (1, 1, None)
-    assert run["seconds"] == pytest.approx(run["milliseconds"] / 1e3)
-    run = run_of(toy_trainer(), replace(TASK, target=2.0), fashion)
-    assert (run["step"], run["seconds"], run["steps"]) == (None, None, 6)
-    run = run_of(toy_trainer(), replace(TASK, target=2.0, seconds=0.0), fashion)
-    assert (run["step"], run["steps"]) == (None, 1)
+@pytest.mark.parametrize(
+    ("target", "seconds", "step", "steps"), [(0.0, 60.0, 1, 1), (2.0, 60.0, None, 6), (2.0, 0.0, None, 1)]
+)
+def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(target, seconds, step, steps, fashion):
+    run = run_of(toy_trainer(), fashion, target=target, seconds=seconds)
+    assert (run["step"], run["steps"], run["failure"]) == (step, steps, None)
+    assert run["seconds"] == (pytest.approx(run["milliseconds"] / 1e3) if step else None)
     assert run["score"] is not None
 
 
@@ -204,9 +203,8 @@ def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted(fashion):
     trainer = toy_trainer()
     with torch.no_grad():
         trainer.model[0].weight.fill_(float("nan"))
-    run = run_of(trainer, TASK, fashion)
-    assert run["step"] is None
-    assert run["failure"] == "step 1: diverged: the loss is not finite"
+    run = run_of(trainer, fashion)
+    assert (run["step"], run["failure"]) == (None, "step 1: diverged: the loss is not finite")
 
 
 def trial(step, score, rate, exponent=0.0, **about):

@@ -16,18 +16,7 @@ import brandla
 import brandla_kernels
 from brandla_kernels import OPS
 from builders import unchanged
-from op_cases import (
-    SIZES,
-    VARIANTS,
-    eigh_core_operands,
-    grouped_operands,
-    half_precision_data,
-    matrix,
-    op_of,
-    operands,
-    root_core_operands,
-    run,
-)
+from op_cases import VARIANTS, eigh_core_operands, grouped, matrix, op_of, operands, root_core_operands, run
 
 GROUPED = [name for name, op in OPS.items() if op.signature.lists]
 IN_PLACE = [name for name, op in OPS.items() if op.signature.writes]
@@ -49,7 +38,7 @@ def several(name):
 
 
 def listed(case, dtype=torch.float64):
-    return grouped_operands(case, PROBLEMS, ["plain"], dtype)
+    return grouped(case, [operands(case, *size, "plain", dtype) for size in PROBLEMS])
 
 
 def is_varied(leaf):
@@ -61,16 +50,6 @@ def requiring_grad(arguments):
 
 
 # --- Values
-
-
-@pytest.mark.parametrize("layout", ["plain", "transposed", "strided", "batched", "batched, with gaps"])
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_cholesky_core_orthonormalises_what_stands_out(size, layout):
-    gram, scale, threshold = operands("cholesky_inverse_core", *size, layout, torch.float64)
-    transform, live = brandla_kernels.cholesky_inverse_core(gram, scale, threshold)
-    expected = torch.diag_embed(live.double())
-    torch.testing.assert_close(transform.mT @ gram @ transform, expected, rtol=0, atol=1e-5)
-    assert (live.sum(-1) == min(size[0], size[2])).all()
 
 
 @pytest.mark.parametrize("batch_shape", [(), (1,)], ids=["one", "batch"])
@@ -155,33 +134,7 @@ def test_an_op_follows_the_dispatcher_on_every_device():
 # --- Gradients
 
 
-def assert_gradient(op, build, inputs):
-    """Check the derivatives of what an op gives, by what its arguments are built of."""
-
-    def call(*inputs):
-        return tuple(part for part in tree_leaves(op(*build(*inputs))) if part.is_floating_point())
-
-    torch.autograd.gradcheck(call, [part.detach().clone().requires_grad_() for part in inputs], fast_mode=True)
-
-
-@pytest.mark.parametrize(
-    ("case", "layout"),
-    [(case, layout) for case in VARIED for layout in ("plain", "batched") if not case.endswith("core")]
-    + [(name, "list") for name in GROUPED if name in DIFFERENTIABLE],
-)
-def test_gradient_is_that_of_finite_differences(case, layout):
-    name = op_of(case)
-    arguments = listed(name) if layout == "list" else operands(case, 6, 3, 2, layout, torch.float64)
-    leaves, structure = tree_flatten(list(arguments))
-
-    def build(*inputs):
-        given = iter(inputs)
-        return tree_unflatten([next(given) if is_varied(leaf) else leaf for leaf in leaves], structure)
-
-    assert_gradient((several if layout == "list" else single)(name), build, filter(is_varied, leaves))
-
-
-# What small cores take, of the panels that are varied in the place of their Gram matrices.
+# What small cores take, of panels in the place of their Gram matrices, and of ρ and w.
 CORES = {
     "root_core": lambda F, A, *numbers: (*root_core_operands(F, A)[:3], *numbers, *root_core_operands(F, A)[5:]),
     "eigh_core": lambda F, A, *numbers: (*eigh_core_operands(F, A)[:3], *numbers),
@@ -189,16 +142,34 @@ CORES = {
 }
 
 
-@pytest.mark.parametrize("name", CORES)
-def test_gradient_of_a_small_core_is_that_of_finite_differences(name):
-    panels = (matrix(8, width, "plain", torch.float64, width) for width in (3, 2))
-    assert_gradient(single(name), CORES[name], [*panels, *torch.tensor([0.9, 0.25], dtype=torch.float64)])
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [(case, layout) for case in VARIED for layout in ("plain", "batched") if not case.endswith("core")]
+    + [(name, "list") for name in GROUPED if name in DIFFERENTIABLE]
+    + [(name, "core") for name in CORES],
+)
+def test_gradient_is_that_of_finite_differences(case, layout):
+    name = op_of(case)
+    op = (several if layout == "list" else single)(name)
+    build = CORES[name] if layout == "core" else lambda *own: own
+    if layout == "core":
+        panels = (matrix(8, width, "plain", torch.float64, width) for width in (3, 2))
+        arguments = [*panels, *torch.tensor([0.9, 0.25], dtype=torch.float64)]
+    else:
+        arguments = listed(name) if layout == "list" else operands(case, 6, 3, 2, layout, torch.float64)
+    leaves, structure = tree_flatten(list(arguments))
+
+    def call(*inputs):
+        given = iter(inputs)
+        own = tree_unflatten([next(given) if is_varied(leaf) else leaf for leaf in leaves], structure)
+        return tuple(part for part in tree_leaves(op(*build(*own))) if part.is_floating_point())
+
+    torch.autograd.gradcheck(call, [*filter(is_varied, tree_leaves(requiring_grad(arguments)))], fast_mode=True)
 
 
 @pytest.mark.parametrize("case", ["project", "cross_gram"])
 def test_gradient_of_half_precision_data_is_in_half_precision(case):
-    arguments = half_precision_data(case, operands(case, 9, 3, 2, "plain", torch.float32), torch.bfloat16)
-    inputs = requiring_grad(arguments)
+    inputs = requiring_grad(operands(case, 9, 3, 2, "plain", torch.float32, half=torch.bfloat16))
     sum(part.sum() for part in run(single(case), inputs)).backward()
     assert [part.grad.dtype for part in inputs] == [part.dtype for part in inputs]
 
@@ -283,11 +254,6 @@ BAD_CALLS |= BAD_SKETCHES
 BAD_LISTS |= BAD_SKETCHES
 
 
-def on_cpu(op):
-    """Return the implementation of a CPU, although some tensors of the test are elsewhere."""
-    return partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
-
-
 @pytest.mark.parametrize(
     ("is_list", "bad"), [(False, bad) for bad in BAD_CALLS] + [(True, bad) for bad in BAD_LISTS], ids=str
 )
@@ -295,8 +261,11 @@ def test_bad_input_is_refused_before_anything_is_written(is_list, bad):
     name, spoil, kind, words = (BAD_LISTS if is_list else BAD_CALLS)[bad]
     arguments = spoil(*(listed(name) if is_list else operands(name, 9, 3, 2, "plain", torch.float32)))
     op = (several if is_list else single)(name)
-    calls = [on_cpu(op) if bad == "device" else op]
-    if name in (*IN_PLACE, "sketch") and bad != "device":
+    calls = [op]
+    if bad == "device":
+        # The implementation of a CPU, although some tensors are elsewhere.
+        calls = [partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))]
+    elif name in (*IN_PLACE, "sketch"):
         # What overwrites or draws checks however it is called.
         calls += [OPS[name], brandla.backend("torch")(OPS[name].__call__)]
     for call in calls:

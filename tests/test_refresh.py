@@ -65,7 +65,7 @@ def test_zero_columns_are_begun_anew_and_missing_rank_leaves_zero_values(dtype):
 
 def test_vectors_below_the_rounding_leave_the_leading_ones_in_their_places(dtype):
     # A whole basis of a graded stream: in float32 most columns of M U are rounding, and some go and are begun anew.
-    root, order = oracles.orthonormal(30, 30, seed=1) * oracles.graded(30).sqrt(), torch.arange(10)
+    root, order = oracles.orthonormal(30, 30, seed=1) * oracles.SPECTRA["graded"](30).sqrt(), torch.arange(10)
     eigh = brandla.LowRankEigh.zeros(30, 30, dtype=dtype)
     for step in range(25):
         old, (eigh, permutation) = eigh, brandla.eigh_refresh(eigh, root.to(dtype), decay=0.9, weight=0.1)

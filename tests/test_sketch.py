@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import oracles
-from brandla_kernels import signs, sketch
+from brandla_kernels import signs
 from brandla_kernels.sketch import philox
 
 # Counter, key and words of Philox 4×32-10 in the known-answer tests of the Random123 library.
@@ -60,13 +59,6 @@ def test_signs_on_meta_and_in_a_trace(seed):
     assert signs(seed.to("meta"), 33, 5, batch_shape=(2,)).shape == (2, 33, 5)
     traced = torch.compile(lambda seed: signs(seed, 33, 5), fullgraph=True, backend="eager")
     assert torch.equal(traced(seed), signs(seed, 33, 5))
-
-
-def test_sketch_of_a_list_counts_the_problems(seed):
-    matrices = [oracles.gaussian(m, n, seed=m) for m, n in ((5, 40), (3, 2), (0, 7))]
-    for problem, (matrix, result) in enumerate(zip(matrices, sketch(matrices, seed, 6), strict=True)):
-        assert torch.equal(result, matrix @ signs(seed, matrix.shape[1], 6, problem=problem, dtype=torch.float64))
-        assert torch.equal(result, sketch(matrix, seed, 6, problem))
 
 
 def test_bad_seed_of_signs_is_named():

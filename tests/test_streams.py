@@ -12,7 +12,10 @@ import oracles
 from builders import (
     EIGH_UPDATE,
     ROOT_UPDATE,
+    SHRINKING,
+    SVD_UPDATE,
     SYMMETRIC_UPDATES,
+    UPDATES,
     assert_factor,
     assert_underestimates,
     defect,
@@ -28,10 +31,6 @@ from oracles import ORTHONORMAL
 WITH_A_GAP = [stream for stream in oracles.STREAMS if stream not in ("flat", "switch")]
 
 
-# Frequent directions.
-SHRINKING = ROOT_UPDATE._replace(options={"compress": "eigh", "shrink": True}, is_exact=False)
-
-
 @pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SHRINKING], ids=str)
 @pytest.mark.parametrize("stream", oracles.STREAMS)
 def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream, dtype):
@@ -45,7 +44,7 @@ def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream,
         held = tracked.lowrank
         discarded = decay * discarded + target - dense(held)
         matrix = oracles.updated(matrix, columns, decay, 1 - decay)
-        truncated = oracles.truncated_update(truncated, columns, r, decay, 1 - decay)
+        truncated = oracles.eigh(oracles.updated(truncated, columns, decay, 1 - decay)).truncation(r)
         peak, heaviest = max(peak, oracles.spectral_norm(matrix)), max(heaviest, float(matrix.trace()))
         if step % 3:
             continue
@@ -72,10 +71,10 @@ def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream,
         values = values_of(held)
         assert (values.diff() <= 0).all()
         assert (values - oracles.eigh(truncated).eigenvalues[:r]).abs().max() <= slack
-        assert update.is_orthonormal or torch.equal(held.gram, torch.diag(values))
+        assert (update.factor is brandla.LowRankEigh) or torch.equal(held.gram, torch.diag(values))
 
 
-# A stream, n, k, the most columns held, and batches: until all n directions are held, or with room for all that come.
+# A stream, its rows, k, the most columns held, and batches: until all are held, or with room for all that come.
 WHOLE = {
     **{stream: (stream, 48, 8, 48, 12) for stream in oracles.STREAMS},
     "sixteen directions in 32 columns": ("rank-16", 64, 32, 24, 20),
@@ -84,20 +83,24 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("update", UPDATES, ids=str)
 def test_a_stream_that_cuts_nothing_loses_nothing(update, case, dtype):
-    stream, n, k, most, count = WHOLE[case]
-    tracked = brandla.track(update.factor.zeros(n, 0, dtype=dtype))
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    # Once all n directions are held, Cholesky chooses columns, and leaves out some of what is small.
-    count = count if update.is_exact or most < n else n // k
-    for step, columns in enumerate(oracles.batches(stream, n, k, count, dtype=dtype), start=1):
+    stream, m, k, most, count = WHOLE[case]
+    # Once all directions are held, Cholesky chooses columns, and leaves out some of what is small.
+    count = count if update.is_exact or most < m else m // k
+    held = update.zeros(m, m + 2, 0, dtype=dtype)
+    value, matrix = brandla.track(held) if update.is_symmetric else held, dense(held)
+    sizes = (m,) if update.is_symmetric else (m, m + 2)
+    sides = [oracles.batches(stream, size, k, count, seed=size - m, dtype=dtype) for size in sizes]
+    for step, data in enumerate(zip(*sides, strict=True), start=1):
         rank = min(most, k * step)
-        tracked, matrix = update(tracked, columns, rank=rank), oracles.updated(matrix, columns)
-        assert_factor(tracked.lowrank, n, rank)
+        value, matrix = update(value, *data, rank=rank), update.whole(matrix, *data)
+        held = value.lowrank if update.is_symmetric else value
+        assert_factor(held, m, rank)
     norm = oracles.spectral_norm(matrix)
-    slack = oracles.tolerance(n, dtype, norm) if most < n else 2 * oracles.rounding(n, dtype, norm)
-    assert tracked.error_bound <= slack
-    assert oracles.spectral_norm(dense(tracked.lowrank) - matrix) <= slack
+    slack = oracles.tolerance(m, dtype, norm) if most < m else 2 * oracles.rounding(m, dtype, norm)
+    assert oracles.spectral_norm(dense(held) - matrix) <= slack
+    assert not update.is_symmetric or value.error_bound <= slack
 
 
 @pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)
@@ -112,17 +115,20 @@ def test_coordinates_that_are_empty_cost_the_others_no_accuracy(update, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SVD_UPDATE], ids=str)
 @pytest.mark.parametrize(("n", "r", "k", "count"), [(64, 12, 8, 200), (24, 6, 2, 1000)], ids=["hundreds", "thousand"])
 def test_many_updates_do_not_drift(update, n, r, k, count):
     """Of all streams at once; their first batches are repeated, so that no time is spent on drawing them."""
-    period = 50
-    streams = [torch.stack(oracles.batches(name, n, k, period, dtype=torch.float32)) for name in oracles.STREAMS]
-    steps = torch.stack(streams, dim=1)
-    value = update.factor.zeros(n, r, batch_shape=(len(streams),), dtype=torch.float32)
+    period, names = 50, oracles.STREAMS
+    data = [
+        torch.stack([torch.stack(oracles.batches(name, size, k, period, dtype=torch.float32)) for name in names], dim=1)
+        for size in ((n,) if update.is_symmetric else (n, n - 6))
+    ]
+    value = update.zeros(n, n - 6, r, batch_shape=(len(names),), dtype=torch.float32)
     for step in range(count):
-        value = update(value, steps[step % period], decay=0.95, weight=0.05)
+        value = update(value, *(side[step % period] for side in data), decay=0.95, weight=0.05)
         if step % (count // 10) == count // 10 - 1:
-            defects = zip(oracles.STREAMS, map(defect, unbound(value)), strict=True)
+            defects = zip(names, map(defect, unbound(value)), strict=True)
             ratios = {name: own / oracles.epsilon(torch.float32) for name, own in defects}
             assert {name: ratio for name, ratio in ratios.items() if not ratio <= ORTHONORMAL} == {}
 
@@ -158,21 +164,14 @@ def test_any_sequence_stays_between_zero_and_the_truth(update, sequence, rank, i
         assert error <= float(tracked.error_bound) + oracles.rounding(n, dtype, peak, step / (step + 1))
 
 
-def test_without_the_polish_orthogonality_is_lost(monkeypatch):
-    def defect_of_a_stream():
-        value = brandla.LowRankEigh.zeros(128, 24, dtype=torch.float32)
-        for columns in batches:
-            value = EIGH_UPDATE(value, columns, decay=0.95, weight=0.05)
-        return defect(value)
-
-    batches = oracles.batches("graded", 128, 16, 60, dtype=torch.float32)
-    limit = ORTHONORMAL * torch.finfo(torch.float32).eps
-    # The eigendecomposition is in float32, as on a GPU.
+def test_the_polish_keeps_columns_orthonormal_after_eigendecompositions_in_float32(monkeypatch):
+    # As on a GPU.
     monkeypatch.setattr("brandla._small._SMALL", 0)
     monkeypatch.setattr("brandla._small._FLOAT64_COSTS", math.inf)
-    assert defect_of_a_stream() <= limit
-    monkeypatch.setattr("brandla.brand.polish", lambda panel, values, *_, **__: (panel, values))
-    assert not defect_of_a_stream() <= limit
+    value = brandla.LowRankEigh.zeros(128, 24, dtype=torch.float32)
+    for columns in oracles.batches("graded", 128, 16, 60, dtype=torch.float32):
+        value = EIGH_UPDATE(value, columns, decay=0.95, weight=0.05)
+    assert defect(value) <= ORTHONORMAL * torch.finfo(torch.float32).eps
 
 
 def test_nothing_shrinks_where_nothing_is_left_out():
@@ -180,10 +179,3 @@ def test_nothing_shrinks_where_nothing_is_left_out():
     for options in ({"rank": 10}, {"weight": 0.0}):
         found, expected = (brandla.root_update(root, columns, **options, shrink=shrink) for shrink in (True, False))
         assert oracles.difference_ratio(dense(found), dense(expected), torch.float64) <= oracles.THRESHOLD
-
-
-def test_shrinking_in_place_equals_the_other_form():
-    held, columns = brandla.track(ROOT_UPDATE.make(30, 6)), make_columns(30, 4)
-    expected = SHRINKING(held, columns, decay=0.9)
-    assert SHRINKING.in_place(held, columns, decay=0.9) is held
-    torch.testing.assert_close((dense(held.lowrank), *held[1:]), (dense(expected.lowrank), *expected[1:]))

@@ -12,18 +12,11 @@ from brandla.demo import info
 from brandla_kernels import OPS, _op, _targets
 from brandla_kernels._targets import AMD, NVIDIA, nearest
 
-NEAREST = {
-    "sm_75": None,
-    "sm_87": "sm_86",
-    "sm_88": "sm_86",
-    "sm_103": "sm_100",
-    "sm_110": "sm_100",
-    "sm_121": "sm_120",
-    "gfx908": None,
-    "gfx940": "gfx942",
-    "gfx941": "gfx942",
-    "gfx1100": None,
-    "gfx1201": None,
+# Tiles, or none, and whose they are besides.
+TILES = {
+    **{arch: [arch] for arch in NVIDIA + AMD},
+    **{"sm_86": ["sm_86", "sm_87", "sm_88"], "sm_100": ["sm_100", "sm_103", "sm_110"], "sm_120": ["sm_120", "sm_121"]},
+    **{"gfx942": ["gfx942", "gfx940", "gfx941"], None: ["sm_75", "gfx908", "gfx1100", "gfx1201"]},
 }
 
 
@@ -40,11 +33,6 @@ def on(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
 
     return be
-
-
-@pytest.mark.parametrize(("arch", "tiles"), [*NEAREST.items(), *zip(NVIDIA + AMD, NVIDIA + AMD, strict=True)])
-def test_an_architecture_takes_the_nearest_tiles(arch, tiles):
-    assert nearest(arch) == tiles
 
 
 @pytest.mark.parametrize(("arch", "kernels"), [("sm_103", 1), ("gfx90a", 1), ("gfx1100", 0), ("gfx1201", 0)])
@@ -70,16 +58,14 @@ def test_kernels_cannot_be_forced_where_there_are_none(on):
         brandla.backend("triton").__enter__()
 
 
-@pytest.mark.parametrize(
-    ("arch", "words"),
-    [
-        ("sm_90", "sm_90: compiled for it"),
-        ("sm_103", "sm_103: tiles of sm_100, the nearest compiled for"),
-        ("gfx1100", "gfx1100: no kernels, torch forms"),
-    ],
-)
-def test_info_says_whose_tiles_a_gpu_takes(on, arch, words):
+@pytest.mark.parametrize(("arch", "tiles"), [(arch, tiles) for tiles, archs in TILES.items() for arch in archs])
+def test_an_architecture_takes_the_nearest_tiles_and_info_says_whose(on, arch, tiles):
     on(arch)
+    words = f"{arch}: " + (
+        "no kernels, torch forms" if tiles is None else f"tiles of {tiles}, the nearest compiled for"
+    )
+    words = f"{arch}: compiled for it" if tiles == arch else words
+    assert nearest(arch) == tiles
     assert info.facts()["kernels"] == [words]
     assert f"kernels {words}" in info.as_text()
 

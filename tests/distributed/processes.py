@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
+from torch.utils._pytree import tree_map
 
 # The first DTensor imports torch._dynamo, and the oracles scipy.linalg: once here, in place of once a process.
 PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "scipy.linalg", "brandla"]
@@ -66,6 +68,11 @@ def _rank(rank: int, call: bytes, world_size: int, folder: Path, timeout: float,
     finally:
         distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
+
+
+def whole(tree: Any) -> Any:
+    """Return the same with every DTensor gathered."""
+    return tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)
 
 
 def refusal(call: Callable[[], object]) -> str:

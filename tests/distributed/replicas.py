@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from brandla.kfac import KFAC, Brand, Exact, Strategy
-from distributed.processes import refusal
+from builders import tensors_in
+from distributed.processes import refusal, whole
 from kfac.networks import Words, batch, mlp
 from kfac.networks import train as train_on
 
@@ -168,10 +168,6 @@ class Training:
         return KFAC(model, self.case.strategy, distributed=self.case.mode, scaler=self.scaler, **options)
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @contextmanager
 def unsynchronised(model):
     """Keep the gradients of backward passes where they are."""
@@ -213,52 +209,31 @@ def is_last():
     return distributed.get_rank() == distributed.get_world_size() - 1
 
 
-class Outcome(NamedTuple):
-    """What a rank found: its parameters, and whether they and all states are those of the others, bit by bit.
-
-    Besides the state before the last step, how many steps were skipped, and the last scale of the loss.
-    """
-
-    parameters: list[Tensor]
-    state: dict[str, Any]
-    same: bool
-    states_same: bool
-    continued_same: bool
-    skipped: int
-    scale: float
-
-
 def train(cases):
-    """Train in this group, each case in turn."""
+    """Train in this group, each of the named cases in turn; return parameters, and the states before the last step.
+
+    Check that parameters and states are those of the other ranks, bit by bit, and come from a checkpoint as well.
+    """
     torch.set_grad_enabled(True)
     warnings.simplefilter("ignore")
-    return [_train(case) for case in cases]
+    return [_train(name, case) for name, case in cases.items()]
 
 
-def _train(case):
+def _train(name, case):
     training = replica(case)
-    same = True
     for step in range(STEPS):
         if step == STEPS - 1:
             state = training.state()
         training.step(step)
-        same = same and _is_same(training.parameters())
+        assert _is_same(training.parameters()), name
     parameters = training.parameters()
-    states_same = _is_same(tensors_of(training.preconditioner.state_dict()))
-    skipped, scale = training.preconditioner.report().skipped, training.scaler.get_scale()
-    # Once more from the checkpoint.
+    assert _is_same(tensors_in(training.preconditioner.state_dict())), f"{name}: states"
+    assert training.preconditioner.report().skipped == len(case.overflows) + (case.broken is not None), name
+    assert training.scaler.get_scale() == (case.scale or 1.0) / 2 ** len(case.overflows), name
     training.resume(state)
     training.step(STEPS - 1)
-    continued = all(map(torch.equal, parameters, training.parameters()))
-    state["model"] = {name: whole(weight) for name, weight in state["model"].items()}
-    return Outcome(parameters, state, same, states_same, continued, skipped, scale)
-
-
-def tensors_of(nested):
-    """Return all tensors of nested dicts, in the order of their keys."""
-    if isinstance(nested, dict):
-        return [tensor for key in sorted(nested) for tensor in tensors_of(nested[key])]
-    return [nested] if isinstance(nested, Tensor) else []
+    assert all(map(torch.equal, parameters, training.parameters())), f"{name}: continued from a checkpoint"
+    return parameters, whole(state)
 
 
 def _is_same(tensors):
@@ -300,18 +275,18 @@ def draws(calls, steps):
 
 
 def first_rank_brings_all(mode):
-    """Step before any backward pass, then with gradients in the first rank alone.
-
-    Return whether this rank has a gradient then, of each parameter, and whether all states are the same.
-    """
+    """Step before any backward pass, then with gradients in the first rank alone: it has some then, and all states."""
     warnings.simplefilter("ignore")
     training = Training(Case(Brand(6), mode), network())
     training.preconditioner.step()
-    if distributed.get_rank() == 0:
+    is_first = distributed.get_rank() == 0
+    if is_first:
         training.backward(0, 1, 0)
     training.preconditioner.step()
-    states = tensors_of(training.preconditioner.state_dict())
-    return [parameter.grad is not None for parameter in training.model.parameters()], bool(states) and _is_same(states)
+    assert all((parameter.grad is not None) == is_first for parameter in training.model.parameters())
+    states = tensors_in(training.preconditioner.state_dict())
+    assert states
+    assert _is_same(states)
 
 
 def train_alike(mode, options):
@@ -325,10 +300,7 @@ def train_alike(mode, options):
 
 
 def last_rank_refuses(mode):
-    """Have the last rank leave a layer to the optimizer; return which layers are left, and what becomes of gradients.
-
-    That of the layer must be as it was, and all gradients the same on all ranks.
-    """
+    """Have the last rank leave a layer to the optimizer: all leave it, and all gradients are the same on all ranks."""
     warnings.simplefilter("ignore")
     training = replica(Case(Exact(), mode))
     model, preconditioner = training.model, training.preconditioner
@@ -337,9 +309,9 @@ def last_rank_refuses(mode):
         preconditioner._layers[1].capture.refusal = "its output is a secret"
     before = model[2].weight.grad.clone()
     preconditioner.step()
-    left = [bool(layer.capture.refusal) for layer in preconditioner._layers]
-    untouched = torch.equal(before, model[2].weight.grad)
-    return left, untouched, _is_same([parameter.grad for parameter in model.parameters()])
+    assert [bool(layer.capture.refusal) for layer in preconditioner._layers] == [False, True, False]
+    assert torch.equal(before, model[2].weight.grad)
+    assert _is_same([parameter.grad for parameter in model.parameters()])
 
 
 def leaves_gradients_out():
@@ -349,20 +321,12 @@ def leaves_gradients_out():
     return list(filter(None, told))
 
 
-def last_rank_leaves(mode):
-    """Step in all ranks but the last, which ends before; return what the others are told."""
-    training = replica(Case(Brand(4), mode=mode, sizes=(6,) * distributed.get_world_size()))
+def last_rank_is_missing(mode, seconds):
+    """Step in all ranks but the last, which comes so late or, for no number, never; return what they are told."""
+    training = Training(Case(Brand(4), mode, (6,) * distributed.get_world_size()), network())
     training.backward(distributed.get_rank(), 0, 0)
-    if is_last():
+    if not is_last():
+        return refusal(training.preconditioner.step)
+    if seconds is None:
         os._exit(0)
-    return refusal(training.preconditioner.step)
-
-
-def last_rank_is_late(seconds):
-    """Step in the first rank alone; return what it is told when the group's timeout is over."""
-    training = Training(Case(Brand(4)), network())
-    training.backward(0, 0, 0)
-    if is_last():
-        time.sleep(seconds)
-        return ""
-    return refusal(training.preconditioner.step)
+    return time.sleep(seconds)

@@ -8,13 +8,13 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import brandla
 import builders
 import oracles
 from calls import ALL, given
-from distributed.processes import refusal
+from distributed.processes import refusal, whole
 
 UPDATES = {str(update): update for update in builders.SYMMETRIC_UPDATES}
 STREAMS = ("slow", "fast", "repeated-8", "zeros-between")
@@ -93,18 +93,6 @@ def sharded(factor, *, replicate=False):
     return factor._replace(**{name: (on_rows if name == tall else small)(part) for name, part in parts.items()})
 
 
-def sharded_arguments(x, *, replicate):
-    """Return the arguments of a call, all of the larger order sharded."""
-    factors = {name: sharded(getattr(x, name), replicate=replicate) for name in ("eigh", "root", "one_eigh")}
-    data = {name: on_rows(getattr(x, name)) for name in ("columns", "block", "square")}
-    return x._replace(**factors, **data, svd=sharded(x.svd))
-
-
-def whole(tree):
-    """Return the same with every DTensor gathered."""
-    return tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)
-
-
 def agree(actual, expected, label, scale=None):
     """Compare by what rounding explains of n·ε·‖·‖, `oracles.THRESHOLD` times."""
     actual = whole(actual)
@@ -134,6 +122,9 @@ def compare(many, one, label):
         compare(many.lowrank, one.lowrank, label)
     elif isinstance(one, brandla.LowRankSVD):
         agree(many.dense(), one.dense(), label)
+        # A centred stream keeps no right side.
+        left, right = (value.U * value.S.unsqueeze(-2) for value in (whole(many), one))
+        agree(left @ left.mT, right @ right.mT, label)
     elif isinstance(one, brandla.LowRankEigh | brandla.LowRankRoot):
         agree(many.dense(), one.dense(), label)
         assert builders.defect(whole(many)) < oracles.ORTHONORMAL * oracles.epsilon(one.dtype), label
@@ -192,58 +183,57 @@ def update_streams(name, dtype):
 
 def every_call(dtype):
     """Of two processes a batch with plain small parts, of four one problem; what overwrites does it in its place."""
-    is_pair = distributed.get_world_size() == 2
+    is_pair, n = distributed.get_world_size() == 2, 37
+    options = {"dtype": dtype, "batch_shape": (2,) if is_pair else ()}
     for name in CALLS:
-        one = given(dtype, (2,) if is_pair else (), 37)
-        many = sharded_arguments(one, replicate=not is_pair)
+        one = given(**options, n=n)
+        # All of the larger order.
+        factors = {name: sharded(getattr(one, name), replicate=not is_pair) for name in ("eigh", "root", "one_eigh")}
+        data = {name: on_rows(getattr(one, name)) for name in ("columns", "block", "square")}
+        many = one._replace(**factors, **data, svd=sharded(one.svd))
         if not is_pair and not name.startswith("kron"):
             many = many._replace(number=on_all(one.number))
         compare(ALL[name](many), ALL[name](one), name)
         compare(many, one, name)
+    for kind, *sizes in ((brandla.LowRankEigh, n, 4), (brandla.LowRankRoot, n, 4), (brandla.LowRankSVD, n, 5, 4)):
+        factor = kind.zeros(*sizes, **options, mesh=mesh_of_all())
+        compare(factor, kind.zeros(*sizes, **options), kind)
+        assert [is_spread(part) for part in factor].count(True) == 1, kind
 
 
-def lists_and_poison(dtype):
-    """Sharded factors beside plain ones; and data that are not finite on one rank alone."""
-    n, r, k = 37, 6, 5
-    columns, second = builders.make_columns(n, k, dtype=dtype), builders.make_columns(20, k, dtype=dtype)
-    data = [on_rows(columns), second, on_rows(second)]
-    for name, update in UPDATES.items():
-        factor, other = update.make(n, r, dtype=dtype), update.make(20, r, dtype=dtype, seed=9)
-        factors = [sharded(factor), other, sharded(other, replicate=True)]
-        check(partial(update.grouped, decay=0.9, weight=[0.1, 1.0, 1.0]), factors, data, label=name)
-        check(brandla.grouped.damped_solve, factors, data, 0.1, label=name)
-        check(brandla.grouped.damped_power, factors, data, 0.1, -0.25, label=name)
+def lists(dtype):
+    """Factors that are updated together: their small matrices travel in the messages of one factor.
 
-        poisoned = columns.clone()
-        poisoned[n - 1, 0] = torch.nan
-        result = whole(update(sharded(factor), on_rows(poisoned)))
-        assert builders.values_of(result).isnan().all()
-        assert builders.tall_of(result).isnan().all()
-
-
-def grouped_updates(dtype):
-    """Classes of factors that are updated together: their small matrices travel in the messages of one factor."""
-    r, k = 6, 5
+    Sharded factors may stand beside plain ones, and data that are not finite on one rank alone spoil all of a factor.
+    """
+    r, k, weights = 6, 5, [0.1, 1.0, 1.0, 0.5]
     for name, update in UPDATES.items():
         # Of the last, r + k is above n.
         sizes = (37, 20, 64, 9)
         factors = [brandla.track(update.make(n, r, dtype=dtype, seed=n)) for n in sizes]
         columns = [builders.make_columns(n, k, dtype=dtype, seed=n) for n in sizes]
-        expected = [update(*pair, decay=0.9) for pair in zip(factors, columns, strict=True)]
-        for replicate in (False, True):
-            own = [sharded(factor, replicate=replicate) for factor in factors]
-            spread_columns = [on_rows(part) for part in columns]
+        each = zip(factors, columns, weights, strict=True)
+        expected = [update(factor, new, decay=0.9, weight=weight) for factor, new, weight in each]
+        for replicate, plain in ((False, ()), (True, ()), (False, (1, 3))):
+            own = [old if i in plain else sharded(old, replicate=replicate) for i, old in enumerate(factors)]
+            data = [new if i in plain else on_rows(new) for i, new in enumerate(columns)]
             with Messages() as recorder:
-                results = update.grouped(own, spread_columns, decay=0.9)
+                results = update.grouped(own, data, decay=0.9, weight=weights)
             # C and G; and what the polish of an orthonormal form needs.
-            assert len(recorder.seen) == 1 + update.is_orthonormal, recorder.seen
+            assert len(recorder.seen) == 1 + (update.factor is brandla.LowRankEigh), recorder.seen
             compare(results, expected, name)
             for result, before in zip(results, own, strict=True):
                 same_kind(result.lowrank, before.lowrank, name)
+        check(brandla.grouped.damped_solve, own, data, 0.1, label=name)
+        check(brandla.grouped.damped_power, own, data, 0.1, -0.25, label=name)
+        columns[0][-1, 0] = torch.nan
+        result = whole(update(own[0], on_rows(columns[0]))).lowrank
+        assert builders.values_of(result).isnan().all()
+        assert builders.tall_of(result).isnan().all()
 
 
 def svd_streams(dtype):
-    """Append to and update sharded decompositions and whole ones side by side."""
+    """Append to sharded decompositions and whole ones side by side."""
     for n, r, k in SIZES:
         for centred in (False, True):
             label = ("svd_append", dtype, n, r, k, centred)
@@ -255,23 +245,7 @@ def svd_streams(dtype):
                 one = brandla.svd_append(one, columns, decay=0.9)
                 many = brandla.svd_append(many, on_rows(columns), decay=0.9)
             compare(many, one, label)
-            if centred:
-                one, many = one.svd, many.svd
-            assert isinstance(many.U, DTensor), label
-            U = whole(many.U)
-            agree((U * many.S.square()) @ U.mT, (one.U * one.S.square()) @ one.U.mT, label)
-    nearly_dependent_columns(dtype)
-    update = partial(brandla.svd_update, decay=0.9)
-    svd = builders.make_svd(37, 21, 6, dtype=dtype)
-    left, right = builders.make_columns(37, 4, dtype=dtype), builders.make_columns(21, 4, dtype=dtype, seed=3)
-    on_left, on_right = svd._replace(U=on_rows(svd.U)), svd._replace(Vh=on_rows(svd.Vh, -1))
-    on_both = brandla.LowRankSVD(on_left.U, on_all(svd.S), on_right.Vh)
-    for factor, *sides in (
-        (on_left, on_rows(left), right),
-        (on_right, left, on_rows(right)),
-        (on_both, on_rows(left), on_rows(right)),
-    ):
-        same_kind(check(update, factor, *sides), factor, "svd_update")
+            assert is_spread((many.svd if centred else many).U), label
 
 
 def nearly_dependent_columns(dtype):
@@ -287,22 +261,22 @@ def nearly_dependent_columns(dtype):
         agree(result.dense(), torch.cat([svd.dense(), columns], dim=1), label)
 
 
-def kron_applications(dtype):
-    """Pairs with either side sharded."""
+def two_sides(dtype):
+    """Functions of two sides, with the left one sharded, the right one, or both."""
     p, q, k = 37, 22, 3
+    svd, P, Q = builders.make_svd(p, q, 6, dtype=dtype), *(builders.make_columns(n, k, dtype=dtype) for n in (p, q))
     left, right = builders.make_eigh(p, 6, dtype=dtype), builders.make_root(q, 4, dtype=dtype)
-    P, Q = builders.make_columns(p, k, dtype=dtype), builders.make_columns(q, k, dtype=dtype, seed=4)
     options = {"left_tail": 0.01, "right_tail": "smallest"}
-    solve = partial(brandla.kron_damped_solve, **options)
-    on_left, on_right = sharded(left), sharded(right, replicate=True)
-    for first, second, data in (
-        (on_left, on_right, (on_rows(P), on_rows(Q))),
-        (on_left, right, (on_rows(P), Q)),
-        (left, on_right, (P, on_rows(Q))),
-    ):
-        result = check(solve, first, second, data, 0.1, 0.2)
+    for on_left, on_right in ((True, False), (False, True), (True, True)):
+        data = on_rows(P) if on_left else P, on_rows(Q) if on_right else Q
+        old = sharded(svd) if on_left else svd
+        old = old._replace(Vh=on_rows(svd.Vh, -1)) if on_right else old
+        old = old._replace(S=on_all(svd.S)) if on_left and on_right else old
+        same_kind(check(partial(brandla.svd_update, decay=0.9), old, *data), old, "svd_update")
+        sides = sharded(left) if on_left else left, sharded(right, replicate=True) if on_right else right
+        result = check(partial(brandla.kron_damped_solve, **options), *sides, data, 0.1, 0.2)
         same_kind(result, data, "pair")
-        (again,) = brandla.grouped.kron_damped_solve([first], [second], [data], 0.1, 0.2, **options)
+        (again,) = brandla.grouped.kron_damped_solve(*([side] for side in sides), [data], 0.1, 0.2, **options)
         compare(again, whole(result), "grouped pair")
 
 
@@ -327,8 +301,9 @@ def gradients():
             compare([part.grad for part in own], expected, call)
 
 
-def messages(n, r, k, dtype):
+def messages(dtype):
     """Check the numbers in every collective of each function on tall matrices of n rows: none grows with n."""
+    n, r, k = 1600, 12, 8
     eigh, root = builders.make_eigh(n, r, dtype=dtype), builders.make_root(n, r, dtype=dtype)
     svd = builders.make_svd(n, 2 * r, r, dtype=dtype)
     columns = on_rows(builders.make_columns(n, k, dtype=dtype))
@@ -359,23 +334,6 @@ def messages(n, r, k, dtype):
         with Messages() as recorder:
             partial(*call)()
         assert recorder.seen == [("allreduce_", size) for size in sizes], call[0]
-
-
-def zeros():
-    """Start streams over a mesh."""
-    n = 37
-    for make in (
-        partial(brandla.LowRankEigh.zeros, n, 4, batch_shape=(2,)),
-        partial(brandla.LowRankRoot.zeros, n, 4, dtype=torch.float64),
-        partial(brandla.LowRankSVD.zeros, n, 5, 4),
-    ):
-        factor = make(mesh=mesh_of_all())
-        for one, other in zip(factor, make(), strict=True):
-            assert torch.equal(whole(one), other)
-            assert one.dtype == other.dtype
-        assert sum(isinstance(part, DTensor) for part in factor) == 1
-        assert not factor.dense().any()
-        assert factor.is_finite().all()
 
 
 def refusals():

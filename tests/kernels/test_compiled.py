@@ -38,16 +38,12 @@ def representative(target, layout, dtypes):
             # The slowest to compile, and in the same tiles in the test of small problems.
             continue
         given = case.launch.arguments
-        ways = (given.get(way) for way in ("COMPUTE", "PRECISION", "TERMS", "SYMMETRIC"))
-        name = f"{case.launch.name}, {', '.join(map(str, ways))}"
-        if name not in found or _work(case) > _work(found[name]):
-            found[name] = case
-    return found
-
-
-def _work(case):
-    given = case.launch.arguments.values()
-    return sum(case.launch.config.blocks.values()), sum(isinstance(value, torch.Tensor) for value in given)
+        name = case.launch.name, *(given.get(way) for way in ("COMPUTE", "PRECISION", "TERMS", "SYMMETRIC"))
+        tensors = sum(isinstance(value, torch.Tensor) for value in given.values())
+        work = sum(case.launch.config.blocks.values()), tensors
+        if name not in found or work > found[name][0]:
+            found[name] = work, case
+    return {str(name): case for name, (_, case) in found.items()}
 
 
 def launches(target, name, *arguments):

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -57,14 +58,10 @@ def test_table_lists_every_kernel_of_every_target(facts):
 
 
 def test_a_fault_or_a_failure_to_compile_fails_the_command(facts, monkeypatch):
-    def spilling(target, launch):
-        return replace(compile_for(target, launch), spills=8)
-
-    def failing(target, launch):
-        message = "PassManager::run failed"
-        raise RuntimeError(message)
-
-    wrong = {"8 bytes of registers spilled": spilling, "does not compile: PassManager::run failed": failing}
+    wrong = {
+        "8 bytes of registers spilled": lambda target, launch: replace(compile_for(target, launch), spills=8),
+        "does not compile: PassManager::run failed": mock.Mock(side_effect=RuntimeError("PassManager::run failed")),
+    }
     for fault, compiling in wrong.items():
         monkeypatch.setattr(kernels_table, "compile_for", compiling)
         status, entries, _ = facts("--targets", "gfx942")

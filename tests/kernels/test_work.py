@@ -64,18 +64,14 @@ def matrices_in_bytes(launches):
 @of_every_size
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
 @pytest.mark.parametrize("op", OPS)
-def test_flops_of_the_launches_are_those_of_the_cost(op, dtype, size):
+def test_flops_of_the_launches_are_those_of_the_cost_and_bytes_those_of_their_tensors(op, dtype, size):
     case, left_out = case_of(op, size, dtype), 0
+    launches = recorded(case)
     if op.startswith("kron_"):
         # The cost leaves out terms without the factor p q: U_Lᵀ(W U_R), (U_LᵀW U_R) U_Rᵀ, and β_L β_R W.
         left_out = 2 * (size.n + size.wide) * size.r**2 + 2 * size.n * size.wide
-    assert flops_of(recorded(case)) == cases.cost(case).flops + left_out
-
-
-@of_every_size
-@pytest.mark.parametrize("op", OPS)
-def test_bytes_of_a_launch_are_those_of_its_tensors(op, size):
-    for launch in recorded(case_of(op, size)):
+    assert flops_of(launches) == cases.cost(case).flops + left_out
+    for launch in launches:
         assert launch.work.bytes == sum(sizes_in_bytes(launch).values()) > 0
         assert all(launch.work.sizes.values()) or launch.work.sizes.get("r2") == 0
 

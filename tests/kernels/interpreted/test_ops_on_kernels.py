@@ -1,6 +1,8 @@
 """Each kernel or torch form against the formula of its op in float64, in every layout and around the edges of tiles."""
 
 import importlib
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -8,24 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brandla_kernels import OPS
-from op_cases import (
-    CASES,
-    LAYOUTS,
-    assert_grouped,
-    assert_op,
-    assert_spoils_its_own,
-    exact,
-    grouped,
-    grouped_operands,
-    half_precision_data,
-    op_of,
-    operands,
-    run,
-)
+from brandla_kernels._grouped import _own_arguments
+from builders import unchanged
+from op_cases import CASES, LAYOUTS, assert_computes, exact, grouped, op_of, operands, run
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 # What has no formula: its own files compare it with its torch form.
 CORES = [name for name in OPS if name not in CASES]
+TAKE_HALF = ("project", "cross_gram", "gram_ema_", "sketch")
 # n, r, k. Tiles have 128 rows, or 64 (float64, or beside a Gram matrix), 16 to 128 columns, and 32 (16) terms of a sum.
 SIZES = {
     "no rows": (0, 3, 4),
@@ -62,13 +54,21 @@ class NoCopies(TorchDispatchMode):
 
 def assert_kernel(case, new):
     """Check an op against its formula, that it leaves its inputs alone, and that a kernel copies none of them."""
-    tall = max(part.shape[-2:].numel() for part in new() if isinstance(part, Tensor))
-    may_copy = op_of(case).endswith("_") or not is_kernel(case, new()[0].device)
-    assert_op(case, new, None if may_copy else NoCopies(max(tall, 2)))
+    arguments, overwrites = new(), op_of(case).endswith("_")
+    tall = max(part.shape[-2:].numel() for part in arguments if isinstance(part, Tensor))
+    may_copy = overwrites or not is_kernel(case, arguments[0].device)
+    with unchanged(arguments[overwrites:]), nullcontext() if may_copy else NoCopies(max(tall, 2)):
+        results = run(OPS[op_of(case)], arguments)
+    assert_computes(case, results, new())
 
 
 def is_kernel(case, device):
     return OPS[op_of(case)].implementation(device.type)[0] == "triton"
+
+
+def problems(case, sizes, layouts, *rest):
+    """Return the arguments of problems of these sizes, in these layouts, taken in turn."""
+    return [operands(case, *size, layouts[index % len(layouts)], *rest) for index, size in enumerate(sizes)]
 
 
 def mapped(change, arguments):
@@ -97,12 +97,9 @@ def test_kernel_computes_the_formula_in_every_layout(case, layout, device):
     ("layout", "half"),
     [("plain", torch.float16), ("transposed", torch.bfloat16), ("batched, with gaps", torch.bfloat16)],
 )
-@pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_", "sketch"])
+@pytest.mark.parametrize("case", TAKE_HALF)
 def test_kernel_takes_half_precision_data_exactly(case, layout, half, device):
-    def new():
-        return half_precision_data(case, operands(case, 65, 17, 33, layout, FLOAT32, device), half)
-
-    assert_kernel(case, new)
+    assert_kernel(case, lambda: operands(case, 65, 17, 33, layout, FLOAT32, device, half))
 
 
 @pytest.mark.parametrize("case", [*CASES, *CORES])
@@ -116,7 +113,18 @@ def test_kernel_takes_a_batch_of_no_problems(case, device):
 @pytest.mark.usefixtures("_overflow_is_meant")
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_not_finite_spoils_its_own_problem_and_no_other(case, device):
-    assert_spoils_its_own(case, device)
+    op, new = OPS[op_of(case)], partial(operands, case, 9, 3, 2, "batched", FLOAT32, device)
+    data = {operand.position for operand in op.signature.operands if operand.kind == "Data"}
+    clean = run(op, new())
+    for position, value in [*((place, torch.inf) for place in data), *enumerate([torch.nan] * len(new()))]:
+        arguments = new()
+        if isinstance(arguments[position], Tensor) and arguments[position].is_floating_point():
+            arguments[position][1, 1].view(-1)[-1] = value
+            results = run(op, arguments)
+            assert not all(part[1, 1].isfinite().all() for part in results)
+            for part, expected in zip(results, clean, strict=True):
+                part[1, 1] = expected[1, 1]
+                torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["project", "rotate", "damped_apply"])
@@ -177,7 +185,7 @@ def test_kernel_repeats_itself_to_the_bit(case, device):
     single = (operands(case, rows, 17, 5, "plain", FLOAT32, device) for _ in range(2))
     assert all(map(torch.equal, *(run(op, arguments) for arguments in single)))
     if op.signature.lists:
-        lists = (grouped_operands(case, MIXED, ["plain"], FLOAT32, device) for _ in range(2))
+        lists = (grouped(case, problems(case, MIXED, ["plain"], FLOAT32, device)) for _ in range(2))
         for one, other in zip(*(run(op, arguments) for arguments in lists), strict=True):
             assert all(map(torch.equal, one, other))
 
@@ -185,36 +193,43 @@ def test_kernel_repeats_itself_to_the_bit(case, device):
 # --- Lists
 
 
-@pytest.mark.parametrize(
-    ("sizes", "layouts", "dtype"),
-    [
-        (MIXED, ["strided", "plain", "embedded"], FLOAT32),
-        (MIXED, ["plain"], FLOAT64),
-        (ALIGNED, ["plain"], FLOAT32),
-        (ALIGNED, ["transposed"], FLOAT32),
-    ],
-    ids=["mixed", "mixed float64", "aligned rows", "aligned columns"],
-)
-@pytest.mark.parametrize("case", CASES)
-def test_grouped_kernel_computes_the_formula_of_each_problem(case, sizes, layouts, dtype, device):
-    assert_grouped(case, lambda: grouped_operands(case, sizes, layouts, dtype, device))
+# Sizes, layouts, dtype, and that of data in half precision.
+LISTS = {
+    "mixed": (MIXED, ["strided", "plain", "embedded"], FLOAT32, None),
+    "mixed float64": (MIXED, ["plain"], FLOAT64, None),
+    "aligned rows": (ALIGNED, ["plain"], FLOAT32, None),
+    "aligned columns": (ALIGNED, ["transposed"], FLOAT32, None),
+    "mixed half": (MIXED, ["plain"], FLOAT32, torch.bfloat16),
+    "aligned half": (ALIGNED, ["plain"], FLOAT32, torch.float16),
+}
 
 
 @pytest.mark.parametrize(
-    ("sizes", "half"), [(MIXED, torch.bfloat16), (ALIGNED, torch.float16)], ids=["mixed", "aligned"]
+    ("case", "lists"), [(case, one) for case in CASES for one in LISTS if case in TAKE_HALF or "half" not in one]
 )
-@pytest.mark.parametrize("case", ["project", "cross_gram", "gram_ema_", "sketch"])
-def test_grouped_kernel_takes_half_precision_data_exactly(case, sizes, half, device):
-    def new():
-        problems = [operands(case, *size, "plain", FLOAT32, device) for size in sizes]
-        return grouped(case, [half_precision_data(case, arguments, half) for arguments in problems])
-
-    assert_grouped(case, new)
+def test_grouped_kernel_computes_the_formula_of_each_problem(case, lists, device):
+    """And pads stacks with zeros."""
+    sizes, layouts, dtype, half = LISTS[lists]
+    op = OPS[op_of(case)]
+    arguments, given = (grouped(case, problems(case, sizes, layouts, dtype, device, half)) for _ in range(2))
+    with unchanged(arguments[op.name.endswith("_") :]):
+        results = run(op, arguments)
+    for index, own_sizes in enumerate(op.signature.grouped_sizes(given)):
+        own, found = _own_arguments(op.signature, given, index, own_sizes), []
+        # Problems of a sketch are counted.
+        assert op.signature.counter is None or own[-1] == index
+        for result, part in zip(results, exact(case, own), strict=True):
+            whole, corner = result[index].clone(), tuple(map(slice, part.shape))
+            found.append(whole[corner].clone())
+            assert isinstance(result, Tensor) or whole.shape == part.shape
+            whole[corner] = 0
+            assert not whole.any()
+        assert_computes(case, found, own)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_list_of_one_equals_the_single_op(case, device):
     single = run(OPS[op_of(case)], operands(case, 48, 16, 32, "plain", FLOAT32, device))
-    listed = run(OPS[op_of(case)], grouped_operands(case, [(48, 16, 32)], ["plain"], FLOAT32, device))
+    listed = run(OPS[op_of(case)], grouped(case, problems(case, [(48, 16, 32)], ["plain"], FLOAT32, device)))
     for one, other in zip(single, listed, strict=True):
         assert torch.equal(one, other[0])

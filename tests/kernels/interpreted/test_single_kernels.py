@@ -40,13 +40,6 @@ def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
 # --- damped_inverse: the small problem beside the projection, and what must not spread
 
 
-def negative_inverse(gram, damping, device):
-    """Return Z for S, as Y − V of U = V = I and β = 1."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=device).expand_as(gram)
-    shift = (torch.full(gram.shape[:-2], number, dtype=gram.dtype, device=device) for number in (damping, 1 - damping))
-    return (OPS["damped_inverse"](identity, gram.to(device), *shift, identity) - identity).cpu()
-
-
 # Around the blocks of 16 columns, and the tiles of 64 rows.
 @pytest.mark.parametrize(
     ("order", "damping", "dtype"),
@@ -60,7 +53,10 @@ def test_sweeps_invert_as_well_as_a_factorisation(order, damping, dtype, device)
     gram = oracles.symmetrised((turn * torch.logspace(0, -9, order, dtype=torch.float64)) @ turn.mT).to(dtype)
     damped = gram + damping * torch.eye(order, dtype=torch.float64)
     expected = -torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    found = negative_inverse(gram, damping, device).double()
+    # Z for S, as Y − V of U = V = I and β = 1.
+    identity = torch.eye(order, dtype=dtype, device=device)
+    shift = identity.new_tensor([damping, 1 - damping])
+    found = (OPS["damped_inverse"](identity, gram.to(device), *shift, identity) - identity).cpu().double()
     allowed = 8 * order**0.5 * eps * float(torch.linalg.cond(damped)) * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
     # The residual is that of a backward stable method, not κ times it.
@@ -118,26 +114,29 @@ ROWS, RANK, COLUMNS = 5, 3, 2
 STRIDE = 2**29
 
 
-@pytest.fixture
-def far_apart(tmp_path, device):
-    """Return a function that lays the rows (dim 0) or the columns (dim 1) of a matrix STRIDE elements apart.
+@pytest.mark.parametrize(
+    ("case", "dim", "listed"),
+    [(case, 0, listed) for case in ("project", "cross_gram", "rotate", "rotate_", "damped_apply") for listed in (0, 1)]
+    + [("project", 1, 0)],
+)
+def test_rows_or_columns_may_lie_further_apart_than_32_bits_reach(case, dim, listed, tmp_path, device):
+    """Memory on a CPU is that of a file with holes, so only the pages that hold an element take any.
 
-    Memory on a CPU is that of a file with holes, so only the pages that hold an element take any. It begins 2³¹
-    elements before the matrix, where a 32-bit offset that wraps around would read zeros.
+    It begins 2³¹ elements before the matrix, where a 32-bit offset that wraps around would read zeros.
     """
-
-    def place(matrix, dim):
-        size, before = (ROWS - 1) * STRIDE + matrix.numel(), 0
-        if device.type == "cpu":
-            before = 2**31
-            memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=before + size, dtype=matrix.dtype)
-        else:
-            memory = torch.zeros(size, dtype=matrix.dtype, device=device)
-        placed = memory.as_strided(matrix.shape, [STRIDE, 1] if dim == 0 else [1, STRIDE], before)
-        placed.copy_(matrix)
-        return placed
-
-    return place
+    sizes = (RANK, ROWS, COLUMNS) if dim else (ROWS, RANK, COLUMNS)
+    basis, *others = operands(case, *sizes, "plain", torch.float32, device)
+    size, before = (ROWS - 1) * STRIDE + basis.numel(), 2**31 if device.type == "cpu" else 0
+    if before:
+        memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=before + size)
+    else:
+        memory = basis.new_zeros(size)
+    far_apart = memory.as_strided(basis.shape, [1, STRIDE] if dim else [STRIDE, 1], before)
+    far_apart.copy_(basis)
+    expected = run(OPS[case].torch_form, (basis.clone(), *others))
+    arguments = (far_apart, *others)
+    result = run(OPS[case], grouped(case, [arguments]) if listed else arguments)[0]
+    assert_computes(case, (result[0] if listed else result, *expected[1:]), (basis, *others))
 
 
 @pytest.mark.parametrize("rank", [128, 129], ids=["as wide as a tile", "wider"])
@@ -146,21 +145,3 @@ def test_a_list_is_overwritten_whatever_its_width(rank, device):
     expected = [run(OPS["rotate_"].torch_form, (basis.clone(), *others))[0] for basis, *others in problems]
     for result, one in zip(run(OPS["rotate_"], grouped("rotate_", problems))[0], expected, strict=True):
         torch.testing.assert_close(result.cpu(), one.cpu(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("listed", [False, True], ids=["single", "grouped"])
-@pytest.mark.parametrize("case", ["project", "cross_gram", "rotate", "rotate_", "damped_apply"])
-def test_rows_may_lie_further_apart_than_32_bits_reach(case, listed, far_apart, device):
-    basis, *others = operands(case, ROWS, RANK, COLUMNS, "plain", torch.float32, device)
-    expected = run(OPS[case].torch_form, (basis.clone(), *others))
-    arguments = (far_apart(basis, 0), *others)
-    if listed:
-        (result,) = (part[0] for part in run(OPS[case], grouped(case, [arguments]))[:1])
-    else:
-        result = run(OPS[case], arguments)[0]
-    assert_computes(case, (result, *expected[1:]), (basis, *others))
-
-
-def test_columns_may_lie_further_apart_than_32_bits_reach(far_apart, device):
-    basis, columns = operands("project", 3, ROWS, COLUMNS, "plain", torch.float32, device)
-    assert_computes("project", run(OPS["project"], (far_apart(basis, 1), columns)), (basis, columns))

@@ -15,7 +15,7 @@ FAMILIES = (
 # Of orders that the interpreter takes long for, the families that reach every branch.
 OF_EVERY_BRANCH = ("graded", "half the rank", "nearly cancelling")
 # Around the blocks of 16 columns, and the tiles of 32 and 128 rows.
-ORDERS = dict.fromkeys((0, 1, 2, 17), FAMILIES) | dict.fromkeys((15, 33, 65), OF_EVERY_BRANCH)
+ORDERS = dict.fromkeys((0, 1, 2, 17), FAMILIES) | dict.fromkeys((15, 33, 65), OF_EVERY_BRANCH) | {129: ("gaussian",)}
 
 
 def panel_of(family, k, seed=0):
@@ -44,8 +44,9 @@ def growth(gram, scale, threshold):
 
 
 def assert_definition(gram, scale, transform, live):
-    """Check that TᵀGT is the identity on live columns and that T is upper triangular, and 0 in the others."""
+    """Check that TᵀGT is the identity on live columns, T upper triangular with a positive diagonal, and 0 elsewhere."""
     assert transform.isfinite().all()
+    assert torch.equal(transform.diagonal(dim1=-2, dim2=-1) > 0, live)
     assert torch.equal(transform, transform.triu())
     assert (transform[~live[..., None, :].expand_as(transform)] == 0).all()
     assert (transform[~live[..., :, None].expand_as(transform)] == 0).all()
@@ -70,15 +71,6 @@ def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(k, devic
         # Rounding decides nothing further away from the threshold.
         near = (growth(gram, scale, threshold) - 1).abs() < 1 / 16
         assert torch.equal(live | near, expected | near)
-
-
-@pytest.mark.parametrize("k", [2, 17, 129])
-def test_transform_equals_that_of_the_torch_form(k, device):
-    gram, scale = problem_of(panel_of("gaussian", k))
-    expected, _ = CORE.torch_form(gram, scale, 1e-12)
-    transform, _ = solve(gram, scale, 1e-12, device)
-    # Both are within k·ε·κ of the exact one; κ(G) of a Gaussian panel twice as tall as wide is below 40.
-    torch.testing.assert_close(transform, expected, rtol=0, atol=40 * k * EPS * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("k", [8, 40])

@@ -1,4 +1,4 @@
-"""What one update promises, in each form: eigh_update, and root_update by eigh and by Cholesky; new, and in place."""
+"""What one update promises, in each form: eigh_update, root_update by eigh and by Cholesky, svd_update, svd_append."""
 
 import math
 
@@ -12,53 +12,56 @@ import oracles
 from builders import (
     EIGH_UPDATE,
     ROOT_UPDATE,
+    SHRINKING,
+    SYMMETRIC_UPDATES,
+    UPDATES,
     assert_differentiable,
+    assert_equals,
     assert_factor,
     assert_same,
     assert_underestimates,
     defect,
     dense,
     make_columns,
+    sides_of,
     tall_of,
     unchanged,
     values_of,
 )
 from oracles import ORTHONORMAL, THRESHOLD
 
+# Updates of a symmetric matrix of order m take no notice of n.
+EVERY = pytest.mark.parametrize("update", UPDATES, ids=str)
 
+
+@EVERY
 @pytest.mark.parametrize(
-    ("n", "r", "k"),
+    ("m", "n", "r", "k"),
     [
-        *((12, 7, k) for k in (4, 5, 8)),  # around n − r = 5
-        *((7, 3, 20), (30, 3, 300)),  # k above n, and far above
-        *((9, 9, 4), (9, 9, 0), (11, 4, 0), (11, 0, 3), (11, 0, 0)),  # nothing left out, nothing new, nothing old
-        *((11, 4, 1), (1, 1, 1), (1, 0, 3), (101, 13, 17)),
+        *((12, 9, 7, k) for k in (4, 5, 8)),  # around m − r = 5, and above both rests
+        *((60, 9, 7, 8), (9, 60, 7, 8), (7, 5, 3, 20), (30, 31, 3, 300)),  # k above one rest, above m, and far above
+        *((9, 9, 9, 4), (9, 9, 9, 0), (11, 13, 4, 0), (11, 13, 0, 3), (11, 13, 0, 0)),  # full rank, nothing new or old
+        *((11, 13, 4, 1), (1, 6, 1, 2), (6, 1, 1, 2), (1, 1, 1, 1), (1, 1, 0, 3), (31, 40, 8, 6), (101, 53, 13, 17)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("decay", "weight"), [(0.5, 0.3), (0.0, 1.0), (1.0, 0.0)], ids=["both", "new", "old"])
-def test_every_shape_gives_the_whole_update_at_full_rank(update, n, r, k, decay, weight, dtype):
-    old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype)
-    rank = min(n, r + k)
-    new = update(old, columns, decay=decay, weight=weight, rank=rank)
-    assert_factor(new, n, rank)
-    assert oracles.difference_ratio(dense(new), oracles.updated(dense(old), columns, decay, weight), dtype) <= THRESHOLD
+def test_every_shape_gives_the_whole_update_at_full_rank(update, m, n, r, k, dtype):
+    given = update.given(m, n, r, k, dtype=dtype)
+    for decay, weight in ((0.5, 0.3), (0.0, 1.0), (1.0, 0.0)):
+        whole = update.whole(*given, decay=decay, weight=weight)
+        assert_equals(update(*given, decay=decay, weight=weight, rank=min(*whole.shape, r + k)), whole)
 
 
+@EVERY
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
 @pytest.mark.parametrize("rank", [0, 1, 8, 9, 14], ids=lambda rank: f"to-{rank}")
 def test_truncation_is_the_best_approximation(update, rank, spectrum, dtype):
-    n, r, k = 40, 8, 6
-    old, columns = update.make(n, r, spectrum, dtype=dtype), make_columns(n, k, dtype=dtype)
-    new = update(old, columns, decay=0.9, weight=0.1, rank=rank)
-    whole = oracles.updated(dense(old), columns, 0.9, 0.1)
-    reference = oracles.eigh(whole)
-    values, truncation = reference.eigenvalues, reference.truncation(rank)
-    scale, slack = float(values[0]), oracles.tolerance(n, dtype, values[0])
-    assert_factor(new, n, rank)
-    assert_underestimates(new, whole)
-    excess = 1.0 if update.is_exact else 1.25
-    assert (whole - dense(new)).trace() <= excess * values[rank:].sum() + n * oracles.rounding(n, dtype, scale)
+    m, r, k, numbers = 40, 8, 6, {"decay": 0.9, "weight": 0.1}
+    given = update.given(m, 31, r, k, spectrum, dtype=dtype)
+    new, whole = update(*given, **numbers, rank=rank), update.whole(*given, **numbers)
+    truncation, values = oracles.svd_truncation(whole, rank)
+    scale, slack = float(values[0]), oracles.tolerance(m, dtype, values[0])
+    assert_factor(new, m, rank)
     if update.is_exact or rank == r + k:
         best = oracles.spectral_norm(whole - truncation)
         assert oracles.spectral_norm(whole - dense(new)) <= best + slack
@@ -68,6 +71,10 @@ def test_truncation_is_the_best_approximation(update, rank, spectrum, dtype):
         gap = float(values[rank - 1] - values[rank]) / scale
         if gap > 1e-2:
             assert oracles.difference_ratio(dense(new), truncation, dtype, scale / gap) <= THRESHOLD
+    if update.is_symmetric:
+        assert_underestimates(new, whole)
+        excess = 1.0 if update.is_exact else 1.25
+        assert (whole - dense(new)).trace() <= excess * values[rank:].sum() + m * oracles.rounding(m, dtype, scale)
 
 
 P, Z = oracles.gaussian(2, 50, seed=3)
@@ -115,6 +122,25 @@ def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(update, e
     assert oracles.difference_ratio(dense(value), matrix, torch.float32) <= THRESHOLD
 
 
+@pytest.mark.parametrize("name", ["eigh_update", "eigh_downdate", "svd_update", "svd_append"])
+def test_new_vectors_have_the_sign_of_the_old_ones_in_their_places(name, dtype):
+    update = {str(update): update for update in UPDATES}.get(name)
+    old, *data = (update or EIGH_UPDATE).given(40, 31, 8, 4, dtype=dtype, scale=0.02)
+    signs = torch.ones(8, dtype=dtype)
+    for seed in range(8):
+        # Whatever sign LAPACK gives, old vectors have either.
+        signs[seed:] *= -1
+        turned = {part: getattr(old, part) * signs for part in ("eigenvectors", "U") if hasattr(old, part)}
+        old = old._replace(**turned | ({"Vh": old.Vh * signs[:, None]} if "U" in turned else {}))
+        for rank in (6, 8, 12):
+            new = update(old, *data, rank=rank) if update else brandla.eigh_downdate(old, *data, weight=0.1)
+            both = min(8, new.rank)
+            pairs = zip(sides_of(new), sides_of(old), strict=True)
+            agreement, *others = ((side[: len(own), :both] * own[:, :both]).sum(0) for side, own in pairs)
+            assert (agreement >= -oracles.tolerance(40, dtype)).all()
+            assert all((each[:3] > 0.9).all() for each in (agreement, *others))
+
+
 # --- Rank(max, tol): a rank that adapts to the spectrum within fixed shapes
 
 
@@ -123,33 +149,35 @@ def kept(value):
     return int(tall_of(value).any(-2).sum())
 
 
+@EVERY
 @pytest.mark.parametrize("tol", [0.0, 1e-2, 0.3])
 def test_values_under_the_tolerance_leave_with_their_vectors(update, tol, dtype):
-    n, r, k = 50, 12, 8
-    old, columns = update.make(n, r, dtype=dtype), make_columns(n, k, dtype=dtype, scale=0.1)
-    new = update(brandla.track(old), columns, rank=brandla.Rank(max=12, tol=tol))
-    factor, matrix = new.lowrank, oracles.updated(dense(old), columns)
-    values = oracles.eigh(matrix).eigenvalues
+    n, most = 50, 12
+    old, *data = update.given(n, 41, most, 8, dtype=dtype, scale=0.1)
+    new, matrix = update(old, *data, rank=brandla.Rank(max=most, tol=tol)), update.whole(old, *data)
+    _, values = oracles.svd_truncation(matrix, most)
     slack, largest = oracles.tolerance(n, dtype, values[0]), float(values[0])
-    assert tall_of(factor).shape == (n, 12)
+    assert_factor(new, n, most)
     # The diagonal of S is near to its eigenvalues only, so the Cholesky form may keep one fewer or one more.
-    wanted = min(12, int((values > tol * largest).sum()))
-    assert abs(kept(factor) - wanted) <= (not update.is_exact)
-    assert int((values_of(factor) > 0).sum()) == kept(factor)
-    assert defect(factor) <= ORTHONORMAL * oracles.epsilon(dtype)
-    assert oracles.eigh(matrix - dense(factor)).eigenvalues[-1] >= -slack
-    error = oracles.spectral_norm(matrix - dense(factor))
-    assert error <= float(new.error_bound) + slack
-    assert error <= 1.5 * max(tol * largest, float(values[12])) + slack
+    wanted = min(most, int((values > tol * largest).sum()))
+    assert abs(kept(new) - wanted) <= (not update.is_exact)
+    assert int((values_of(new) > 0).sum()) == kept(new)
+    error = oracles.spectral_norm(matrix - dense(new))
+    assert error <= 1.5 * max(tol * largest, float(values[most])) + slack
+    if update.is_symmetric:
+        assert oracles.eigh(matrix - dense(new)).eigenvalues[-1] >= -slack
+        tracked = update(brandla.track(old), *data, rank=brandla.Rank(most, tol))
+        assert_same(tracked.lowrank, new)
+        assert error <= float(tracked.error_bound) + slack
     # No tolerance is the number.
-    by_number = update(brandla.track(old), columns, rank=12)
-    assert tol or all(torch.equal(a, b) for a, b in zip(factor, by_number.lowrank, strict=True))
+    by_number = update(old, *data, rank=most)
+    assert tol or all(torch.equal(a, b) for a, b in zip(new, by_number, strict=True))
 
 
 def test_tolerance_holds_without_new_columns(update, dtype):
     values = torch.tensor([1.0, 0.5, 1e-3], dtype=dtype)
     old = brandla.LowRankEigh(values, oracles.orthonormal(20, 3, 1).to(dtype))
-    old = old if update.is_orthonormal else brandla.LowRankRoot.from_eigh(old)
+    old = old if (update.factor is brandla.LowRankEigh) else brandla.LowRankRoot.from_eigh(old)
     new = update(brandla.track(old), make_columns(20, 0, dtype=dtype), rank=brandla.Rank(max=3, tol=0.1))
     assert kept(new.lowrank) == 2
     # What was left out, 1e-3, to the rounding of d₁ = 1.
@@ -213,15 +241,10 @@ def test_non_finite_data_stays_poisonous(update):
         assert tall_of(again).isnan().all()
 
 
-def test_tracking_does_not_change_the_factor(update):
-    plain, columns = update.make(30, 6), make_columns(30, 4)
-    tracked = update(brandla.track(plain), columns, decay=0.9)
-    assert_same(tracked.lowrank, update(plain, columns, decay=0.9))
-
-
 # --- In place: the same results, written over the tensors they came from
 
 
+@pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SHRINKING], ids=str)
 @pytest.mark.parametrize("k", [0, 8, 60], ids=lambda k: f"k-{k}")
 @pytest.mark.parametrize(
     ("batch_shape", "is_tracked"), [((), False), ((), True), ((2,), True)], ids=["plain", "tracked", "batch"]
