@@ -1,81 +1,17 @@
-"""What a step asks of the device: few operations besides its linear algebra, and, of some systems, no wait.
+"""What steps ask of the device: of factors that began together one sum of weights, and of some systems no wait.
 
 Those run on meta tensors, which have no values to read.
 """
 
-from functools import wraps
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from brandla import grouped
 from brandla.kfac import KFAC, Brand, Exact, Foof, InverseFree, TwoLevel, Woodbury
 from brandla.kfac.systems.strategy import Problem
 from brandla.kfac.systems.structures import STRUCTURES
 from brandla.kfac.values import Damping, Now, Rows, Shape
 from kfac.networks import mlp
 from kfac.systems import SYSTEMS
-
-# They ask the device for no work.
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "_reshape_alias"}
-
-
-class Calls(TorchDispatchMode):
-    """Notes operations, outside of functions that are not looked into."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        if not func.is_view and name not in FREE:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def unseen(function):
-    """Leave out what a function does."""
-
-    @wraps(function)
-    def call(*args, **options):
-        with _disable_current_modes():
-            return function(*args, **options)
-
-    return call
-
-
-def calls_of_step(monkeypatch, depth, **options):
-    """Names of the operations of the third step of a network of ``depth`` layers."""
-    calls = Calls()
-    with monkeypatch.context() as patched:
-        for name in grouped.__all__:
-            patched.setattr(grouped, name, unseen(getattr(grouped, name)))
-        model = mlp(*[40] * (depth + 1), dtype=torch.float32)
-        preconditioner = KFAC(model, Brand(4), **options)
-        for step in range(3):
-            model.zero_grad()
-            model(torch.randn(6, 40)).square().mean().backward()
-            if step < 2:
-                preconditioner.step()
-        with calls:
-            preconditioner.step()
-    return calls.names
-
-
-@pytest.mark.parametrize("gradient", ["autograd", "pair"])
-@pytest.mark.parametrize("clip_by", ["rms", "kl"])
-def test_a_step_asks_for_few_operations_besides_its_algebra(monkeypatch, clip_by, gradient):
-    """A layer's own: the 1 of its bias, a look at its rows, and its step.
-
-    That is 1 padding, 2 looks and 2 products; with ``"kl"`` two Gram matrices, their product and its sum.
-    """
-    some, more = (calls_of_step(monkeypatch, depth, clip_by=clip_by, gradient=gradient) for depth in (2, 6))
-    of_layer = 5 + 4 * (clip_by == "kl")
-    assert (len(more) - len(some)) / 4 <= of_layer
-    assert len(some) <= 2 * of_layer + 30
-    assert calls_of_step(monkeypatch, 2, clip_by=clip_by, gradient=gradient) == some
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. the model has hooks")

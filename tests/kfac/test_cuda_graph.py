@@ -1,6 +1,7 @@
-"""Training steps in a CUDA graph, as far as a CPU can show: a tape of a step's kernels runs again on its memory."""
+"""Kernels of a step as a CPU can show them: how many there are, and a CUDA graph as a tape that runs again."""
 
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -97,8 +98,26 @@ class Run:
         return tape
 
 
-@pytest.mark.parametrize("clip_by", ["rms", "kl"])
-@pytest.mark.parametrize("gradient", ["autograd", "pair"])
+every_option = pytest.mark.parametrize(("clip_by", "gradient"), [*product(("rms", "kl"), ("autograd", "pair"))])
+
+
+@every_option
+def test_a_layer_adds_few_kernels_to_a_step(clip_by, gradient):
+    """1 padding for its bias and 2 products; with ``"kl"`` two Gram matrices, their product and its sum."""
+
+    def kernels(layers):
+        model = launches.mlp(layers)
+        preconditioner = KFAC(model, Brand(8), clip_by=clip_by, gradient=gradient)
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.randn(6, 48)).square().mean().backward()
+            counts = launches.counts_of(preconditioner.step)
+        return counts.kernels
+
+    assert kernels(7) - kernels(3) <= 4 * (7 if clip_by == "kl" else 3)
+
+
+@every_option
 def test_replays_of_a_captured_step_train_as_steps_do(clip_by, gradient, monkeypatch):
     captured, plain = (Run(clip_by=clip_by, gradient=gradient) for _ in range(2))
     captured.warm_up()
