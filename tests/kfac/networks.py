@@ -153,14 +153,6 @@ def damped_inverse(factor: Tensor, damping: float, largest: Tensor | None = None
     return torch.linalg.inv(factor + shift * torch.eye(len(factor), dtype=factor.dtype))
 
 
-def dense_step(inputs: Tensor, output_gradients: Tensor, gradient: Tensor, damping: float) -> Tensor:
-    """The K-FAC step of one batch by dense inverses: A = mean a aᵀ, G = mean of g gᵀ of a loss that is a mean."""
-    count = len(inputs)
-    A = inputs.T @ inputs / count
-    G = output_gradients.T @ output_gradients * count
-    return damped_inverse(G, damping) @ gradient @ damped_inverse(A, damping)
-
-
 def weighted(output: Tensor, seed: int = 5) -> Tensor:
     """A loss with a random weight for each output, of which a tuple's first entry is meant."""
     output = output[0] if isinstance(output, tuple) else output

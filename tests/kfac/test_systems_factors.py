@@ -248,11 +248,11 @@ def test_second_moments_are_those_of_the_samples_own_gradients(positions, chunk,
     def loss(part):
         return (torch.tanh(layer(inputs[part])) * weights[part]).sum()
 
-    gradients = sample_gradients(layer, loss, 9)
+    (v,) = sample_gradients(layer, loss, 9)
     stepped(layer, preconditioner, loss(slice(None)) / 9)
     S, _, left, _, right = parts_of(preconditioner)
     uses = 9 * (positions or 1)
-    assert_near(S, uses * sum((left.T @ v @ right).square() for (v,) in gradients), ROUNDING)
+    assert_near(S, uses * (left.T @ v @ right).square().sum(0), ROUNDING)
 
 
 def test_step_divides_by_second_moments_and_damping():
