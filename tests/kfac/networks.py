@@ -68,8 +68,12 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def loss_of(model: nn.Module, data: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(data[0]), data[1])
+def loss_of(model: nn.Module, data: Batch, told: KFAC | None = None) -> Tensor:
+    """The cross-entropy of a batch, of whose outputs a preconditioner may be told."""
+    outputs = model(data[0])
+    if told is not None:
+        told.curvature(outputs)
+    return nn.functional.cross_entropy(outputs, data[1])
 
 
 def stepped(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:

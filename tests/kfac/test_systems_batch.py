@@ -147,25 +147,17 @@ def assert_solves(model, preconditioner, loss, known):
 
 
 @both_applications
-@pytest.mark.parametrize("penalty", [0.0, 0.1])
-def test_step_of_each_layer_is_the_dense_solve(application, penalty):
-    """Where the gradient is that of the rows, and where it is not."""
-    model, data = mlp(12, 14, 5), batch(9, 12, 5)
-    known = fishers(model, data)
-    preconditioner = KFAC(model, Woodbury(), application=application, **DENSE)
-    loss = loss_of(model, data) + penalty * sum(weight.square().sum() for weight in model.parameters())
-    assert_solves(model, preconditioner, loss, known)
-    pairs = [bool(layer.linear) for layer in preconditioner._layers]
-    assert pairs == [application == "auto" and not penalty] * 2
-
-
-@pytest.mark.parametrize("at_once", [2**22, 1])
-def test_layers_of_every_kind_get_the_dense_solve(at_once, monkeypatch):
-    """With the products of samples in one piece and in many."""
-    monkeypatch.setattr("brandla.kfac.systems.samples._AT_ONCE", at_once)
+@pytest.mark.parametrize("change", ["none", "penalty", "told", "in pieces"])
+def test_step_of_each_layer_is_the_dense_solve(change, application, monkeypatch):
+    """Of layers of every kind; where the gradient is that of the rows, and where it is not."""
+    if change == "in pieces":
+        monkeypatch.setattr("brandla.kfac.systems.samples._AT_ONCE", 1)
     model, data = Words(7, 4, 3), words()
-    known = fishers(model, data)
-    assert_solves(model, KFAC(model, Woodbury(), **DENSE), loss_of(model, data), known)
+    known, preconditioner = fishers(model, data), KFAC(model, Woodbury(), application=application, **DENSE)
+    loss = loss_of(model, data, preconditioner if change == "told" else None)
+    penalty = sum(weight.square().sum() for weight in model.parameters()) / 10 if change == "penalty" else 0
+    assert_solves(model, preconditioner, loss + penalty, known)
+    assert bool(preconditioner._layers[-1].linear) == (application == "auto" and change != "penalty")
 
 
 def test_a_kept_batch_solves_for_later_gradients():
@@ -228,11 +220,7 @@ def test_a_sketched_step_never_goes_uphill():
 # --- Two levels: against the whole Fisher matrix
 
 NOW = Now(0, 0, 0.95, Damping(DAMPING, "absolute"), torch.tensor(True))
-DATA = batch(9, 12, 5)
-
-
-def small():
-    return mlp(12, 14, 5)
+DATA, small = batch(9, 12, 5), partial(mlp, 12, 14, 5)
 
 
 def steps_of(make, data, inner, space, **options):
