@@ -68,8 +68,12 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def loss_of(model: nn.Module, data: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(data[0]), data[1])
+def loss_of(model: nn.Module, data: Batch, told: KFAC | None = None) -> Tensor:
+    """The cross-entropy of a batch, of whose outputs a preconditioner may be told."""
+    outputs = model(data[0])
+    if told is not None:
+        told.curvature(outputs)
+    return nn.functional.cross_entropy(outputs, data[1])
 
 
 def stepped(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
@@ -151,14 +155,6 @@ def damped_inverse(factor: Tensor, damping: float, largest: Tensor | None = None
     """(M + damping · λ_max I)⁻¹; λ_max may be given."""
     shift = damping * (torch.linalg.eigvalsh(factor)[-1] if largest is None else largest)
     return torch.linalg.inv(factor + shift * torch.eye(len(factor), dtype=factor.dtype))
-
-
-def dense_step(inputs: Tensor, output_gradients: Tensor, gradient: Tensor, damping: float) -> Tensor:
-    """The K-FAC step of one batch by dense inverses: A = mean a aᵀ, G = mean of g gᵀ of a loss that is a mean."""
-    count = len(inputs)
-    A = inputs.T @ inputs / count
-    G = output_gradients.T @ output_gradients * count
-    return damped_inverse(G, damping) @ gradient @ damped_inverse(A, damping)
 
 
 def weighted(output: Tensor, seed: int = 5) -> Tensor:

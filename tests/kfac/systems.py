@@ -113,15 +113,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if list(module.parameters(recurse=False))]
 
 
-def sample_gradients(model: nn.Module, loss: Callable[[slice], Tensor], samples: int) -> list[list[Tensor]]:
-    """Gradients, by sample and layer, of each sample's own part of a mean loss, as matrices with the bias's column."""
+def sample_gradients(model: nn.Module, loss: Callable[[slice], Tensor], samples: int) -> list[Tensor]:
+    """Gradients of each sample's own part of a mean loss: of each layer (samples, d_out, d_in), the bias last."""
     parts = []
     for index in range(samples):
         model.zero_grad()
         (loss(slice(index, index + 1)) / samples).backward()
         parts.append([layer_gradient(layer) for layer in layers_of(model)])
     model.zero_grad()
-    return parts
+    return list(map(torch.stack, zip(*parts, strict=True)))
 
 
 def damped_solve(F: Tensor, gradient: Tensor, damping: float = 0.0) -> Tensor:

@@ -169,26 +169,30 @@ def test_columns_are_those_of_autograd(kind, weights):
     torch.testing.assert_close(found.laplacian[:, 0], diagonal.sum(1) if weights is None else diagonal @ weights)
 
 
-def residual_loss(model):
-    x, _, y, _ = PROBLEM
-    return (residual(forward_laplacian(model, x), x).square().mean() + at_boundary(model(y), y).square().mean()) / 2
+def columns_at(function, x):
+    """Value, derivatives and Laplacian of each output at one point, by autograd, as rows."""
+    laplacian = jacrev(jacrev(function))(x).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.cat([function(x)[None], jacrev(function)(x).T, laplacian[None]])
 
 
 def dense_factors(model, index):
     """(A, B) inside and at the boundary for a layer: z by autograd in the inputs, g by shifts of each column."""
     before, linear, after = model[:index], model[index], model[index + 1 :]
     rows = []
-    for x, has_columns in ((PROBLEM[0], True), (PROBLEM[2], False)):
+    for x, is_inside in ((PROBLEM[0], True), (PROBLEM[2], False)):
         A, B = 0, 0
         for row in x:
-            z = torch.stack(list(columns_at(before, row))) if has_columns else before(row)[None]
-            ones = torch.zeros(len(z), 1, dtype=z.dtype)
-            ones[0] = 1
-            z = torch.cat([z, ones], dim=1).detach()
-            out = (z[:, :-1] @ linear.weight.T + ones * linear.bias).detach().requires_grad_()
-            if has_columns:
-                columns = Columns(*(part[None] for part in after_columns(after, out)))
-                r = residual(columns, row[None]).sum()
+            z = columns_at(before, row)[: None if is_inside else 1]
+            z = torch.cat([z, torch.eye(len(z), 1, dtype=z.dtype)], dim=1).detach()
+            out = (z[:, :-1] @ linear.weight.T + z[:, -1:] * linear.bias).detach().requires_grad_()
+
+            def behind(shift, out=out):
+                """What is made of a paraboloid with these columns."""
+                return after(out[0] + shift @ out[1:-1] + out[-1] * shift.square().sum() / 4)
+
+            if is_inside:
+                u = columns_at(behind, torch.zeros_like(row))
+                r = residual(Columns(u[:1], u[1:-1].T[None], u[-1:]), row[None]).sum()
             else:
                 r = at_boundary(after(out), row[None]).sum()
             (g,) = torch.autograd.grad(r, out)
@@ -197,25 +201,11 @@ def dense_factors(model, index):
     return rows
 
 
-def columns_at(model, x):
-    """Value, derivatives and Laplacian of each output of a network at one point, by autograd."""
-    laplacian = jacrev(jacrev(model))(x).diagonal(dim1=-2, dim2=-1).sum(-1)
-    return torch.cat([model(x)[None], jacrev(model)(x).T, laplacian[None]])
-
-
-def after_columns(model, z):
-    """The same of a network whose input is a function with these columns: by the chain rule with its Hessian."""
-    value, derivatives, laplacian = z[0], z[1:-1], z[-1]
-    jacobian = torch.autograd.functional.jacobian(model, value, create_graph=True)[0]
-    hessian = torch.autograd.functional.hessian(lambda at: model(at)[0], value, create_graph=True)
-    second = torch.einsum("di,ij,dj->", derivatives, hessian, derivatives)
-    return model(value), (derivatives @ jacobian)[None], (jacobian @ laplacian + second)[None]
-
-
 @pytest.mark.parametrize("index", [0, 2, 4])
 def test_the_step_solves_with_the_sum_of_the_dense_products(index):
     model = network(nn.Tanh(), nn.Tanh())
-    loss = residual_loss(model)
+    x, _, y, _ = PROBLEM
+    loss = (residual(forward_laplacian(model, x), x).square().mean() + at_boundary(model(y), y).square().mean()) / 2
     loss.backward()
     gradient = layer_gradient(model[index])
     model.zero_grad()

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ from kfac.systems import SYSTEMS, falling, growing, rule, seldom, some_systems
 # Of torch.distributed one process is what is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore:.*torch.distributed is disabled")
 
-
 # Of every system, with a state of every shape, and at ranks that change between the checkpoint and the end.
 STREAMS = SYSTEMS | {
     "structured": InverseFree("hierarchical", variant="ikfac", preconditioner_every=3),
@@ -40,10 +40,7 @@ STREAMS = SYSTEMS | {
     "error-bound": Brand(ErrorBound(0.05, 4, 20, every=2)),
     "error-bound-cholesky": Brand(ErrorBound(0.05, 4, 20, every=seldom), compress="cholesky"),
 }
-
-
-def network(seed=0):
-    return mlp(10, 40, 4, dtype=torch.float32, seed=seed)
+network = partial(mlp, 10, 40, 4, dtype=torch.float32)
 
 
 def data(*seeds):
@@ -66,8 +63,6 @@ def assert_same(one, other):
 
 # Whose direction is state too.
 SPECTRAL = {"clip_by": "spectral", "clip": 0.01}
-
-
 WAYS = {
     **{(name, "file"): own for name, own in STREAMS.items()},
     **{(name, way): SYSTEMS[name] for name in ("exact", "brand", "singd") for way in ("read", "in-place")},
@@ -85,7 +80,7 @@ def test_training_goes_on_bit_equal(name, tmp_path):
         dcp.save({"model": model.state_dict(), "kfac": preconditioner}, checkpoint_id=tmp_path)
     train(model, preconditioner, data(4, 7))
     assert_same(state, checkpoint)
-    other, resumed = trained(strategy, network(9), steps=2 if way == "in-place" else 0, **SPECTRAL)
+    other, resumed = trained(strategy, network(seed=9), steps=2 if way == "in-place" else 0, **SPECTRAL)
     if way == "in-place":
         dcp.load({"model": other.state_dict(), "kfac": resumed}, checkpoint_id=tmp_path)
     else:
@@ -110,23 +105,18 @@ def test_a_load_in_place_of_a_new_preconditioner_is_refused(strategy, tmp_path):
     assert not any(layer.curvature.started for layer in resumed._layers)
 
 
-def test_a_checkpoint_before_any_data(tmp_path):
-    dcp.save({"kfac": KFAC(network(), Brand(6))}, checkpoint_id=tmp_path)
-    model, preconditioner = trained(Brand(6), steps=0)
-    preconditioner.load_state_dict(read_state(tmp_path))
-    train(model, preconditioner, data(2))
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_checkpoint_may_have_no_data_and_options_may_change(steps, tmp_path):
+    _, preconditioner = trained(Brand(6), steps=steps, damping=0.1, factor_every=4)
+    dcp.save({"kfac": preconditioner}, checkpoint_id=tmp_path)
+    options = {"damping": 0.2, "clip": None, "clip_by": "kl", "decay": 0.5, "application": "two-sided"}
+    other, resumed = trained(Brand(6), steps=0, **options)
+    resumed.load_state_dict(read_state(tmp_path))
+    train(other, resumed, data(steps, 5))
+    assert resumed.state_dict()["steps"] == 5
     message = "read_state: the checkpoint must have 'preconditioner'; it has ['kfac']"
     with pytest.raises(ValueError, match=re.escape(message)):
         read_state(tmp_path, "preconditioner")
-
-
-def test_options_may_change():
-    _, preconditioner = trained(Brand(6), steps=3, damping=0.1, factor_every=4)
-    options = {"damping": 0.2, "clip": None, "clip_by": "kl", "decay": 0.5, "application": "two-sided"}
-    other, resumed = trained(Brand(6), steps=0, **options)
-    resumed.load_state_dict(preconditioner.state_dict())
-    train(other, resumed, data(3, 5))
-    assert resumed.state_dict()["steps"] == 5
 
 
 def test_a_state_of_another_run_is_refused_and_changes_nothing():

@@ -80,7 +80,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_tied_weight_takes_in_both_of_its_uses(bias):
-    """Rows of the head, and of the embedding turned around: by the definition in docs/kfac.md, and above F of both."""
+    """Rows of the head, and of the embedding turned around: by the definition in docs/kfac.md."""
     model = Tied(bias)
     indices = torch.arange(12).reshape(3, 4) % 9
     preconditioner = KFAC(model, EXACT, damping=DAMPING, clip=None)
@@ -99,9 +99,6 @@ def test_a_tied_weight_takes_in_both_of_its_uses(bias):
     s = (norms[0] * norms[3] / (norms[1] * norms[2])) ** 0.5
     G, A = left.T @ left + s**2 * words.T @ words, right.T @ right + turned.T @ turned / s**2
     expected = damped_inverse(12 * G, DAMPING) @ gradient @ damped_inverse(A / 12, DAMPING)
-    of_both = torch.kron(left.T @ left, right.T @ right) + torch.kron(words.T @ words, turned.T @ turned)
-    assert torch.linalg.eigvalsh(torch.kron(G, A) - of_both)[0] > -1e-12
-    assert torch.trace(torch.kron(G, A)) <= 2 * torch.trace(of_both)
     preconditioner.step()
     torch.testing.assert_close(layer.gradient(), expected)
     assert preconditioner.report().unsupported == {}

@@ -19,25 +19,23 @@ MODULES = {
     "batch-first": {"batch_first": True},
     "no-bias": {"bias": False},
     "dropout": {"dropout": 0.3},
-    "apart": {"kdim": 6, "vdim": 7},
-    "apart-batch-first-no-bias": {"kdim": 6, "vdim": 7, "batch_first": True, "bias": False},
+    "apart": {"kdim": 7, "vdim": 7},
+    "apart-batch-first-no-bias": {"kdim": 7, "vdim": 7, "batch_first": True, "bias": False},
+    "unequal": {"kdim": 6, "vdim": 7},
 }
 INPUTS = ("self", "keys", "all")
-CALLS = {
-    "weights": {},
-    "weights-of-heads": {"average_attn_weights": False},
-    "no-weights": {"need_weights": False},
-    "padding": {"need_weights": False, "key_padding_mask": "bool"},
-    "padding-float-weights": {"key_padding_mask": "float"},
-    "mask": {"need_weights": False, "attn_mask": "bool"},
-    "mask-float-weights": {"attn_mask": "float"},
-    "mask-of-heads": {"need_weights": False, "attn_mask": "heads"},
-    "mask-of-heads-weights": {"attn_mask": "heads"},
-    "both": {"need_weights": False, "attn_mask": "bool", "key_padding_mask": "bool"},
-    "both-weights": {"attn_mask": "bool", "key_padding_mask": "bool"},
-    "causal": {"need_weights": False, "attn_mask": "causal", "is_causal": True},
-    "causal-weights": {"attn_mask": "causal", "is_causal": True},
+MASKED = {
+    "plain": {},
+    "padding": {"key_padding_mask": "bool"},
+    "padding-float": {"key_padding_mask": "float"},
+    "mask": {"attn_mask": "bool"},
+    "mask-float": {"attn_mask": "float"},
+    "mask-of-heads": {"attn_mask": "heads"},
+    "both": {"attn_mask": "bool", "key_padding_mask": "bool"},
+    "causal": {"attn_mask": "causal", "is_causal": True},
 }
+CALLS = {f"{name}{'-weights' * own}": {"need_weights": own, **MASKED[name]} for name in MASKED for own in (True, False)}
+CALLS["weights-of-heads"] = {"average_attn_weights": False}
 
 
 def attention(**options):
@@ -49,67 +47,55 @@ def attention(**options):
     return module
 
 
-def fitting(options, of):
-    """Sizes of keys and values that allow one tensor to be both, without making the projections packed."""
-    if "kdim" not in options or of == "all":
-        return options
-    return options | {"kdim": 7, "vdim": 7}
-
-
 def inputs_of(module, of):
     """Queries, keys and values, some of them the same tensor."""
     generator = torch.Generator().manual_seed(1)
 
     def one(length, d):
-        shape = (SAMPLES, length, d) if module.batch_first else (length, SAMPLES, d)
+        of_batch = (SAMPLES, length, d) if module.batch_first else (length, SAMPLES, d)
+        shape = (length, d) if of == "one-sample" else of_batch
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     query = one(QUERIES, D)
     if of == "self" and module.kdim == D:
         return query, query, query
     key = one(KEYS, module.kdim)
-    return query, key, one(KEYS, module.vdim) if of == "all" else key
-
-
-def drawn_bool(*shape):
-    """True for what is left out, which is never all."""
-    return (torch.rand(shape) < 0.4).index_fill(1, torch.tensor([0]), False)
+    return query, key, one(KEYS, module.vdim) if of in ("all", "one-sample") else key
 
 
 MASKS = {
-    "bool": drawn_bool,
+    # True for what is left out, which is never all.
+    "bool": lambda *shape: (torch.rand(shape) < 0.4).index_fill(1, torch.tensor([0]), False),
     "float": partial(torch.randn, dtype=torch.float64),
     "heads": partial(torch.randn, SAMPLES * HEADS, dtype=torch.float64),
     "causal": lambda *shape: torch.ones(shape, dtype=torch.bool).triu(1),
 }
 
 
-def call_options(options, keys):
-    """Masks in place of their names."""
-    torch.manual_seed(2)
-    shapes = {"attn_mask": (QUERIES, keys), "key_padding_mask": (SAMPLES, keys)}
-    return {name: MASKS[own](*shapes[name]) if name in shapes else own for name, own in options.items()}
-
-
 def of_module(module, options, of):
     """Outputs, and gradients of all parameters and of the inputs."""
     inputs = inputs_of(module, of)
     distinct = [part.requires_grad_() for part in {id(part): part for part in inputs}.values()]
+    keys = inputs[1].shape[1 if module.batch_first else 0]
+    shapes = {"attn_mask": (QUERIES, keys), "key_padding_mask": (SAMPLES, keys)}
     torch.manual_seed(7)
-    output, weights = module(*inputs, **call_options(options, inputs[1].shape[1 if module.batch_first else 0]))
+    call = {name: MASKS[own](*shapes[name]) if name in shapes else own for name, own in options.items()}
+    output, weights = module(*inputs, **call)
     module.zero_grad()
     (weighted(output) + (0 if weights is None else weights.square().sum())).backward()
     return output, weights, [part.grad for part in (*module.parameters(), *distinct)]
 
 
 # Every module with every kind of input, and every call with queries that are keys and that are not.
-WAYS = [(module, call, of) for module in MODULES for call in ("weights", "no-weights") for of in INPUTS]
-WAYS += [("batch-first", call, of) for call in CALLS for of in INPUTS[:2] if call not in ("weights", "no-weights")]
+PLAIN = "plain", "plain-weights"
+WAYS = [(module, call, of) for module in MODULES if module != "unequal" for call in PLAIN for of in INPUTS]
+WAYS += [(module, call, of) for module, of in (("unequal", "all"), ("packed", "one-sample")) for call in PLAIN]
+WAYS += [("batch-first", call, of) for call in CALLS for of in INPUTS[:2] if call not in PLAIN]
 
 
 @pytest.mark.parametrize(("module_name", "call_name", "of"), WAYS)
 def test_outputs_and_gradients_are_those_of_the_module(module_name, call_name, of):
-    options, call = fitting(MODULES[module_name], of), CALLS[call_name]
+    options, call = MODULES[module_name], CALLS[call_name]
     expected = of_module(attention(**options), call, of)
     module = attention(**options)
     preconditioner = KFAC(module, EXACT)
@@ -127,18 +113,6 @@ def test_outputs_and_gradients_are_those_of_the_module(module_name, call_name, o
     assert preconditioner.report().unsupported == {}
     preconditioner.remove()
     assert "forward" not in vars(module)
-
-
-def test_one_sample_without_a_batch_dimension():
-    expected, module = attention(), attention()
-    preconditioner = KFAC(module, EXACT)
-    query, key = torch.randn(QUERIES, D, dtype=torch.float64), torch.randn(KEYS, D, dtype=torch.float64)
-    padding = torch.tensor([False, True, False, False, True])
-    for options in ({}, {"need_weights": False}, {"key_padding_mask": padding}):
-        mine, theirs = module(query, key, key, **options), expected(query, key, key, **options)
-        # The module does not see that key and value are one here, and projects them one by one.
-        torch.testing.assert_close(mine, theirs, **TOLERANCE)
-    preconditioner.remove()
 
 
 def test_what_the_module_refuses_it_refuses_still():
@@ -187,7 +161,7 @@ def projections(parts, kind):
 @pytest.mark.parametrize(("strategy", "sharing"), [(EXACT, "expand"), (EXACT, "reduce"), (KBFGS(), "expand")])
 def test_steps_are_those_of_linears(strategy, name, of, sharing):
     """Also where queries and keys are not equally many, and where weights have a third of one bias each."""
-    module, found = attention(**fitting(MODULES[name], of)), []
+    module, found = attention(**MODULES[name]), []
     for own in (module, Linears(module)):
         preconditioner = KFAC(own, strategy, sharing=sharing, **DENSE)
         for take in (KFAC.step, KFAC.second_pass, KFAC.step)[: None if isinstance(strategy, KBFGS) else 1]:

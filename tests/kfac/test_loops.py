@@ -5,6 +5,7 @@ Blocks marked "py" run here alone, where the packages are installed.
 
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from brandla.kfac import KFAC, Brand
+from kfac.networks import assert_equal, loss_of, mlp
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 PAGES = {
@@ -53,19 +55,7 @@ def test_a_recipe_runs_as_it_stands(page, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_pieces_are_short():
-    for heading in ("Hugging Face Trainer", "Lightning", "accelerate"):
-        lines = blocks("training-loops")[heading][0].splitlines()
-        assert len([line for line in lines if line.strip() and "import" not in line]) <= 10
-
-
-def network():
-    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
-
-
-def loss_of(model, batch):
-    inputs, labels = batch
-    return nn.functional.cross_entropy(model(inputs), labels)
+network = partial(mlp, 12, 16, 8, dtype=torch.float32)
 
 
 def examples(count=64):
@@ -98,15 +88,10 @@ def clip_to(model, most):
 
 def expected(dtype, before=None, after=None):
     """Train the small network by hand, with gradients clipped before or after K-FAC."""
-    torch.manual_seed(0)
     model = network()
     losses = [lambda batch=batch: loss_of(model, batch) / ACCUMULATED for batch in DataLoader(examples(), 8)]
     by_hand(model, losses, dtype, clip_to(model, before), clip_to(model, after))
-    return model.state_dict()
-
-
-def assert_same(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    return model
 
 
 def gpt2(dropout):
@@ -159,7 +144,7 @@ def test_trainer_trains_as_by_hand(tmp_path, dtype, most):
     words = ACCUMULATED * 8 * 9
     losses = [lambda batch=batch: models[1](**batch, num_items_in_batch=words).loss for batch in batches]
     by_hand(models[1].train(), losses, dtype, clip_to(models[1], most), lambda: None)
-    assert_same(models[0].state_dict(), models[1].state_dict())
+    assert_equal(models[0], models[1])
 
 
 @pytest.mark.parametrize("two_optimizers", [False, True])
@@ -187,7 +172,7 @@ def test_trainer_resumes_to_the_bit(tmp_path, two_optimizers):
     for name, part in known.items():
         part.load_state_dict(saved[name] if two_optimizers else saved)
     loop.train(resume_from_checkpoint=str(checkpoint))
-    assert_same(resumed.state_dict(), whole.state_dict())
+    assert_equal(resumed, whole)
 
 
 def fitted(folder, model, epochs, checkpoint=None, **options):
@@ -226,30 +211,27 @@ def fitted(folder, model, epochs, checkpoint=None, **options):
 
 @pytest.mark.parametrize(("dtype", "most"), SETTINGS)
 def test_lightning_trains_as_by_hand(tmp_path, dtype, most):
-    torch.manual_seed(0)
     model = network()
     precision = "bf16-mixed" if dtype == "bfloat16" else "32-true"
     fitted(tmp_path, model, 1, precision=precision, gradient_clip_val=most)
-    assert_same(model.state_dict(), expected(dtype, after=most))
+    assert_equal(model, expected(dtype, after=most))
 
 
 def test_lightning_takes_the_scaler_of_float16(tmp_path):
     """On a CPU too: training is that in float32, but for what float16 rounds."""
     precision = pytest.importorskip("lightning.pytorch.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    torch.manual_seed(0)
     model = network()
     fitted(tmp_path, model, 1, scaler=scaler, plugins=precision.MixedPrecision("16-mixed", "cpu", scaler=scaler))
-    torch.testing.assert_close(model.state_dict(), expected("float32"), rtol=0, atol=1e-3)
+    torch.testing.assert_close(model.state_dict(), expected("float32").state_dict(), rtol=0, atol=1e-3)
 
 
 def test_lightning_resumes_to_the_bit(tmp_path):
-    whole, first, resumed = network(), network(), network()
-    whole.load_state_dict(first.state_dict())
+    whole, first, resumed = network(), network(), network(seed=1)
     fitted(tmp_path, whole, 2)
     fitted(tmp_path, first, 1).save_checkpoint(tmp_path / "one.ckpt")
     fitted(tmp_path, resumed, 2, tmp_path / "one.ckpt")
-    assert_same(resumed.state_dict(), whole.state_dict())
+    assert_equal(resumed, whole)
 
 
 def accelerated(model, dtype="float32", most=None):
@@ -268,14 +250,13 @@ def accelerated(model, dtype="float32", most=None):
 
 @pytest.mark.parametrize(("dtype", "most"), SETTINGS)
 def test_accelerate_trains_as_by_hand(dtype, most):
-    torch.manual_seed(0)
     model = network()
     accelerated(model, dtype, most)[1](examples())
-    assert_same(model.state_dict(), expected(dtype, before=most))
+    assert_equal(model, expected(dtype, before=most))
 
 
 def test_accelerate_resumes_to_the_bit(tmp_path):
-    whole, resumed = network(), network()
+    whole, resumed = network(), network(seed=1)
     accelerator, train = accelerated(whole)
     train(examples())
     accelerator.save_state(str(tmp_path))
@@ -283,4 +264,4 @@ def test_accelerate_resumes_to_the_bit(tmp_path):
     accelerator, train = accelerated(resumed)
     accelerator.load_state(str(tmp_path))
     train(examples())
-    assert_same(resumed.state_dict(), whole.state_dict())
+    assert_equal(resumed, whole)

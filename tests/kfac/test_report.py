@@ -33,8 +33,6 @@ def test_it_says_what_each_factor_got_and_why():
     assert small.reason == "rank 8 takes no less memory than the matrix of order n = 11"
     assert large.strategy.startswith("Brand(")
     assert (large.rank, large.n, large.reason) == (8, 300, "")
-    assert large.bytes == 4 * (300 * 8 + 8 * 8 + 3)
-    assert large.dense_bytes == 4 * 300 * 300
     largest = float(preconditioner._layers[1].curvature.output.largest())
     assert large.relative_error_bound == pytest.approx(large.error_bound / largest)
     assert 0 < large.relative_error_bound < 10
@@ -44,7 +42,6 @@ def test_it_says_what_each_factor_got_and_why():
     assert report.dense_bytes == 4 * (11**2 + 200**2 + 201**2 + 300**2)
     assert report.captured_bytes == 4 * 16 * (10 + 200 + 200 + 300)
     assert re.search(r"factors: .* KiB, dense: .* KiB; captured in the last step: 44.4 KiB", str(report))
-    assert "Brand" in str(report)
 
 
 @pytest.mark.parametrize("strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8), EKFAC()], ids=repr)
@@ -74,17 +71,12 @@ def test_it_shows_groups_and_kinds():
     assert rows["2", "input"].dense_bytes == 4 * 3 * 9
 
 
-def of_both(count):
-    """The bytes of the input's side of a Linear of 150 inputs and 100 outputs, and of the output's."""
-    return {"input": count(150), "output": count(100)}
-
-
-# After a batch of 4 in float32.
+# Of each side of a Linear of 150 inputs and 100 outputs, after a batch of 4 in float32.
 BYTES = {
-    "brand": (Brand(8), of_both(lambda n: 4 * (8 * n + 8 * 8 + 3))),
-    "brand-eigh": (Brand(8, form="eigh"), of_both(lambda n: 4 * (8 * n + 8 + 3))),
+    "brand": (Brand(8), {"input": 4 * (8 * 150 + 8 * 8 + 3), "output": 4 * (8 * 100 + 8 * 8 + 3)}),
+    "brand-eigh": (Brand(8, form="eigh"), {"input": 4 * (8 * 150 + 8 + 3), "output": 4 * (8 * 100 + 8 + 3)}),
     # K and the direction have n numbers each, and the direction's weight is one.
-    "diagonal": (InverseFree("diagonal", variant="ikfac"), of_both(lambda n: 4 * (2 * n + 1))),
+    "diagonal": (InverseFree("diagonal", variant="ikfac"), {"input": 4 * (2 * 150 + 1), "output": 4 * (2 * 100 + 1)}),
     # H_G is in float64. Beside s and y there are the means of the step, until a second pass, and their weight.
     "k-bfgs": (KBFGS(), {"input": 4 * (2 * 150**2 + 1), "output": 8 * 100**2 + 4 * (4 * 100 + 1)}),
     "woodbury": (Woodbury(), {"beside": 4 * (4 * (150 + 100) + 4 * 4 + 1)}),
@@ -137,20 +129,12 @@ def test_a_relative_bound_is_the_largest_of_a_batch_and_0_without_data():
 # --- Mistakes of a training loop
 
 
-def warned(loop):
+def warned(backward, *, late=False, zero=False, **options):
+    """The warnings of a training loop of a small network."""
+    model = mlp(10, 12, 4, dtype=torch.float32)
+    optimizer, preconditioner = torch.optim.SGD(model.parameters(), 0.01), KFAC(model, Exact(), **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loop()
-    return [str(warning.message) for warning in caught]
-
-
-def loop(backward, *, late=False, zero=False, **options):
-    """A training loop of a small network."""
-
-    def run():
-        model = mlp(10, 12, 4, dtype=torch.float32)
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        preconditioner = KFAC(model, Exact(), **options)
         for step in range(13):
             model.zero_grad()
             backward(model, step)
@@ -158,8 +142,7 @@ def loop(backward, *, late=False, zero=False, **options):
                 model.zero_grad()
             for act in (optimizer.step, preconditioner.step) if late else (preconditioner.step, optimizer.step):
                 act()
-
-    return run
+    return [str(warning.message) for warning in caught]
 
 
 def loss(model, step):
@@ -204,23 +187,23 @@ def broken(model, step):
     ids=str,
 )
 def test_nothing_is_told_of_a_loop_that_is_right(backward, options):
-    assert warned(loop(backward, **options)) == []
+    assert warned(backward, **options) == []
 
 
 @pytest.mark.parametrize(
-    ("run", "message"),
+    ("backward", "options", "message"),
     [
-        (loop(plain, late=True), "call preconditioner.step() before optimizer.step()"),
-        (loop(plain, zero=True), "step() found no gradient 3 times in a row"),
-        (loop(summed), "if the loss is a sum, divide it"),
-        (loop(scaled), "what was captured is 1024 times the gradient"),
-        (loop(of_derivatives), "only part of the gradient of 0"),
-        (loop(broken), "a batch was skipped"),
+        (plain, {"late": True}, "call preconditioner.step() before optimizer.step()"),
+        (plain, {"zero": True}, "step() found no gradient 3 times in a row"),
+        (summed, {}, "if the loss is a sum, divide it"),
+        (scaled, {}, "what was captured is 1024 times the gradient"),
+        (of_derivatives, {}, "only part of the gradient of 0"),
+        (broken, {}, "a batch was skipped"),
     ],
     ids=["late", "nothing", "sum", "scaler", "derivatives", "not-finite"],
 )
-def test_a_mistake_is_told_once(run, message):
-    (found,) = warned(run)
+def test_a_mistake_is_told_once(backward, options, message):
+    (found,) = warned(backward, **options)
     assert found.startswith("KFAC: ")
     assert message in found
 
@@ -232,6 +215,5 @@ def test_two_preconditioners_of_one_model_are_told():
         KFAC(model[0], Exact())
     assert caught[0].filename == __file__
     first.remove()
-    other = mlp(10, 12, 4)
-    KFAC(other, Exact()).remove()
-    assert warned(lambda: KFAC(other, Exact())) == []
+    # A warning would be an error.
+    KFAC(model, Exact())

@@ -9,7 +9,7 @@ from torch import nn
 
 from brandla.kfac import KFAC, Brand, ConjugateGradient, Foof, TwoLevel, Woodbury
 from brandla.kfac.systems.samples import Samples
-from brandla.kfac.values import Damping, Now, Rows
+from brandla.kfac.values import Damping, Now
 from kfac.networks import (
     DENSE,
     EXACT,
@@ -21,7 +21,6 @@ from kfac.networks import (
     layer_step,
     loss_of,
     mlp,
-    one_hot,
     pooled,
     stepped,
 )
@@ -40,22 +39,27 @@ def flat(matrices):
 
 
 def own_gradients(model, data):
-    """By sample and layer, v by autograd."""
-    return sample_gradients(model, lambda part: loss_of(model, (data[0][part], data[1][part])), len(data[1]))
+    """By layer, v of each sample by autograd, as rows."""
+    found = sample_gradients(model, lambda part: loss_of(model, (data[0][part], data[1][part])), len(data[1]))
+    return [v.flatten(1) for v in found]
 
 
 def fishers(model, data):
     """N Σ v vᵀ of each layer."""
-    stacks = [torch.stack([v.reshape(-1) for v in own]) for own in zip(*own_gradients(model, data), strict=True)]
-    return [len(v) * v.T @ v for v in stacks]
+    return [len(v) * v.T @ v for v in own_gradients(model, data)]
 
 
 def fisher(model, data, uses=()):
     """D (Σ v vᵀ) D of all layers, with √N of each layer on D's diagonal: N counts positions, as it does in A and G."""
     parts = own_gradients(model, data)
-    uses = uses or [len(parts)] * len(parts[0])
-    rows = torch.stack([flat([v * count**0.5 for v, count in zip(own, uses, strict=True)]) for own in parts])
+    rows = torch.cat([v * n**0.5 for v, n in zip(parts, uses or map(len, parts), strict=True)], dim=1)
     return rows.T @ rows
+
+
+def words(count=8, seed=0):
+    """Indices and labels for `Words`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(7, (count, 5), generator=generator), torch.randint(3, (count,), generator=generator)
 
 
 @pytest.mark.parametrize(("strategy", "least"), [(CONVERGED, 0.8), (Woodbury(), 0.9)], ids=["cg", "woodbury"])
@@ -143,22 +147,17 @@ def assert_solves(model, preconditioner, loss, known):
 
 
 @both_applications
-@pytest.mark.parametrize("penalty", [0.0, 0.1])
-def test_step_of_each_layer_is_the_dense_solve(application, penalty):
-    """Where the gradient is that of the rows, and where it is not."""
-    model, data = mlp(12, 14, 5), batch(9, 12, 5)
-    known = fishers(model, data)
-    preconditioner = KFAC(model, Woodbury(), application=application, **DENSE)
-    loss = loss_of(model, data) + penalty * sum(weight.square().sum() for weight in model.parameters())
-    assert_solves(model, preconditioner, loss, known)
-    pairs = [bool(layer.linear) for layer in preconditioner._layers]
-    assert pairs == [application == "auto" and not penalty] * 2
-
-
-def test_layers_of_every_kind_get_the_dense_solve():
-    model, data = Words(7, 4, 3), (torch.randint(7, (8, 5)), torch.randint(3, (8,)))
-    known = fishers(model, data)
-    assert_solves(model, KFAC(model, Woodbury(), **DENSE), loss_of(model, data), known)
+@pytest.mark.parametrize("change", ["none", "penalty", "told", "in pieces"])
+def test_step_of_each_layer_is_the_dense_solve(change, application, monkeypatch):
+    """Of layers of every kind; where the gradient is that of the rows, and where it is not."""
+    if change == "in pieces":
+        monkeypatch.setattr("brandla.kfac.systems.samples._AT_ONCE", 1)
+    model, data = Words(7, 4, 3), words()
+    known, preconditioner = fishers(model, data), KFAC(model, Woodbury(), application=application, **DENSE)
+    loss = loss_of(model, data, preconditioner if change == "told" else None)
+    penalty = sum(weight.square().sum() for weight in model.parameters()) / 10 if change == "penalty" else 0
+    assert_solves(model, preconditioner, loss + penalty, known)
+    assert bool(preconditioner._layers[-1].linear) == (application == "auto" and change != "penalty")
 
 
 def test_a_kept_batch_solves_for_later_gradients():
@@ -172,63 +171,41 @@ def test_a_kept_batch_solves_for_later_gradients():
         assert_solves(layer, preconditioner, loss_of(layer, data), known)
 
 
-def rows_of(kind, positions):
+def test_a_sketch_of_samples_is_right_on_average_and_none_of_all_there_is():
     torch.manual_seed(0)
-    draw = partial(torch.randn, dtype=torch.float64)
-    count = 6 * positions
-    if kind == "indices":
-        return Rows(torch.randint(4, (count,)), draw(count, 3), count, positions)
-    groups = (2,) if kind == "groups" else ()
-    return Rows(draw(*groups, count, 5), draw(*groups, count, 3), count, positions)
-
-
-@pytest.mark.parametrize("positions", [1, 2, 7])
-@pytest.mark.parametrize("kind", ["rows", "groups", "indices"])
-def test_gram_matrix_is_that_of_the_gradients_of_samples(kind, positions, monkeypatch):
-    """From products and from gradients, in one piece and in many."""
-    rows = rows_of(kind, positions)
-    inputs = one_hot(rows.inputs, 4) if kind == "indices" else rows.inputs
-    left, right = (side.unflatten(-2, (6, positions)) for side in (rows.gradients, inputs))
-    v = (left.mT @ right).movedim(-3, 0).flatten(1)
-    samples = Samples.of(rows)
-    for at_once in (2**22, 1):
-        monkeypatch.setattr("brandla.kfac.systems.samples._AT_ONCE", at_once)
-        torch.testing.assert_close(samples.gram(), rows.uses * v @ v.T)
-    torch.testing.assert_close(samples.squares(), rows.uses * v.square().sum(1))
-
-
-def test_all_features_and_positions_are_no_sketch():
-    samples = Samples.of(rows_of("rows", 7))
-    assert samples.some_features(5, 0).inputs is samples.inputs
+    inputs, gradients = torch.randn(42, 5, dtype=torch.float64), torch.randn(42, 3, dtype=torch.float64)
+    samples = Samples(inputs, gradients, positions=7, uses=42)
+    assert samples.some_features(5, 0).inputs is inputs
     # γ has three entries: three positions hold all.
     cut = samples.cut(3, 0)
     assert cut.positions == 3
     torch.testing.assert_close(cut.gram(), samples.gram())
-
-
-def test_inner_products_of_some_features_are_right_on_average():
-    samples = Samples.of(rows_of("rows", 2))
     mean = sum(samples.some_features(3, seed).gram() for seed in range(1000)) / 1000
     # Relative to its largest entry the deviation of one draw is about 1, of the mean 1/√1000.
     assert_near(mean, samples.gram(), 0.12)
 
 
 @both_applications
-def test_coefficients_stay_after_so_many_batches(application):
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [(partial(mlp, 6, 4), partial(batch, d_in=6, classes=4)), (partial(Words, 7, 4, 3), words)],
+    ids=["linear", "every"],
+)
+def test_coefficients_stay_after_so_many_batches(make, data, application):
     """They belong to places in the order of ‖v‖; a batch of half the size takes every other one."""
-    layer = mlp(6, 4)[0]
-    preconditioner = KFAC(layer, Woodbury(fixed_after=3), application=application, **DENSE)
+    model = make()
+    preconditioner = KFAC(model, Woodbury(fixed_after=3), application=application, **DENSE)
     kept = []
     for step, count in enumerate((8, 8, 8, 8, 4)):
-        data = batch(count, 6, 4, seed=step)
-        v = torch.stack([own.reshape(-1) for (own,) in own_gradients(layer, data)])
-        v = v[v.norm(dim=1).argsort()]
+        own = data(count, seed=step)
+        samples = [v[v.norm(dim=1).argsort()] for v in own_gradients(model, own)]
         if step < 3:
-            kept.append(damped_solve(count * v @ v.T, torch.ones(count, dtype=v.dtype), DAMPING))
-        result = layer_step(layer, preconditioner, data).result
+            ones = torch.ones(count, dtype=torch.float64)
+            kept.append([damped_solve(count * v @ v.T, ones, DAMPING) for v in samples])
+        _, steps = layer_steps(model, preconditioner, loss_of(model, own))
         if step >= 2:
-            mean = (kept[0] + kept[1] + kept[2]) / 3
-            assert_near(result, (mean[:: 8 // count] @ v).reshape(4, 7), 1e-10)
+            for result, v, *known in zip(steps, samples, *kept, strict=True):
+                assert_near(result.flatten(), (sum(known) / 3)[:: 8 // count] @ v, 1e-9)
 
 
 def test_a_sketched_step_never_goes_uphill():
@@ -243,11 +220,7 @@ def test_a_sketched_step_never_goes_uphill():
 # --- Two levels: against the whole Fisher matrix
 
 NOW = Now(0, 0, 0.95, Damping(DAMPING, "absolute"), torch.tensor(True))
-DATA = batch(9, 12, 5)
-
-
-def small():
-    return mlp(12, 14, 5)
+DATA, small = batch(9, 12, 5), partial(mlp, 12, 14, 5)
 
 
 def steps_of(make, data, inner, space, **options):

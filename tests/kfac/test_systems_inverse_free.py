@@ -205,15 +205,6 @@ def test_a_layer_without_gradients_yet_starts_with_the_first_that_come(variant):
     assert 1 <= scale < 3
 
 
-@VARIANT
-def test_relative_damping_leaves_the_scale_of_data_without_effect(variant):
-    data, gradient = [rows(step) for step in range(4)], gaussian(D_OUT, D_IN, seed=1)
-    scaled = [Rows(own.inputs * 2**-20, own.gradients * 2**10, own.uses) for own in data]
-    expected, found = (absorbed(fresh(variant), own, "relative").solve(gradient, now()) for own in (data, scaled))
-    # Powers of 2: the same digits but for roots, whose exponents may be odd.
-    close(found, expected * 2.0 ** (40 - 20))
-
-
 def test_largest_eigenvalue_is_approached_from_below():
     """Also where the first row of a batch is zero."""
     curvature, data = fresh("singd"), rows(count=40)

@@ -1,19 +1,15 @@
-"""K-BFGS against its definition with dense matrices in float64, and what BFGS's update has to hold."""
-
-from functools import partial
+"""K-BFGS against its definition with dense matrices in float64, scales, rounding, and batches that are not finite."""
 
 import pytest
 import torch
 from torch import nn
 
 from brandla.kfac import KBFGS, KFAC, Exact
-from brandla.kfac.systems.kbfgs import curved, updated
 from brandla.kfac.values import Damping, Now, Rows, Shape
 from kfac.networks import assert_near, batch, gradients, layer_gradient, loss_of, mlp, with_one
 
 DAMPING = 0.3
 OPTIONS = {"damping": DAMPING, "damping_scale": "absolute", "clip": None}
-TRUE = torch.tensor(True)
 DOUBLE = torch.float64
 
 
@@ -39,24 +35,18 @@ def backward(model, loss):
     loss.backward()
 
 
-def iterate(model, preconditioner, loss, rate=0.3):
-    """A step of SGD, and a second pass after it."""
-    backward(model, loss())
-    preconditioner.step()
-    torch.optim.SGD(model.parameters(), rate).step()
-    backward(model, loss())
-    preconditioner.second_pass()
-
-
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_steps_are_those_of_the_definition(kind, sharing):
-    """Mean outputs by a hook, their mean gradient by a common shift of all of them, all else dense."""
+@pytest.mark.parametrize(("sharing", "tells"), [("expand", False), ("expand", True), ("reduce", False)])
+def test_steps_are_those_of_the_definition(kind, sharing, tells):
+    """Mean outputs, their mean gradient by a common shift of all of them, all else dense.
+
+    The number of terms, if it is told, has no part in it.
+    """
     torch.manual_seed(0)
     first = nn.Linear(6, 4) if kind == "linear" else nn.Conv1d(2, 4, 3)
     model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
     inputs = torch.randn(*((9, 6) if kind == "linear" else (9, 2, 6)), dtype=DOUBLE)
-    data = inputs, torch.randint(3, (9,))
+    labels = torch.randint(3, (9,))
     model(inputs)
     preconditioner = KFAC(model, {"": None, "0": KBFGS()}, sharing=sharing, decay=0.9, **OPTIONS)
 
@@ -72,55 +62,26 @@ def test_steps_are_those_of_the_definition(kind, sharing):
         output = first(inputs).detach()
         shift = torch.zeros(4, dtype=DOUBLE, requires_grad=True)
         moved = output + (shift if kind == "linear" else shift[:, None])
-        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model[1:](moved), data[1]), shift)
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model[1:](moved), labels), shift)
         return output.movedim(1, -1).reshape(-1, 4).mean(0), slope
 
+    def passed():
+        backward(model, loss_of(model, (inputs, labels), preconditioner if tells else None))
+
     for _ in range(4):
-        backward(model, loss_of(model, data))
+        passed()
         gradient, before = layer_gradient(first), means()
         preconditioner.step()
         H_A = bfgs(H_A, H_A @ mean, A @ (H_A @ mean))
         assert_near(layer_gradient(first), H_G @ gradient @ H_A, 1e-10)
         torch.optim.SGD(model.parameters(), 0.3).step()
-        backward(model, loss_of(model, data))
+        passed()
         left, after = gradients(model), means()
         preconditioner.second_pass()
         assert all(map(torch.equal, left, gradients(model)))
         s, y = (0.9 * old + 0.1 * (new - known) for old, new, known in zip((s, y), after, before, strict=True))
         H_G = bfgs(H_G, *powell(H_G, s, y))
         assert_near(preconditioner._layers[0].curvature.state["output"], H_G, 1e-9)
-
-
-@pytest.mark.parametrize("scale", ["absolute", "relative"])
-@pytest.mark.parametrize("groups", [(), (3,)])
-def test_updates_stay_positive_definite_and_hold_the_secant_equation(scale, groups):
-    """Also for s and y that curve the wrong way; the two conditions hold as equations where they were not met."""
-    torch.manual_seed(0)
-    H = torch.eye(5, dtype=DOUBLE).expand(*groups, 5, 5).clone()
-    for _ in range(30):
-        s, y = torch.randn(2, *groups, 5, dtype=DOUBLE)
-        before, image = H, torch.einsum("...ij,...j->...i", H, y)
-        s, y = curved(H, s, y, 0.2, Damping(DAMPING, scale))
-        assert ((s * y).sum(-1) >= 0.2 * (1 - 1e-12) * (y * image).sum(-1).clamp_max(0)).all()
-        if scale == "absolute":
-            assert ((s * y).sum(-1) >= DAMPING * (1 - 1e-9) * s.square().sum(-1)).all()
-        H = updated(H, s, y, TRUE)
-        assert_near(torch.einsum("...ij,...j->...i", H, y), s, 1e-7)
-        assert (torch.linalg.eigvalsh(H) > 0).all()
-    assert torch.equal(updated(before, s, y, ~TRUE), before)
-    assert torch.equal(updated(before, s, 0 * y, TRUE), before)
-
-
-def test_relative_damping_makes_a_step_independent_of_the_scale_of_the_inputs():
-    results = []
-    for scale in (1.0, 2.0**10):
-        layer = mlp(6, 4, bias=False)[0]
-        nn.init.zeros_(layer.weight)
-        preconditioner, (inputs, labels) = KFAC(layer, KBFGS(), damping=DAMPING, clip=None), batch(9, 6, 4)
-        for _ in range(3):
-            iterate(layer, preconditioner, partial(loss_of, layer, (scale * inputs, labels)))
-        results.append(layer.weight.detach() * scale)
-    assert_near(results[1], results[0], 1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
@@ -152,7 +113,11 @@ def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
         return (attention(inputs, inputs, inputs)[0] - targets).square().mean()
 
     for _ in range(15):
-        iterate(attention, preconditioner, loss, 0.1)
+        backward(attention, loss())
+        preconditioner.step()
+        torch.optim.SGD(attention.parameters(), 0.1).step()
+        backward(attention, loss())
+        preconditioner.second_pass()
     of_queries, of_keys, of_values = preconditioner._layers[0].curvature.state["output"]
     assert torch.equal(of_keys, torch.eye(8).double())
     assert not torch.equal(of_queries, of_keys)
@@ -164,7 +129,7 @@ def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite()
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     directions, steepness = torch.kron(signs, signs) / 2, torch.logspace(-5, 3, 4)
     curvature = KBFGS(average=0.0).curvature(Shape((), 4, 1, torch.float32, torch.device("cpu")))
-    now = Now(0, 0, 0.95, Damping(0.03, "relative"), TRUE)
+    now = Now(0, 0, 0.95, Damping(0.03, "relative"), torch.tensor(True))
     for step in range(80):
         moved = directions[:, step % 4, None]
         before, after = (Rows(torch.ones(1, 1), size * steepness[step % 4] * moved.T, 1) for size in (0, 1))

@@ -1,6 +1,4 @@
-"""Training steps in a CUDA graph, as far as a CPU can show: a tape of a step's kernels runs again on its memory."""
-
-from contextlib import contextmanager
+"""What a step asks of a device, as a CPU can show it: few kernels, no wait; and a CUDA graph as a tape of kernels."""
 
 import pytest
 import torch
@@ -12,14 +10,64 @@ triton = pytest.importorskip("triton")
 import brandla  # noqa: E402
 from bench import launches  # noqa: E402
 from brandla import Rank  # noqa: E402
-from brandla.kfac import KFAC, Brand, Exact, InverseFree, Strategy  # noqa: E402
+from brandla.kfac import KFAC, Brand, Exact, Foof, InverseFree, Strategy, TwoLevel, Woodbury  # noqa: E402
+from brandla.kfac.systems.structures import STRUCTURES  # noqa: E402
 from brandla_kernels import OPS  # noqa: E402
-from kfac.systems import factors_of  # noqa: E402
+from kfac.networks import Words  # noqa: E402
+from kfac.systems import SYSTEMS, factors_of  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:KFAC"),
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter has tests of its own"),
 ]
+
+# --- Kernels and waits
+
+
+def third_step(model, inputs, strategy, *, resumed=False, **options):
+    """What a GPU would be asked for: the first step compares gradients with rows. It may go on from a checkpoint."""
+    preconditioner = KFAC(model, strategy, **options)
+    for step in range(3):
+        if resumed:
+            preconditioner.load_state_dict(preconditioner.state_dict())
+        model.zero_grad()
+        model(inputs).square().mean().backward()
+        if step < 2:
+            preconditioner.step()
+    return launches.counts_of(preconditioner.step)
+
+
+@pytest.mark.parametrize(("gradient", "resumed"), [("autograd", False), ("pair", True)])
+@pytest.mark.parametrize(("clip_by", "most"), [("rms", 3), ("kl", 7), ("spectral", 70)])
+def test_a_layer_adds_few_kernels_to_a_step(clip_by, most, gradient, resumed):
+    """1 padding for its bias and 2 products; with ``"kl"`` two Gram matrices, their product and its sum."""
+    options = {"clip_by": clip_by, "gradient": gradient, "resumed": resumed}
+    few, many = (third_step(launches.mlp(own), torch.randn(6, 48), Brand(8), **options) for own in (3, 7))
+    assert many.kernels - few.kernels <= 4 * most
+    assert many.waits == 0
+
+
+CHOLESKY, ROOT = Exact(inverse_every=1, method="cholesky"), Brand(2, compress="cholesky")
+STRATEGIES = {
+    "cholesky": CHOLESKY,
+    **{f"foof-{name}": Foof(inner) for name, inner in {"brand": ROOT, "cholesky": CHOLESKY}.items()},
+    "two-level": TwoLevel(ROOT),
+    "fngd": Woodbury(fixed_after=1),
+    **{name: SYSTEMS[name] for name in ("conjugate-gradient", "residual", "k-bfgs", "woodbury")},
+    **{name: InverseFree(name, preconditioner_every=1) for name in STRUCTURES},
+    "ikfac": InverseFree(variant="ikfac", preconditioner_every=1),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_these_systems_never_wait_for_the_device(strategy):
+    """With layers of every kind: indices, whole gradients, groups."""
+    model = Words(30, 20, 16, channels=20, attention=True).float()
+    assert third_step(model, torch.randint(30, (3, 2)), strategy).waits == 0
+
+
+# --- CUDA graphs
+
 
 NEVER_WAITS = Brand(8, compress="cholesky")
 
@@ -52,13 +100,6 @@ class Tape(launches.Counter):
                         old.copy_(new)
 
 
-@contextmanager
-def as_on_gpu():
-    """Have functions take the way of a GPU, kernels recorded and not counted."""
-    with launches.on_gpu(), torch.enable_grad(), launches.Counter():
-        yield
-
-
 class Run:
     """A training run whose inputs stay where they are."""
 
@@ -81,10 +122,11 @@ class Run:
         self.preconditioner.step()
         self.optimizer.step()
 
-    def warm_up(self, steps=3):
+    def warm_up(self, steps):
+        """Take steps in the way of a GPU, kernels recorded and not counted."""
         for _ in range(steps):
             self.take()
-            with as_on_gpu():
+            with launches.on_gpu(), torch.enable_grad(), launches.Counter():
                 self.step()
 
     def capture(self, monkeypatch):
@@ -97,18 +139,22 @@ class Run:
         return tape
 
 
-@pytest.mark.parametrize("clip_by", ["rms", "kl"])
-@pytest.mark.parametrize("gradient", ["autograd", "pair"])
-def test_replays_of_a_captured_step_train_as_steps_do(clip_by, gradient, monkeypatch):
-    captured, plain = (Run(clip_by=clip_by, gradient=gradient) for _ in range(2))
-    captured.warm_up()
+WITH_RULE = Brand(Rank(8, 1e-3), compress="cholesky")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clip_by": "kl", "gradient": "pair"}, {"strategy": CHOLESKY}, {"strategy": WITH_RULE}], ids=str
+)
+def test_replays_of_a_captured_step_train_as_steps_do(options, monkeypatch):
+    captured, plain = (Run(**options) for _ in range(2))
+    captured.warm_up(2)
     tape = captured.capture(monkeypatch)
     kept = [own.state for own in factors_of(captured.preconditioner)]
     before = [state["root"].clone() for state in kept if "root" in state]
-    for _ in range(4):
+    for _ in range(2):
         captured.take()
         tape.replay()
-    plain.warm_up(8)
+    plain.warm_up(5)
     assert not any(map(torch.equal, before, [state["root"] for state in kept if "root" in state]))
     for one, other in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
@@ -150,27 +196,13 @@ REFUSED = [
     ({"strategy": InverseFree()}, "for 0"),
     ({"clip_by": "spectral"}, "got clip_by='spectral'"),
     ({"scaler": torch.amp.GradScaler("cpu")}, "got scaler"),
+    ({}, "factors of 0 have no data yet: take a few steps before the capture"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_what_a_graph_cannot_repeat_is_refused(options, message, monkeypatch):
     run = Run(**options)
-    run.warm_up(0 if "scaler" in options else 1)
+    run.warm_up(0 if "scaler" in options or not options else 1)
     with pytest.raises(RuntimeError, match=f"KFAC.step: a CUDA graph.*{message}"):
         run.capture(monkeypatch)
-
-
-def test_a_step_without_data_before_it_is_refused(monkeypatch):
-    with pytest.raises(RuntimeError, match="factors of 0 have no data yet: take a few steps before the capture"):
-        Run().capture(monkeypatch)
-
-
-@pytest.mark.parametrize(
-    "strategy", [Exact(method="cholesky", inverse_every=1), Brand(Rank(8, 1e-3), compress="cholesky")]
-)
-def test_other_systems_that_never_wait_are_captured(strategy, monkeypatch):
-    run = Run(strategy)
-    run.warm_up(2)
-    tape = run.capture(monkeypatch)
-    assert not tape.counts.waits
