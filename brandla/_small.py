@@ -166,7 +166,8 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         # They were unit vectors before the rows of empty coordinates were cleared.
         kept = vectors * alive[..., None, :]
         transform, _ = ops.cholesky_inverse_core(kept.mT @ kept, alive.to(kept.dtype), 0.25)
-        return kept @ transform + poison[..., None]
+        turned: Tensor = kept @ transform
+        return turned + poison[..., None]
 
     return orthonormal(left), values * scale * alive + poison, orthonormal(right)
 

@@ -117,9 +117,10 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     (tensor([3., 3.]), torch.Size([6, 2]))
     """
     function = "svd_append"
-    check = _check.centred if isinstance(svd, Centred) else _check.svd
+    centred = isinstance(svd, Centred)
+    check = _check.centred if centred else _check.svd
     check(function, "svd", svd)
-    factor: LowRankSVD = svd.svd if isinstance(svd, Centred) else svd
+    factor: LowRankSVD = getattr(svd, "svd", svd)
     rows, vectors, columns = _here(function, ("svd.U", "columns"), factor.U, columns, factor.S)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
