@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import leading, safe_svd, signs_of, unit_scaled
+from brandla._small import leading, safe_svd, signs_of
 from brandla.lowrank import Centred, LowRankSVD, Number, Rank, less, most_of, over, tolerance_of
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
@@ -204,7 +205,8 @@ def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    left, squares = polish(panel @ unit_scaled(right, squares).to(dtype), squares, rows)
+    to_unit = right * torch.where(squares <= 0, math.inf, squares).rsqrt()[..., None, :]
+    left, squares = polish(panel @ to_unit.to(dtype), squares, rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
 
@@ -219,7 +221,7 @@ def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Te
     unit = torch.where(lengths <= shortest, 0, 1 / torch.where(lengths <= shortest, 1, lengths))
     noise = (4 * torch.finfo(panel.dtype).eps) ** 2
     values, vectors = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
-    transform = unit[..., :, None] * unit_scaled(vectors, values)
+    transform = unit[..., :, None] * (vectors * torch.where(values <= 0, math.inf, values).rsqrt()[..., None, :])
 
     def times_basis(rotation: Tensor) -> Tensor:
         nearly: Tensor = panel @ (transform @ rotation.double()).to(panel.dtype)
