@@ -118,10 +118,12 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     (tensor([3., 3.]), torch.Size([6, 2]))
     """
     function = "svd_append"
-    centred = isinstance(svd, Centred)
+    # mypy takes the body once for each kind of argument.
+    given: Any = svd
+    centred = isinstance(given, Centred)
     check = _check.centred if centred else _check.svd
-    check(function, "svd", svd)
-    factor: LowRankSVD = getattr(svd, "svd", svd)
+    check(function, "svd", given)
+    factor: LowRankSVD = given.svd if centred else given
     rows, vectors, columns = _here(function, ("svd.U", "columns"), factor.U, columns, factor.S)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
@@ -129,13 +131,12 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
     old, right = rows.small(function, "svd.S", factor.S), rows.small(function, "svd.Vh", factor.Vh)
     sums: tuple[Tensor, ...] = ()
-    if isinstance(svd, Centred):
-        columns, sums = _recentred(svd, columns, decay, rows)
+    if centred:
+        columns, sums = _recentred(given, columns, decay, rows)
     panel = torch.cat([vectors * (old * over(decay))[..., None, :], columns], dim=-1)
     left, values, rotation = _leading_triplets(panel, most, tolerance_of(rank), rows)
     right = rotation[..., :0, :] if sums else torch.cat([right.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
     joined = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
-    # mypy takes the body once for each kind of argument.
     found: Any = Centred(joined, *sums) if sums else joined
     updated: SVD = found
     return updated
