@@ -50,8 +50,7 @@ class Rows:
         """Return a number, a plain tensor, or beside a sharded factor the local copy of a replicated DTensor."""
         if not (isinstance(value, Tensor) and is_dtensor(value)):
             return value
-        if self.mesh is None:
-            _check.mixture(function, name, value)
+        self.admit(function, name, value)
         _check.placed(function, name, value, None, self.mesh)
         copy: Small = here(value)
         return copy

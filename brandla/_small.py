@@ -104,8 +104,8 @@ def leading(
     """Return the ``rank`` leading eigenpairs of a small positive semi-definite matrix, descending, in ``dtype``.
 
     Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out. With ``unit`` the vectors
-    are those of `unit_scaled`. A coordinate whose diagonal entry is 0 has a zero eigenvector. A matrix that is not
-    finite, or beyond ``dtype``, gives NaN throughout.
+    are V Σ⁻¹ for values Σ²: of a panel B with BᵀB = V Σ² Vᵀ, B V Σ⁻¹ is orthonormal. A coordinate whose diagonal entry
+    is 0 has a zero eigenvector. A matrix that is not finite, or beyond ``dtype``, gives NaN throughout.
     """
     own = core.double()
     one = 1.0 if ops.reads_are_free(own) else own.new_ones(own.shape[:-2])
@@ -127,11 +127,6 @@ def leading_of(
     if ops.reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
         values = ops.without_denormals(values)
     return values, vectors, left_out
-
-
-def unit_scaled(vectors: Tensor, values: Tensor) -> Tensor:
-    """Return V Σ⁻¹ for Σ² = ``values``: of a panel B with BᵀB = V Σ² Vᵀ, B V Σ⁻¹ is orthonormal. 0 where a value is."""
-    return vectors * torch.where(values <= 0, math.inf, values).rsqrt()[..., None, :]
 
 
 def signs_of(agreement: Tensor) -> Tensor:
@@ -166,7 +161,8 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         # They were unit vectors before the rows of empty coordinates were cleared.
         kept = vectors * alive[..., None, :]
         transform, _ = ops.cholesky_inverse_core(kept.mT @ kept, alive.to(kept.dtype), 0.25)
-        return kept @ transform + poison[..., None]
+        turned: Tensor = kept @ transform
+        return turned + poison[..., None]
 
     return orthonormal(left), values * scale * alive + poison, orthonormal(right)
 

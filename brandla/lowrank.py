@@ -28,9 +28,11 @@ class _Matrix(Value):
     _shown: ClassVar[str]  # what the values are called in one line
 
     @property
-    def rank(self) -> int:
+    def rank(self: Any) -> int:
         """Number of eigenpairs, of columns or of singular triplets kept."""
-        return _product(self)[0].shape[-1]
+        # The last dimension of U, of S = FᵀF or of the singular values.
+        kept: int = self[1].shape[-1]
+        return kept
 
     @property
     def shape(self) -> torch.Size:
@@ -106,10 +108,10 @@ class _Symmetric(_Matrix):
         """Order of the matrix."""
         return parts_of(self)[1].shape[-2]
 
-    def trace(self) -> Tensor:
+    def trace(self: Any) -> Tensor:
         """Return the trace of the matrix, of batch shape: the sum of the eigenvalues, or the trace of S."""
-        small, _ = parts_of(self)
-        return (small.diagonal(dim1=-2, dim2=-1) if isinstance(self, LowRankRoot) else small).sum(-1)
+        terms: Tensor = self.gram.diagonal(dim1=-2, dim2=-1) if isinstance(self, LowRankRoot) else self.eigenvalues
+        return terms.sum(-1)
 
 
 class _EighParts(NamedTuple):
@@ -139,7 +141,8 @@ class LowRankEigh(_Symmetric, _EighParts):
 
     def largest_eigenvalue(self) -> Tensor:
         """Return d₁, of batch shape; 0 at rank 0."""
-        return self.eigenvalues[..., 0] if self.rank else self.eigenvalues.sum(-1)
+        values = self.eigenvalues
+        return values[..., 0] if values.shape[-1] else values.sum(-1)
 
 
 class _RootParts(NamedTuple):

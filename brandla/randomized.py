@@ -211,17 +211,13 @@ def scale_of(image: Tensor) -> Tensor:
     return largest / torch.frexp(largest).mantissa
 
 
-def _seed(matrix: Matrix, generator: Generator | None) -> Tensor:
-    """Draw the seed of a test matrix, on the device: nothing waits for it."""
-    return torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
-
-
 def _sketch(function: str, matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
     """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
     if width == matrix.shape[-1]:
         return product(function, matrix, _identity(matrix, width))
     if is_dense(matrix):
-        return sketch(cast(Tensor, matrix), _seed(matrix, generator), width)
+        seed = torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
+        return sketch(cast(Tensor, matrix), seed, width)
     return product(function, matrix, _signs(matrix, width, generator))
 
 
@@ -232,7 +228,9 @@ def _identity(matrix: Matrix, order: int) -> Tensor:
 
 def _signs(matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
     dtype, (*batch, _, n) = torch.promote_types(matrix.dtype, torch.float32), matrix.shape
-    return signs(_seed(matrix, generator), n, width, batch_shape=tuple(batch), dtype=dtype)
+    # The seed is drawn on the device: nothing waits for it.
+    seed = torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
+    return signs(seed, n, width, batch_shape=tuple(batch), dtype=dtype)
 
 
 def check_matrix(function: str, matrix: Matrix) -> tuple[int, int]:

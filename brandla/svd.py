@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import leading, safe_svd, signs_of, unit_scaled
+from brandla._small import leading, safe_svd, signs_of
 from brandla.lowrank import Centred, LowRankSVD, Number, Rank, less, most_of, over, tolerance_of
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
@@ -117,9 +118,12 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     (tensor([3., 3.]), torch.Size([6, 2]))
     """
     function = "svd_append"
-    check = _check.centred if isinstance(svd, Centred) else _check.svd
-    check(function, "svd", svd)
-    factor: LowRankSVD = svd.svd if isinstance(svd, Centred) else svd
+    # mypy takes the body once for each kind of argument.
+    given: Any = svd
+    centred = isinstance(given, Centred)
+    check = _check.centred if centred else _check.svd
+    check(function, "svd", given)
+    factor: LowRankSVD = given.svd if centred else given
     rows, vectors, columns = _here(function, ("svd.U", "columns"), factor.U, columns, factor.S)
     decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
@@ -127,13 +131,12 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
     old, right = rows.small(function, "svd.S", factor.S), rows.small(function, "svd.Vh", factor.Vh)
     sums: tuple[Tensor, ...] = ()
-    if isinstance(svd, Centred):
-        columns, sums = _recentred(svd, columns, decay, rows)
+    if centred:
+        columns, sums = _recentred(given, columns, decay, rows)
     panel = torch.cat([vectors * (old * over(decay))[..., None, :], columns], dim=-1)
     left, values, rotation = _leading_triplets(panel, most, tolerance_of(rank), rows)
     right = rotation[..., :0, :] if sums else torch.cat([right.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
     joined = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
-    # mypy takes the body once for each kind of argument.
     found: Any = Centred(joined, *sums) if sums else joined
     updated: SVD = found
     return updated
@@ -203,7 +206,8 @@ def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    left, squares = polish(panel @ unit_scaled(right, squares).to(dtype), squares, rows)
+    to_unit = right * torch.where(squares <= 0, math.inf, squares).rsqrt()[..., None, :]
+    left, squares = polish(panel @ to_unit.to(dtype), squares, rows)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
 
@@ -218,7 +222,7 @@ def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Te
     unit = torch.where(lengths <= shortest, 0, 1 / torch.where(lengths <= shortest, 1, lengths))
     noise = (4 * torch.finfo(panel.dtype).eps) ** 2
     values, vectors = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
-    transform = unit[..., :, None] * unit_scaled(vectors, values)
+    transform = unit[..., :, None] * (vectors * torch.where(values <= 0, math.inf, values).rsqrt()[..., None, :])
 
     def times_basis(rotation: Tensor) -> Tensor:
         nearly: Tensor = panel @ (transform @ rotation.double()).to(panel.dtype)
