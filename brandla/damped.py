@@ -54,8 +54,8 @@ def damped_solve(
     eigenvalues of S and waits for a GPU, unless S is diagonal as `root_update` leaves it. U and V may be DTensors
     sharded on their rows: ``docs/sharded.md``.
 
-    The derivative treats U, d, F and S as separate variables: compute S = FᵀF from F where F varies. For a root with τ
-    > 0 it can be taken once. Source: Woodbury's identity, in the eigenbasis; derivation, errors and derivatives:
+    The derivative treats U, d, F and S as separate variables: compute S = FᵀF from F where F varies. It can be taken
+    once for a root with τ > 0. Source: Woodbury's identity, in the eigenbasis; derivation, errors and derivatives:
     ``docs/damped.md``.
 
     Examples
