@@ -384,17 +384,18 @@ def _laid_out(parts: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...] | Non
     layout: list[Any] = []
     # What is inside a list or a factor comes after all that is beside it.
     while parts:
-        own = [part for part in parts if type(part) is Tensor]
-        held = [part for part in parts if isinstance(part, (tuple, list))]
-        rest = [part for part in parts if not (type(part) is Tensor or isinstance(part, (tuple, list)))]
-        if not all(issubclass(kind, (str, int, float, Rank, type(None))) for kind in set(map(type, rest))):
+        tensors += [part for part in parts if type(part) is Tensor]
+        others = [part for part in parts if type(part) is not Tensor]
+        held = [part for part in others if isinstance(part, (tuple, list))]
+        words = [part for part in others if not isinstance(part, (tuple, list))]
+        if not all(issubclass(kind, (str, int, float, Rank, type(None))) for kind in set(map(type, words))):
             return [], None
-        layout += [*map(type, parts), *map(len, held), *rest]
-        tensors += own
+        layout += [*map(type, parts), *map(len, held), *words]
         parts = list(chain.from_iterable(held))
-    different = {id(tensor): tensor for tensor in tensors}
+    identities = list(map(id, tensors))
+    different = dict(zip(identities, tensors, strict=True))
     places = dict(zip(different, count(), strict=False))
-    layout += [places[id(tensor)] for tensor in tensors]
+    layout += map(places.__getitem__, identities)
     tensors = list(different.values())
     layout += [number_of((tensor.shape, tensor.dtype, tensor.device, tensor.layout)) for tensor in tensors]
     return tensors, tuple(layout)
