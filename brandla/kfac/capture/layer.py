@@ -229,9 +229,9 @@ class Layer:
     def write(self, step: Gradient) -> list[list[Written]]:
         """Return the parts of a step by weight; products are written into the gradient as they are formed."""
         kind, bias, d_in = self.kind, self.bias_gradient, self.shape.d_in - self.has_bias
-        parts = [self._put(step, slice(d_in), kind.weight_part(self.weight.grad), kind.tensor)]
+        parts = [self._put(step, 0, d_in, kind.weight_part(self.weight.grad), kind.tensor)]
         if self.has_bias and bias is not None:
-            parts.append(self._put(step, slice(d_in, None), bias, lambda column: column.reshape(bias.shape)))
+            parts.append(self._put(step, d_in, 1, bias, lambda column: column.reshape(bias.shape)))
         if kind.weights == 1:
             return [parts]
         return [list(own) for own in zip(*(part.split(kind.weights) for part in parts), strict=True)]
@@ -242,11 +242,13 @@ class Layer:
         if self.weight.grad is not None:
             self._written = Noted(self.weight.grad)
 
-    def _put(self, step: Gradient, columns: slice, gradient: Tensor, arranged: Callable[[Tensor], Tensor]) -> Written:
+    def _put(
+        self, step: Gradient, start: int, columns: int, gradient: Tensor, arranged: Callable[[Tensor], Tensor]
+    ) -> Written:
         """Write some columns of a step; a product with no copy, where the gradient is a matrix as it is."""
         if isinstance(step, Tensor):
-            return Written(arranged(step[..., columns]), gradient)
-        first, second = step[0], step[1][..., columns, :]
+            return Written(arranged(step.narrow(-1, start, columns)), gradient)
+        first, second = step[0], step[1].narrow(-2, start, columns)
         if not (self.shape.groups or self.kind.transposed) and gradient.dtype == self.shape.dtype:
             size = first.shape[0], second.shape[0]
             if gradient.shape == size:
