@@ -50,9 +50,9 @@ STEPS_AT_PRESENT = {
 # A few are torch's own, whose number differs among its versions.
 PYTHON_CALLS = {"project": 15, "damped_solve, root": 55, "damped_solve, eigh": 55, "root_update, cholesky": 72}
 # The same of each further factor of a list.
-FOR_EACH_FACTOR = {"damped_solve, root": 3, "damped_solve, eigh": 3, "root_update, cholesky": 9}
+FOR_EACH_FACTOR = {"damped_solve, root": 2, "damped_solve, eigh": 2, "root_update, cholesky": 3}
 # The same of each further layer of a K-FAC step.
-FOR_EACH_LAYER = 138
+FOR_EACH_LAYER = 105
 
 
 def limits():
