@@ -325,7 +325,7 @@ def stack_numbers(numbers: Sequence[Number], like: Tensor) -> Number:
         return first if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
     if isinstance(first, Tensor) and not [number for number in numbers if number is not first]:
         return torch.as_tensor(first, dtype=like.dtype, device=like.device).expand(len(numbers), *first.shape)
-    return stacked([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
+    return stacked([number.to(like) if isinstance(number, Tensor) else like.new_tensor(number) for number in numbers])
 
 
 def two_numbers(
