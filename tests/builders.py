@@ -230,13 +230,6 @@ class OperatorWithTranspose(Operator):
     mT = property(lambda self: Operator(self.matrix.mT))  # noqa: N815
 
 
-class OperatorFromTheRight(Operator):
-    """An operator that also multiplies from the right of a tensor."""
-
-    def __rmatmul__(self, block: Tensor) -> Tensor:
-        return block @ self.matrix
-
-
 class Update(NamedTuple):
     """An update of a low-rank matrix: the public function, the value it updates, and its options."""
 

@@ -33,14 +33,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch):
+def _own_kinds_and_randomness(monkeypatch):
     # What the examples register goes with them.
     monkeypatch.setattr(like, "_REGISTERED", {})
-
-
-@pytest.fixture(autouse=True)
-def _own_randomness():
-    # The examples draw from the global generator, which other tests may have seeded for themselves.
+    # They draw from the global generator, which other tests may have seeded for themselves.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

@@ -9,15 +9,7 @@ from torch import Tensor
 
 import brandla
 import oracles
-from builders import (
-    Operator,
-    OperatorFromTheRight,
-    OperatorWithTranspose,
-    assert_equals,
-    assert_factor,
-    dense,
-    values_of,
-)
+from builders import Operator, OperatorWithTranspose, assert_equals, assert_factor, dense, values_of
 from oracles import THRESHOLD
 
 FUNCTIONS = {"eigh": brandla.randomized_eigh, "svd": brandla.randomized_svd}
@@ -164,6 +156,13 @@ def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations, dtype)
 
 
 # --- Arguments
+
+
+class OperatorFromTheRight(Operator):
+    """An operator that also multiplies from the right of a tensor."""
+
+    def __rmatmul__(self, block):
+        return block @ self.matrix
 
 
 @pytest.mark.parametrize(
