@@ -272,14 +272,14 @@ def test_bad_input_is_refused_before_anything_is_written(is_list, bad):
 def test_what_is_no_tensor_is_refused():
     signature = OPS["project"].signature
     basis, columns = operands("project", 9, 3, 2, "plain", torch.float32)
-    with pytest.raises(TypeError, match="brandla::project: columns must be a tensor; got list"):
-        signature.sizes((basis, columns.tolist()))
-    with pytest.raises(TypeError, match="brandla::project: basis must be a tensor; got NoneType"):
-        signature.sizes((None, columns))
-    with pytest.raises(TypeError, match="brandla::project: columns must be a list of tensors; got Tensor"):
-        signature.grouped_sizes(([basis], columns))
-    with pytest.raises(TypeError, match=r"brandla::project: columns\[0\] must be a tensor; got int"):
-        signature.grouped_sizes(([basis], [1]))
+    for check, arguments, words in (
+        (signature.sizes, (basis, columns.tolist()), "columns must be a tensor; got list"),
+        (signature.sizes, (None, columns), "basis must be a tensor; got NoneType"),
+        (signature.grouped_sizes, ([basis], columns), "columns must be a list of tensors; got Tensor"),
+        (signature.grouped_sizes, ([basis], [1]), r"columns\[0\] must be a tensor; got int"),
+    ):
+        with pytest.raises(TypeError, match=f"brandla::project: {words}"):
+            check(arguments)
 
 
 def test_bad_input_is_refused_while_tracing():
