@@ -14,43 +14,33 @@ import oracles
 
 Symmetric = brandla.LowRankEigh | brandla.LowRankRoot
 Size = tuple[int, ...]
-
-
-def stacked(make: Callable[[int], Any], seed: int, dtype: torch.dtype = torch.float64, batch_shape: Size = ()) -> Any:
-    """Return make(seed) in a dtype, or for a batch shape a stack of such values with different seeds."""
-    count = int(torch.Size(batch_shape).numel())
-    values = [make(seed + 100 * i) for i in range(count)]
-    parts = (torch.stack(parts).reshape(*batch_shape, *parts[0].shape) for parts in zip(*values, strict=True))
-    return type(values[0])(*(part.to(dtype) for part in parts))
+FLOAT64 = torch.float64
 
 
 def make_eigh(n: int, r: int, spectrum: str = "medium", *, seed: int = 1, **options: Any) -> brandla.LowRankEigh:
     """Return a LowRankEigh with the first r values of a spectrum and random eigenvectors."""
-    values = oracles.SPECTRA[spectrum](r)
-    return stacked(lambda seed: brandla.LowRankEigh(values, oracles.orthonormal(n, r, seed)), seed, **options)
+    batch_shape = options.get("batch_shape", ())
+    values = oracles.SPECTRA[spectrum](r).repeat(*batch_shape, 1)
+    return brandla.LowRankEigh(values, oracles.orthonormal(n, r, seed, batch_shape)).to(options.get("dtype", FLOAT64))
 
 
 def make_root(
     n: int, r: int, spectrum: str = "medium", *, seed: int = 1, diagonal: bool = False, **options: Any
 ) -> brandla.LowRankRoot:
     """Return a LowRankRoot of the matrix of `make_eigh`, with a dense S, or with S diagonal and descending."""
-
-    def make(seed: int) -> brandla.LowRankRoot:
-        turn = torch.eye(r, dtype=torch.float64) if diagonal else oracles.orthonormal(r, r, seed + 7)
-        right = oracles.SPECTRA[spectrum](r).sqrt()[:, None] * turn
-        return brandla.LowRankRoot(oracles.orthonormal(n, r, seed) @ right, oracles.symmetrised(right.mT @ right))
-
-    return stacked(make, seed, **options)
+    batch_shape = options.get("batch_shape", ())
+    turn = torch.eye(r, dtype=FLOAT64) if diagonal else oracles.orthonormal(r, r, seed + 7, batch_shape)
+    right = oracles.SPECTRA[spectrum](r).sqrt()[:, None] * turn.expand(*batch_shape, r, r)
+    root = oracles.orthonormal(n, r, seed, batch_shape) @ right
+    return brandla.LowRankRoot(root, oracles.symmetrised(right.mT @ right)).to(options.get("dtype", FLOAT64))
 
 
 def make_svd(m: int, n: int, r: int, spectrum: str = "medium", *, seed: int = 1, **options: Any) -> brandla.LowRankSVD:
     """Return a LowRankSVD with the first r values of a spectrum and random singular vectors."""
-
-    def make(seed: int) -> brandla.LowRankSVD:
-        u, v = oracles.orthonormal(m, r, seed), oracles.orthonormal(n, r, seed + 1)
-        return brandla.LowRankSVD(u, oracles.SPECTRA[spectrum](r), v.mT)
-
-    return stacked(make, seed, **options)
+    batch_shape = options.get("batch_shape", ())
+    u, v = (oracles.orthonormal(size, r, seed + side, batch_shape) for side, size in enumerate((m, n)))
+    values = oracles.SPECTRA[spectrum](r).repeat(*batch_shape, 1)
+    return brandla.LowRankSVD(u, values, v.mT.contiguous()).to(options.get("dtype", FLOAT64))
 
 
 def make_columns(
@@ -238,13 +228,6 @@ class OperatorWithTranspose(Operator):
     """An operator that knows its transpose."""
 
     mT = property(lambda self: Operator(self.matrix.mT))  # noqa: N815
-
-
-class OperatorFromTheRight(Operator):
-    """An operator that also multiplies from the right of a tensor."""
-
-    def __rmatmul__(self, block: Tensor) -> Tensor:
-        return block @ self.matrix
 
 
 class Update(NamedTuple):

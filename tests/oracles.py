@@ -63,9 +63,9 @@ def gaussian(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
-def orthonormal(n: int, r: int, seed: int) -> Tensor:
+def orthonormal(n: int, r: int, seed: int, batch_shape: tuple[int, ...] = ()) -> Tensor:
     """Return n × r random orthonormal columns."""
-    return torch.linalg.qr(gaussian(n, r, seed=seed)).Q
+    return torch.linalg.qr(gaussian(*batch_shape, n, r, seed=seed)).Q.contiguous()
 
 
 def psd_matrix(spectrum: Tensor, seed: int) -> Tensor:

@@ -70,12 +70,8 @@ def test_errors_are_those_of_their_definitions():
 
 def test_trackers_do_what_they_are_called():
     settings = replace(TINY, overwrite_every=2)
-    chosen = [
-        Tracker("B", "brand", None, 0),
-        Tracker("B-R", "brand", "svd", 2),
-        Tracker("RS", None, "svd", 2),
-        Tracker("SRE", None, "eigh", 3),
-    ]
+    about = ("B", "brand", None, 0), ("B-R", "brand", "svd", 2), ("RS", None, "svd", 2), ("SRE", None, "eigh", 3)
+    chosen = [Tracker(*one) for one in about]
     assert [step for step in range(1, 8) if chosen[3].due(step)] == [1, 4, 7]
     kept, batches = Kept(settings, 40, 0, chosen), [columns(40, 3, seed) for seed in range(2)]
     kept.absorb(1, batches[0])

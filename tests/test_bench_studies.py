@@ -226,12 +226,8 @@ def test_exponents_are_fitted_to_the_rows_of_a_method():
         for n in (512, 1024, 2048, 4096, 8192, 16384)
     ]
     fits = scaling.exponents({"rows": rows})["exponents"]
-    assert [(fit["quantity"], fit["window"], fit["sizes"][0]) for fit in fits] == [
-        ("time", "all", 512),
-        ("memory", "all", 512),
-        ("time", "larger half", 4096),
-        ("memory", "larger half", 4096),
-    ]
+    windows = [(of, *window) for window in (("all", 512), ("larger half", 4096)) for of in ("time", "memory")]
+    assert [(fit["quantity"], fit["window"], fit["sizes"][0]) for fit in fits] == windows
     assert [fit["exponent"].value for fit in fits] == pytest.approx([3, 2, 3, 2])
 
 

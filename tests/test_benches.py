@@ -125,17 +125,11 @@ def test_lobpcg_is_right_in_float32():
 def test_a_run_names_the_peers_that_fail_and_ctrl_c_keeps_the_cases_that_ended(tmp_path):
     (tmp_path / "spoiling.py").write_text(PLUGIN, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "bench/benches/bench_functions.py", "-p", "spoiling"]
+    command += ["--quick", "--benchmark-only", "-p", "no:cacheprovider"]
     # What pytest-benchmark would take for a worker of xdist, in which nothing is timed.
     inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
-    path = os.pathsep.join([str(tmp_path), "kernels", os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, "--quick", "--benchmark-only", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        env=inherited | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    inherited["PYTHONPATH"] = os.pathsep.join([str(tmp_path), "kernels", os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
     assert done.returncode == 130, done.stdout
     (result,) = tmp_path.glob("*/functions.json")
     assert f"written: {result.relative_to(tmp_path)}, interrupted: " in done.stdout

@@ -8,16 +8,7 @@ import torch
 
 import brandla
 import oracles
-from builders import (
-    SVD_APPEND,
-    SVD_UPDATE,
-    assert_differentiable,
-    assert_equals,
-    assert_factor,
-    dense,
-    make_columns,
-    make_svd,
-)
+from builders import SVD_APPEND, SVD_UPDATE, assert_differentiable, assert_equals, assert_factor, dense, make_columns
 
 BOTH = pytest.mark.parametrize("update", [SVD_UPDATE, SVD_APPEND], ids=str)
 
@@ -58,7 +49,7 @@ def test_columns_too_short_to_be_scaled_count_as_zero_at_worst(short, dtype):
     finfo = torch.finfo(dtype)
     vanishes = finfo.tiny / finfo.eps if dtype == torch.float32 else finfo.tiny
     right = make_columns(n, k, dtype=dtype, seed=2)
-    old = make_svd(m, n, 4, dtype=dtype) if short == "one" else brandla.LowRankSVD.zeros(m, n, 4, dtype=dtype)
+    old = SVD_UPDATE.make(m, n, 4, dtype=dtype) if short == "one" else brandla.LowRankSVD.zeros(m, n, 4, dtype=dtype)
     turned = brandla.LowRankSVD(old.Vh.mT, old.S, old.U.mT)
     for length in LENGTHS[dtype]:
         columns = oracles.gaussian(m, k, seed=1)
@@ -88,7 +79,7 @@ def test_nearly_dependent_columns_of_any_length_lose_nothing(family, spread, dty
     scales = 10 ** (spread * torch.linspace(-1, 1, k, dtype=torch.float64))
     left, right = (oracles.panels(m, k)[family] * scales).to(dtype), oracles.gaussian(n, k, seed=8)
     for r in (0, 6):
-        old = make_svd(m, n, r, "slow", dtype=dtype)
+        old = SVD_UPDATE.make(m, n, r, "slow", dtype=dtype)
         assert_equals(brandla.svd_append(old, left, rank=r + k), SVD_APPEND.whole(old, left, right))
         for partners in (right.to(dtype), (right / scales).to(dtype)):
             # Each column is right to its own length, and so each product of a column with its partner.

@@ -19,13 +19,6 @@ def _afresh():
     torch._dynamo.reset()
 
 
-def assert_close(actual, expected):
-    """Check that two results are of one kind and equal up to the order of operations."""
-    assert type(actual) is type(expected)
-    for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 # Ops that must reach a compiler whole.
 WHOLE = {
     "root_update, tracked": {"cross_gram", "root_core", "rotate"},
@@ -49,8 +42,10 @@ def test_function_compiles_to_one_graph_of_whole_ops(name):
     # Variants differ in what Dynamo sees, not in what AOTAutograd makes of it.
     backend = aot_autograd(fw_compiler=compiler) if name in WHOLE or "," not in name else "eager"
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    assert_close(compiled(for_compiled), call(for_eager))
-    assert_close(for_compiled, for_eager)
+    actual, expected = compiled(for_compiled), call(for_eager)
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(for_compiled, for_eager)
     assert {f"brandla.{op}.default" for op in WHOLE.get(name, ())} <= found
 
 
@@ -61,7 +56,7 @@ def test_sizes_may_be_unknown_to_the_compiler():
     compiled, eigh = torch.compile(solve, fullgraph=True, backend=BACKEND, dynamic=True), given().eigh
     for columns in (3, 5):
         rhs = make_columns(N, columns, dtype=torch.float32)
-        assert_close(compiled(eigh, rhs), solve(eigh, rhs))
+        torch.testing.assert_close(compiled(eigh, rhs), solve(eigh, rhs))
 
 
 @pytest.mark.parametrize("name", ["damped_solve, eigh", "root_update, tensor decay"])
@@ -76,7 +71,7 @@ def test_gradients_come_through_a_compiled_function(name):
     of_compiled, of_eager = (
         torch.autograd.grad(call(x), tree_leaves(x), materialize_grads=True) for call in (compiled, loss)
     )
-    assert_close(of_compiled, of_eager)
+    torch.testing.assert_close(of_compiled, of_eager)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -33,14 +33,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch):
+def _own_kinds_and_randomness(monkeypatch):
     # What the examples register goes with them.
     monkeypatch.setattr(like, "_REGISTERED", {})
-
-
-@pytest.fixture(autouse=True)
-def _own_randomness():
-    # The examples draw from the global generator, which other tests may have seeded for themselves.
+    # They draw from the global generator, which other tests may have seeded for themselves.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -64,10 +60,6 @@ def modules():
     return [name for name in ("brandla", "brandla_kernels", *found) if not name.endswith("__main__")]
 
 
-def run(source, namespace, where):
-    exec(compile(source, str(where), "exec"), namespace)
-
-
 def run_benchmarks(namespace):
     """Call the benchmarks that a block defines once for each parameter, without timing, and count the calls."""
     functions = [value for name, value in namespace.items() if name.startswith("test_")]
@@ -82,7 +74,7 @@ def run_benchmarks(namespace):
 def test_each_example_of_the_readme_runs_by_itself(index):
     source, _ = blocks(ROOT / "README.md")[index]
     namespace = {"__name__": "readme"}
-    run(source, namespace, ROOT / "README.md")
+    exec(compile(source, "README.md", "exec"), namespace)
     assert ("benchmark" in source) == (run_benchmarks(namespace) > 0)
     assert len([line for line in source.splitlines() if line.strip()]) <= README_LINES
 
@@ -92,7 +84,7 @@ def test_examples_of_a_page_run_in_their_order_and_print_what_is_shown(page):
     namespace = {"__name__": page.stem}
     for source, shown in blocks(page):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            run(source, namespace, page)
+            exec(compile(source, str(page), "exec"), namespace)
         if shown:
             assert printed.getvalue() == shown
     run_benchmarks(namespace)

@@ -2,9 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -196,7 +194,6 @@ def test_what_overwrites_refuses_to_lose_a_gradient(name):
 # --- Bad input
 
 LONG = torch.zeros(10, 2)
-Spoil = Callable[..., tuple[Any, ...]]
 
 
 def floats(matrices):
@@ -238,17 +235,14 @@ BAD_LISTS = {
     "memory": ("rotate_", lambda U, *rest: ([*U[:3], U[3][:1].expand(7, 3)], *rest), ValueError, "basis[3] … memory"),
 }
 
-# What follows the matrix of a sketch.
+SEED = torch.tensor(1)
 BAD_SKETCHES = {
-    f"sketch, {what}": ("sketch", lambda matrix, *_, drawn=drawn: (matrix, *drawn), kind, words)
-    for what, drawn, kind, words in (
-        ("dtype", (torch.tensor(1.0), 3), TypeError, "seed must be a tensor of dtype torch.int64; got torch.float32"),
-        ("two seeds", (torch.tensor([1, 2]), 3), ValueError, "seed must have one element; got shape (2,)"),
-        ("no seed", (torch.tensor([]).long(), 3), ValueError, "seed must have one element; got shape (0,)"),
-        ("device", (torch.tensor(1, device="meta"), 3), ValueError, "seed must be on the device … cpu; got meta"),
-        ("width", (torch.tensor(1), -1), ValueError, "width must be at least 0; got -1"),
-        ("problem", (torch.tensor(1), 3, -2), ValueError, "problem must be at least 0; got -2"),
-    )
+    "seed": ("sketch", lambda X, *_: (X, SEED.float(), 3), TypeError, "seed … dtype torch.int64; got torch.float32"),
+    "two seeds": ("sketch", lambda X, *_: (X, SEED.expand(2), 3), ValueError, "seed … one element; got shape (2,)"),
+    "no seed": ("sketch", lambda X, *_: (X, SEED.expand(0), 3), ValueError, "seed … one element; got shape (0,)"),
+    "seed elsewhere": ("sketch", lambda X, *_: (X, SEED.to("meta"), 3), ValueError, "seed … device … cpu; got meta"),
+    "width": ("sketch", lambda X, *_: (X, SEED, -1), ValueError, "width must be at least 0; got -1"),
+    "problem": ("sketch", lambda X, *_: (X, SEED, 3, -2), ValueError, "problem must be at least 0; got -2"),
 }
 BAD_CALLS |= BAD_SKETCHES
 BAD_LISTS |= BAD_SKETCHES
@@ -278,14 +272,14 @@ def test_bad_input_is_refused_before_anything_is_written(is_list, bad):
 def test_what_is_no_tensor_is_refused():
     signature = OPS["project"].signature
     basis, columns = operands("project", 9, 3, 2, "plain", torch.float32)
-    with pytest.raises(TypeError, match="brandla::project: columns must be a tensor; got list"):
-        signature.sizes((basis, columns.tolist()))
-    with pytest.raises(TypeError, match="brandla::project: basis must be a tensor; got NoneType"):
-        signature.sizes((None, columns))
-    with pytest.raises(TypeError, match="brandla::project: columns must be a list of tensors; got Tensor"):
-        signature.grouped_sizes(([basis], columns))
-    with pytest.raises(TypeError, match=r"brandla::project: columns\[0\] must be a tensor; got int"):
-        signature.grouped_sizes(([basis], [1]))
+    for check, arguments, words in (
+        (signature.sizes, (basis, columns.tolist()), "columns must be a tensor; got list"),
+        (signature.sizes, (None, columns), "basis must be a tensor; got NoneType"),
+        (signature.grouped_sizes, ([basis], columns), "columns must be a list of tensors; got Tensor"),
+        (signature.grouped_sizes, ([basis], [1]), r"columns\[0\] must be a tensor; got int"),
+    ):
+        with pytest.raises(TypeError, match=f"brandla::project: {words}"):
+            check(arguments)
 
 
 def test_bad_input_is_refused_while_tracing():

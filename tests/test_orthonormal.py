@@ -78,24 +78,22 @@ def test_column_of_q_comes_from_the_column_of_the_panel_in_its_place(dtype):
     torch.testing.assert_close(agreement, torch.tensor([0.0, 1, 1, 1, 1, 1]).double())
 
 
-def panel_with_a_weak_column(case, weak, k):
-    """Return a panel whose other columns hold much of a direction of which one column, of two, holds little."""
-    rest = oracles.gaussian(2, k, seed=4)
-    if case == "first":
-        rest[0, 0], rest[1] = weak, 0
-    else:
-        rest[:, :2] = torch.tensor([[1.0, 1.0], [0.0, weak]])
-        rest[0, 2:] = 0
-        rest[1, 2:] *= 0.1
-    return oracles.orthonormal(N, 2, seed=3) @ rest
-
-
 @pytest.mark.usefixtures("reads")
 @pytest.mark.parametrize("case", ["first", "difference"])
 def test_strong_columns_lose_nothing_to_a_weak_one_before_them(case, dtype):
-    """A weak column is mostly rounding of what it depends on; as a basis vector it would take that to all others."""
+    """A weak column is mostly rounding of what it depends on; as a basis vector it would take that to all others.
+
+    The others hold much of a direction of which one column, of two, holds little.
+    """
     for exponent in range(0, 17, 4):
-        panel = panel_with_a_weak_column(case, 10.0**-exponent, 50).to(dtype)
+        weak, rest = 10.0**-exponent, oracles.gaussian(2, 50, seed=4)
+        if case == "first":
+            rest[0, 0], rest[1] = weak, 0
+        else:
+            rest[:, :2] = torch.tensor([[1.0, 1.0], [0.0, weak]])
+            rest[0, 2:] = 0
+            rest[1, 2:] *= 0.1
+        panel = (oracles.orthonormal(N, 2, seed=3) @ rest).to(dtype)
         q, r = orthonormalize(panel)
         assert_orthonormal(q, r)
         error = oracles.spectral_norm(panel.double() - q.double() @ r.double())

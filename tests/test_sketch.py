@@ -20,9 +20,7 @@ KNOWN_ANSWERS = [
 SIZES = [(0, 3), (3, 0), (1, 1), (31, 3), (32, 4), (33, 5), (97, 13), (4160, 33)]
 
 
-@pytest.fixture
-def seed():
-    return torch.tensor(20240229)
+SEED = torch.tensor(20240229)
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
@@ -48,17 +46,17 @@ def test_every_entry_is_the_bit_that_the_map_names(size, number):
         assert torch.equal(again.float(), drawn)
 
 
-def test_problems_of_a_batch_are_those_drawn_one_by_one(seed):
-    batch = signs(seed, 40, 6, batch_shape=(2, 3), problem=5)
+def test_problems_of_a_batch_are_those_drawn_one_by_one():
+    batch = signs(SEED, 40, 6, batch_shape=(2, 3), problem=5)
     for problem, entry in enumerate(batch.flatten(0, 1)):
-        assert torch.equal(entry, signs(seed, 40, 6, problem=5 + problem))
-    assert signs(seed, 40, 6, batch_shape=(0, 3)).shape == (0, 3, 40, 6)
+        assert torch.equal(entry, signs(SEED, 40, 6, problem=5 + problem))
+    assert signs(SEED, 40, 6, batch_shape=(0, 3)).shape == (0, 3, 40, 6)
 
 
-def test_signs_on_meta_and_in_a_trace(seed):
-    assert signs(seed.to("meta"), 33, 5, batch_shape=(2,)).shape == (2, 33, 5)
+def test_signs_on_meta_and_in_a_trace():
+    assert signs(SEED.to("meta"), 33, 5, batch_shape=(2,)).shape == (2, 33, 5)
     traced = torch.compile(lambda seed: signs(seed, 33, 5), fullgraph=True, backend="eager")
-    assert torch.equal(traced(seed), signs(seed, 33, 5))
+    assert torch.equal(traced(SEED), signs(SEED, 33, 5))
 
 
 def test_bad_seed_of_signs_is_named():

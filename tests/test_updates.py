@@ -20,7 +20,6 @@ from builders import (
     assert_factor,
     assert_same,
     assert_underestimates,
-    defect,
     dense,
     make_columns,
     sides_of,
@@ -28,7 +27,7 @@ from builders import (
     unchanged,
     values_of,
 )
-from oracles import ORTHONORMAL, THRESHOLD
+from oracles import THRESHOLD
 
 # Updates of a symmetric matrix of order m take no notice of n.
 EVERY = pytest.mark.parametrize("update", UPDATES, ids=str)
@@ -118,8 +117,7 @@ def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(update, e
         assert columns.isfinite().all()
         rank = min(n, tall_of(value).shape[-1] + k)
         value, matrix = update(value, columns, rank=rank, weight=weight), oracles.updated(matrix, columns, 1.0, weight)
-    assert_factor(value, n, n)
-    assert oracles.difference_ratio(dense(value), matrix, torch.float32) <= THRESHOLD
+    assert_equals(value, matrix)
 
 
 @pytest.mark.parametrize("name", ["eigh_update", "eigh_downdate", "svd_update", "svd_append"])
@@ -194,7 +192,7 @@ def test_columns_that_left_are_used_again(update, dtype):
     for columns in oracles.batches("flat", n, 8, 30, dtype=dtype):
         value = update(value, columns, decay=0.9, weight=0.1, rank=rule)
     assert kept(value) == 12
-    assert defect(value) <= ORTHONORMAL * oracles.epsilon(dtype)
+    assert_factor(value, n, 12)
 
 
 # --- Sparse columns, and what is not finite
@@ -227,6 +225,7 @@ def test_sparse_columns_are_multiplied_with_and_never_dense(update, layout, dtyp
         torch.testing.assert_close(one[1:], wanted[1:], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
 def test_a_factor_that_is_not_finite_shows_where_sparse_columns_hold_nothing(update):
     old = update.make(30, 6)
     tall_of(old)[7, 2] = math.nan
@@ -270,7 +269,7 @@ def test_in_place_form_takes_a_tolerance(update):
     value, columns = update.make(64, 12), make_columns(64, 8, scale=0.1)
     expected = update(value, columns, rank=brandla.Rank(max=12, tol=0.05))
     update.in_place(value, columns, tol=0.05)
-    assert oracles.difference_ratio(dense(value), dense(expected), torch.float64) <= THRESHOLD
+    assert_equals(value, dense(expected))
     nothing = update.make(64, 0)
     for new in (columns, columns[:, :0]):
         assert update.in_place(nothing, new, tol=0.1) is nothing

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +26,7 @@ WIDTHS = (10, 30, 24, 4)
 HUGE = 2.0**1000
 
 
-def network():
-    """A network for classification."""
-    return mlp(*WIDTHS)
+network = partial(mlp, *WIDTHS)
 
 
 def falling(step):
