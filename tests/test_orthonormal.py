@@ -13,10 +13,6 @@ from oracles import THRESHOLD
 N, K = 90, 16
 
 
-def panel_of(family):
-    return oracles.panels(N, K)[family]
-
-
 def assert_orthonormal(q, r):
     """Check that the columns of Q are orthonormal, or zero where the rows of R are."""
     assert oracles.orthonormality_ratio(q, torch.linalg.vector_norm(r, dim=-1)) <= THRESHOLD
@@ -44,7 +40,7 @@ RANKS = {
 
 @pytest.mark.parametrize("family", oracles.PANELS)
 def test_panel_is_the_product_of_its_factors(family, reads, dtype):
-    panel = panel_of(family).to(dtype)
+    panel = oracles.panels(N, K)[family].to(dtype)
     q, r = orthonormalize(panel)
     assert (q.dtype, r.dtype) == (dtype, dtype)
     assert_orthonormal(q, r)
@@ -101,7 +97,7 @@ def test_strong_columns_lose_nothing_to_a_weak_one_before_them(case, dtype):
 
 
 def test_dependent_columns_are_orthonormalised_where_lapack_gives_up():
-    panel = panel_of("half the rank")
+    panel = oracles.panels(N, K)["half the rank"]
     with mock.patch("torch.linalg.eigh", side_effect=torch.linalg.LinAlgError):
         assert_factors(*orthonormalize(panel), panel)
 
@@ -125,8 +121,9 @@ def test_result_scales_with_the_panel_and_a_column_too_short_to_be_scaled_is_lef
 @pytest.mark.usefixtures("reads")
 @pytest.mark.parametrize(("family", "bad"), [("gaussian", math.nan), ("half the rank", math.inf), ("zero", math.nan)])
 def test_non_finite_panels_give_nan_and_spoil_no_other_of_a_batch(family, bad, dtype):
-    others = [name for name in oracles.PANELS if name not in ("tiny", "huge")]
-    panels = torch.stack([panel_of(name) for name in (family, *others)]).to(dtype)
+    families = oracles.panels(N, K)
+    others = [panel for name, panel in families.items() if name not in ("tiny", "huge")]
+    panels = torch.stack([families[family], *others]).to(dtype)
     panels[0, 3, 4] = bad
     q, r = orthonormalize(panels)
     assert q[0].isnan().all()
