@@ -45,9 +45,6 @@ def without_times(tree):
     return [without_times(value) for value in tree] if isinstance(tree, list) else tree
 
 
-# the frame
-
-
 def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):
     path = tmp_path / "one.json"
     frame.write({"rows": [{"a": float("nan"), "b": [1.23456789, 2]}], "words": "[1,\n2]"}, path)
@@ -55,9 +52,6 @@ def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):
     with pytest.raises(TypeError):
         frame.write({"a": object()}, path)
     assert json.loads(path.read_text())["words"] == "[1,\n2]"
-
-
-# data
 
 
 def test_no_image_is_in_two_parts():
@@ -78,7 +72,10 @@ def test_an_epoch_shows_no_image_twice():
     assert not torch.equal(first, again[48:])
 
 
-# tracking
+def test_network_depends_on_its_seed_alone():
+    state = torch.get_rng_state()
+    assert torch.equal(*(data.seeded(3, data.mlp, 64, 8)[0].weight for _ in range(2)))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(content):
@@ -107,9 +104,6 @@ def test_failed_decomposition_is_not_timed(monkeypatch):
         "dense average": False, "torch.linalg.eigh": True,
         **{f"{name} ({rank})": False for rank in TINY.ranks for name in ("randomized_eigh", "torch.svd_lowrank")},
     }  # fmt: skip
-
-
-# training
 
 
 def test_every_method_is_searched_alike_and_learns_from_every_seed(content):
@@ -168,15 +162,9 @@ def test_target_counts_steps_and_seconds_until_it_is_reached():
     assert row["median"] == "1"
 
 
-# what is left behind
-
-
 def test_figures_are_the_same_again_except_times(content):
-    # Networks and batches are drawn from generators of their own.
-    state = torch.get_rng_state()
     found = [without_times({**one, "facts": None}) for one in (content, commands.measure(TINY, quiet()))]
     assert found[0] == found[1]
-    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_whole_run_leaves_everything(content, tmp_path):

@@ -25,7 +25,6 @@ WIDTHS = (10, 30, 24, 4)
 # Times a scale of 2³⁰ this is more than the largest float64, 2¹⁰²⁴.
 HUGE = 2.0**1000
 
-
 network = partial(mlp, *WIDTHS)
 
 
