@@ -63,7 +63,6 @@ def dense_operator(lowrank: Symmetric | brandla.Tracked, damping: float, tail: f
         values = values_of(factor) if isinstance(factor, brandla.LowRankEigh) else oracles.eigh(factor.gram).eigenvalues
         tail = float(values[-1]) if r else 0.0
     elif tail == "mean":
-        assert isinstance(lowrank, brandla.Tracked)
         tail = float(lowrank.trace.double() - values_of(factor).double().sum()) / max(n - r, 1) if n > r else 0.0
     matrix, identity = dense(factor), torch.eye(n, dtype=torch.float64)
     if isinstance(factor, brandla.LowRankEigh):

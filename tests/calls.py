@@ -144,7 +144,7 @@ OTHERS: dict[str, Call] = {
     "eigh_downdate, no columns": lambda x: brandla.eigh_downdate(x.eigh, x.columns[..., :0]),
     "centred": lambda x: (c := stream(x), c.transform(x.columns), c.explained_variance(), c.explained_variance_ratio()),
     "inverse_transform": lambda x: stream(x).inverse_transform(stream(x).transform(x.columns)),
-    "merge": lambda x: brandla.merge(stream(x), stream(x), rank=5),
+    "merge": lambda x: brandla.merge(stream(x), stream(x._replace(columns=2 * x.columns)), rank=5),
     "damped_solve, tensor tail": lambda x: brandla.damped_solve(x.eigh, x.columns, x.number, tail=x.number / 4),
     "damped_solve, vector": lambda x: brandla.damped_solve(x.eigh, x.columns[..., 0], x.number),
     "damped_solve, no columns": lambda x: [

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from brandla_kernels import OPS, signs
 from brandla_kernels._grouped import _padded
+from oracles import symmetrised
 
 Device = torch.device | str
 
@@ -19,9 +20,7 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
     # What lies around it must not be read.
     "embedded": lambda normal, m, n: torch.nn.functional.pad(normal(m, n), [1] * 4, value=torch.nan)[1:-1, 1:-1],
     "repeated row": lambda normal, m, n: normal(1, n).expand(m, n),
-    "repeated column": lambda normal, m, n: normal(m, 1).expand(m, n),
     "batched": lambda normal, m, n: normal(2, 2, m, n),
-    "batched, transposed": lambda normal, m, n: normal(2, 2, n, m).mT,
     "batched, with gaps": lambda normal, m, n: normal(4, 2, m, n)[::2],
     "batched, permuted": lambda normal, m, n: normal(2, 2, m, n).transpose(0, 1),
     "batched, one for all": lambda normal, m, n: normal(m, n).expand(2, 2, m, n),
@@ -44,11 +43,6 @@ def written(layout: str) -> str:
     if layout.startswith("repeated"):
         return "plain"
     return "batched" if "one for" in layout else layout
-
-
-def symmetric(square: Tensor) -> Tensor:
-    """Return M + Mᵀ."""
-    return square + square.mT
 
 
 def definite(square: Tensor) -> Tensor:
@@ -88,12 +82,12 @@ def operands(
         "cross_gram": lambda: (basis, columns),
         "rotate": lambda: (basis, columns, new(r, r + 1, 3), new(k, r + 1, 4)),
         "rotate_": lambda: (new(n, r, 0, written(layout)), columns, new(r, r, 3), new(k, r, 4)),
-        "gram_ema_": lambda: (symmetric(new(n, n, 5, written(layout))), columns, 0.9, 0.25),
+        "gram_ema_": lambda: (symmetrised(new(n, n, 5, written(layout))), columns, 0.9, 0.25),
         "damped_apply": lambda: (basis, vector(r, 6), number(7), columns),
-        "damped_apply, matrix": lambda: (basis, symmetric(new(r, r, 6)), number(7), columns),
+        "damped_apply, matrix": lambda: (basis, symmetrised(new(r, r, 6)), number(7), columns),
         "kron_damped_apply": lambda: (
             *(basis, vector(r, 6), number(7)),
-            *(other, symmetric(new(q, q, 9)), number(10), block),
+            *(other, symmetrised(new(q, q, 9)), number(10), block),
         ),
         "kron_damped_apply, diagonals": lambda: (
             *(basis, vector(r, 6), number(7)),
@@ -203,15 +197,6 @@ def exact(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return FORMULAS[op_of(case)](*(part.double() if isinstance(part, Tensor) else part for part in arguments))
 
 
-def magnitude(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Return the formula with every term of every sum made positive: what rounding errors are relative to."""
-    given = with_coefficients(case, arguments)
-    positive = [part.double().abs() if isinstance(part, Tensor) else part for part in given]
-    if case == "sketch":
-        return (positive[0].sum(-1, keepdim=True).expand(*positive[0].shape[:-1], positive[2]),)
-    return FORMULAS[op_of(case)](*positive)
-
-
 def run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Call an op and return its results; for one that returns nothing, what it overwrote."""
     result = call(*arguments)
@@ -223,18 +208,21 @@ def run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]
 def assert_computes(case: str, results: Any, arguments: Any) -> None:
     """Check results, entry by entry, against the formula in float64.
 
-    A sum of m products, in any order, is within m·ε/2 of the exact one, relative to the sum of the absolute values, and
-    the errors of nested sums add up; here the lengths of all sums together are at most 3 (the sum of all sizes), and
-    products of three TF32 terms are good to 4ε. Formula and op may both be in float64: another factor of two.
+    A sum of m products, in any order, is within m·ε/2 of the exact one, relative to the sum of the absolute values: the
+    formula with every term made positive. The errors of nested sums add up; here the lengths of all sums together are
+    at most 3 (the sum of all sizes), and products of three TF32 terms are good to 4ε. Formula and op may both be in
+    float64: another factor of two.
     """
     tensors = [part for part in arguments if isinstance(part, Tensor)]
     precision = max(torch.finfo(torch.promote_types(part.dtype, torch.float32)).eps for part in tensors)
     if case == "gram":
         precision = torch.finfo(torch.float64).eps
     lengths = sum({size for part in tensors for size in part.shape[-2:]}) + 8
-    expected = exact(case, arguments)
-    assert len(results) == len(expected)
-    for got, wanted, terms in zip(results, expected, magnitude(case, arguments), strict=True):
+    given = with_coefficients(case, arguments)
+    positive = [part.double().abs() if isinstance(part, Tensor) else part for part in given]
+    # Signs are no terms.
+    sizes = (positive[0].sum(-1, keepdim=True),) if case == "sketch" else FORMULAS[op_of(case)](*positive)
+    for got, wanted, terms in zip(results, exact(case, arguments), sizes, strict=True):
         assert got.shape == wanted.shape
         # A NaN is no small error.
         assert ((got.double() - wanted).abs() <= 3 * lengths * precision * terms).all()

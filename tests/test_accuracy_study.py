@@ -1,19 +1,18 @@
 """``make study-accuracy``: what it measures, at sizes where that can be written out."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import brandla
 from bench.studies.accuracy import QUICK, Decomposed, Kept, Tracker, observations, step_errors, trackers
+from builders import make_columns
 
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)
+columns = partial(make_columns, dtype=torch.float32)
 COSTS = {"average": 3.0, "brand": 4.0, "root": 2.5, "cholesky": 3.0, "svd": 26.0, "eigh": 14.0, "correction": 1.5}
-
-
-def columns(n, k, seed):
-    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
 
 
 def test_periods_cost_no_more_than_b_r_and_no_shorter_one_would_do():
@@ -43,7 +42,7 @@ def inverse_of(matrix, damping):
 def test_errors_are_those_of_their_definitions():
     settings, exact, factors = replace(TINY, rank=4), {}, {}
     for side, n in (("gradients", 20), ("inputs", 25)):
-        batches = [columns(n, 8, seed) for seed in range(3)]
+        batches = [columns(n, 8, seed=seed) for seed in range(3)]
         matrix = sum(batch.double() @ batch.double().mT for batch in batches)
         own = exact[side] = Decomposed(matrix, settings)
         factor = factors[side] = brandla.eigh_update(brandla.LowRankEigh.zeros(n, 4), batches[2])
@@ -59,7 +58,7 @@ def test_errors_are_those_of_their_definitions():
         assert own.errors(factor) == pytest.approx({name: float(one) for name, one in expected.items()}, rel=1e-5)
         assert own.errors(own.best(4))["spectral"] == pytest.approx(float(values[-5] / values[-1]), rel=1e-5)
     # The step is compared with that of the true factors. acos loses half of the digits at 1.
-    gradient, whole = columns(20, 25, 1), {side: one.best(len(one.values)) for side, one in exact.items()}
+    gradient, whole = columns(20, 25, seed=1), {side: one.best(len(one.values)) for side, one in exact.items()}
     assert step_errors(gradient, exact, whole) == pytest.approx({"step error": 0, "step angle": 0}, abs=1e-5)
     g, a = (inverse_of(factors[side].dense().double(), one.damping) for side, one in exact.items())
     taken, right = g @ gradient.double() @ a, exact["gradients"].inverse @ gradient.double() @ exact["inputs"].inverse
@@ -73,7 +72,7 @@ def test_trackers_do_what_they_are_called():
     about = ("B", "brand", None, 0), ("B-R", "brand", "svd", 2), ("RS", None, "svd", 2), ("SRE", None, "eigh", 3)
     chosen = [Tracker(*one) for one in about]
     assert [step for step in range(1, 8) if chosen[3].due(step)] == [1, 4, 7]
-    kept, batches = Kept(settings, 40, 0, chosen), [columns(40, 3, seed) for seed in range(2)]
+    kept, batches = Kept(settings, 40, 0, chosen), [columns(40, 3, seed=seed) for seed in range(2)]
     kept.absorb(1, batches[0])
     first = dict(kept.factors)
     kept.absorb(2, batches[1])

@@ -189,17 +189,11 @@ def test_a_step_of_kfac_is_the_same_inside(around):
     assert_same(*gradients)
 
 
-def shapes(result):
-    return tree_map(lambda part: (part.shape, part.dtype), result)
-
-
 @pytest.mark.parametrize("name", CALLS)
-def test_meta_tensors_give_the_shapes_of_the_result(name):
-    assert shapes(CALLS[name](given().moved("meta"))) == shapes(CALLS[name](given()))
-
-
-@pytest.mark.parametrize("name", ["root_update, eigh", "svd_append", "damped_solve, root, tail", "to_eigh"])
-def test_fake_tensors_give_the_shapes_of_the_result(name):
-    with FakeTensorMode() as mode:
-        fake = CALLS[name](tree_map(mode.from_tensor, given()))
-    assert shapes(fake) == shapes(CALLS[name](given()))
+def test_tensors_without_data_give_the_shapes_of_the_result(name):
+    results = [CALLS[name](given()), CALLS[name](given().moved("meta"))]
+    if name in ("root_update, eigh", "svd_append", "damped_solve, root, tail", "to_eigh"):
+        with FakeTensorMode():
+            results.append(CALLS[name](given()))
+    expected, *others = (tree_map(lambda part: (part.shape, part.dtype), result) for result in results)
+    assert all(shapes == expected for shapes in others)

@@ -361,14 +361,13 @@ def test_checked_mode_lets_good_values_pass_and_changes_none(function):
 
 def test_checked_mode_nests_and_ends_with_its_block():
     bad = spoiled(COLUMNS)
-    message = "inside"
     with brandla.checked():
         with brandla.checked(enabled=False):
             brandla.eigh_update(EIGH, bad)
         with pytest.raises(ValueError, match="finite"):
             brandla.eigh_update(EIGH, bad)
-    with pytest.raises(KeyError, match=message), brandla.checked():
-        raise KeyError(message)
+    with pytest.raises(KeyError, match="inside"), brandla.checked():
+        raise KeyError("inside")
     brandla.eigh_update(EIGH, bad)
 
 

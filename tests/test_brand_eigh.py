@@ -18,8 +18,7 @@ def fail(monkeypatch, failure, *dtypes):
             return values, vectors
         failures.append(matrix)
         if failure == "raises":
-            message = "linalg.eigh: the algorithm failed to converge"
-            raise torch.linalg.LinAlgError(message)
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
         return values * torch.nan, vectors
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)

@@ -59,12 +59,6 @@ def test_truncated_stream_keeps_the_leading_axes(dtype):
     torch.testing.assert_close(ratio, variances / residual.square().sum(), rtol=1e-3, atol=0)
 
 
-def test_a_long_float32_stream_counts_every_column():
-    value = brandla.centre(brandla.LowRankSVD.zeros(2, 0, 1))
-    value = value._replace(weight=torch.tensor(2.0**24, dtype=torch.float64))
-    assert brandla.svd_append(value, torch.ones(2, 1)).weight == 2**24 + 1
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 def test_coordinates_along_the_axes_and_back(offset, dtype):
     columns = shifted_columns(12, 40, offset).to(dtype)
@@ -81,22 +75,18 @@ def test_coordinates_along_the_axes_and_back(offset, dtype):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-@pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
-def test_merged_streams_are_the_stream_of_both(batch_shape, offset, dtype):
-    m = 12
-    columns = torch.stack([shifted_columns(m, 60, offset + index).to(dtype) for index in range(2)])
-    columns = columns if batch_shape else columns[1]
-    start = brandla.centre(brandla.LowRankSVD.zeros(m, 0, 0, dtype=dtype, batch_shape=batch_shape))
-    first, second = columns.split([20, 40], dim=-1)
+def test_merged_streams_are_the_stream_of_both(offset, dtype):
+    m, start = 12, brandla.centre(brandla.LowRankSVD.zeros(12, 0, 0, dtype=dtype))
+    first, second = shifted_columns(m, 60, offset).to(dtype).split([20, 40], dim=-1)
     parts = [brandla.svd_append(start, part, rank=m) for part in (first, 3 + second)]
     merged = brandla.merge(*parts, rank=m)
     both = torch.cat([first, 3 + second], -1).double()
     residual = both - both.mean(-1, keepdim=True)
     torch.testing.assert_close(merged.svd.S.double(), torch.linalg.svdvals(residual), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merged.mean, both.mean(-1), rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(merged.scatter, residual.square().sum((-2, -1)), rtol=1e-5, atol=0)
-    assert (merged.weight == 60).all()
-    assert merged.svd.Vh.shape == (*batch_shape, m, 0)
+    torch.testing.assert_close(merged.scatter, residual.square().sum(), rtol=1e-5, atol=0)
+    assert merged.weight == 60
+    assert merged.svd.Vh.shape == (m, 0)
     # Nothing seen adds nothing.
     same = brandla.merge(parts[0], start)
     torch.testing.assert_close(same.svd.S, parts[0].svd.S)

@@ -1,4 +1,7 @@
-"""The public functions under torch.compile: one whole graph where no function waits for the device."""
+"""The public functions under torch.compile: one whole graph where no function waits for the device.
+
+Graphs run as they are captured: what is tested is the capture, by Dynamo and by AOTAutograd.
+"""
 
 import pytest
 import torch
@@ -9,9 +12,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 import brandla
 from builders import make_columns
 from calls import WITHOUT_WAITING, N, given
-
-# Runs the captured graph as it is: what is tested is the capture, by Dynamo and by AOTAutograd.
-BACKEND = "aot_eager"
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_sizes_may_be_unknown_to_the_compiler():
     def solve(eigh, rhs):
         return brandla.damped_solve(eigh, rhs, 0.1)
 
-    compiled, eigh = torch.compile(solve, fullgraph=True, backend=BACKEND, dynamic=True), given().eigh
+    compiled, eigh = torch.compile(solve, fullgraph=True, backend="aot_eager", dynamic=True), given().eigh
     for columns in (3, 5):
         rhs = make_columns(N, columns, dtype=torch.float32)
         torch.testing.assert_close(compiled(eigh, rhs), solve(eigh, rhs))
@@ -67,7 +67,7 @@ def test_gradients_come_through_a_compiled_function(name):
         results = WITHOUT_WAITING[name](x)
         return sum(part.square().sum() for part in ([results] if isinstance(results, Tensor) else results))
 
-    compiled = torch.compile(loss, fullgraph=True, backend=BACKEND)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     of_compiled, of_eager = (
         torch.autograd.grad(call(x), tree_leaves(x), materialize_grads=True) for call in (compiled, loss)
     )

@@ -45,9 +45,6 @@ def without_times(tree):
     return [without_times(value) for value in tree] if isinstance(tree, list) else tree
 
 
-# the frame
-
-
 def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):
     path = tmp_path / "one.json"
     frame.write({"rows": [{"a": float("nan"), "b": [1.23456789, 2]}], "words": "[1,\n2]"}, path)
@@ -55,9 +52,6 @@ def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):
     with pytest.raises(TypeError):
         frame.write({"a": object()}, path)
     assert json.loads(path.read_text())["words"] == "[1,\n2]"
-
-
-# data
 
 
 def test_no_image_is_in_two_parts():
@@ -84,9 +78,6 @@ def test_network_depends_on_its_seed_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-# tracking
-
-
 def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(content):
     rows = summary.tracked(content)
     assert rows.groupby(["method", "rank"])["step"].apply(list).map(lambda steps: steps == [*range(1, 11)]).all()
@@ -105,8 +96,7 @@ def test_failed_decomposition_is_not_timed(monkeypatch):
     def fail_when_dense(matrix):
         if matrix.shape[-1] < TINY.width + 1:
             return eigh(matrix)
-        message = "did not converge"
-        raise torch.linalg.LinAlgError(message)
+        raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fail_when_dense)
     found = summary.others({"tracking": list(studies.track(TINY, data.load("cpu"))), "settings": {"warmup": 1}})
@@ -114,9 +104,6 @@ def test_failed_decomposition_is_not_timed(monkeypatch):
         "dense average": False, "torch.linalg.eigh": True,
         **{f"{name} ({rank})": False for rank in TINY.ranks for name in ("randomized_eigh", "torch.svd_lowrank")},
     }  # fmt: skip
-
-
-# training
 
 
 def test_every_method_is_searched_alike_and_learns_from_every_seed(content):
@@ -152,8 +139,7 @@ def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch):
 
     def fail(self, batch):
         if self.preconditioner is not None:
-            message = "eigendecomposition failed"
-            raise RuntimeError(message)
+            raise RuntimeError("eigendecomposition failed")
         step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", fail)
@@ -176,9 +162,6 @@ def test_target_counts_steps_and_seconds_until_it_is_reached():
     assert row["median"] == "1"
 
 
-# what is left behind
-
-
 def test_figures_are_the_same_again_except_times(content):
     found = [without_times({**one, "facts": None}) for one in (content, commands.measure(TINY, quiet()))]
     assert found[0] == found[1]
@@ -193,7 +176,6 @@ def test_a_whole_run_leaves_everything(content, tmp_path):
     assert {"torch", "python", "brandla"} <= set(found["facts"]["versions"])
     assert (found["settings"]["damping"], found["facts"]["interrupted"]) == (0.03, False)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert max(len(line) for line in text.splitlines() if "Figures in" not in line) <= 80
     assert "…" not in text
@@ -235,7 +217,6 @@ def test_busy_machine_is_pointed_out(load, said, monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "run", lambda *_: "tracking: seed 0")
     console = quiet()
     left = commands.measure(TINY, console)
-    assert isinstance(console.file, io.StringIO)
     assert ("busy" in console.file.getvalue()) is said
     # Nothing was measured, so nothing is drawn.
     commands.leave(left, tmp_path, quiet())

@@ -47,13 +47,22 @@ def dry(folder, only, *options):
 # --- Stages
 
 
-def test_every_stage_runs_dry_and_is_written(tmp_path):
-    status, sections = dry(tmp_path, "smoke,ceilings,core")
+def test_every_stage_runs_dry_and_is_written_and_answers_on_the_page_of_a_gpu(tmp_path):
+    folder = tmp_path / "some-gpu"
+    status, sections = dry(folder, "smoke,ceilings,core,ops")
     assert status == 0
     assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys(sections, "done")
     assert {row["op"] for row in sections["smoke"]["tables"]["smoke"]} == set(OPS)
     assert {row["op"] for row in sections["core"]["tables"]["rows"]} == set(cases.SMALL)
-    assert "no figure here is a gpu figure" in (tmp_path / "gpu.txt").read_text(encoding="utf-8").lower()
+    assert "no figure here is a gpu figure" in (folder / "gpu.txt").read_text(encoding="utf-8").lower()
+    study = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+    name = {"name": "Some GPU", "architecture": "sm_90", "driver_version": "1", "cuda": "13.0", "hip": None}
+    study["facts"]["gpu"] = name
+    (folder / "gpu.json").write_text(json.dumps(study), encoding="utf-8")
+    page = "\n".join(report.of_page("gpu", report.machines_of(tmp_path)))
+    assert "ops reach at least half of the ceiling that binds them" in page
+    assert "`gpu.json`: Some GPU" in page
+    assert re.search(r"\| `\w+` \| .*, float32 \|", page)
 
 
 @pytest.mark.parametrize(
@@ -96,18 +105,13 @@ class Faulty(Stub):
 
     def synchronize(self):
         if self.poisoned:
-            message = "CUDA error: an illegal memory access was encountered"
-            raise RuntimeError(message)
-
-
-def poison(found):
-    found.device.poisoned = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 FAULTS = {
     "good": lambda found: found.row("table", case="good"),
     "raises": lambda found: 1 / 0,
-    "poisons": poison,
+    "poisons": lambda found: setattr(found.device, "poisoned", True),
     "crashes": lambda found: ctypes.string_at(0),
     "hangs": lambda found: time.sleep(60),
     "after": lambda found: found.row("table", case="after"),
@@ -176,7 +180,7 @@ def test_without_time_stages_are_skipped_and_named(tmp_path):
     assert all("wanted" in section["skipped"][0] for section in sections.values())
 
 
-# --- The command, the checks and the page
+# --- The command and the checks
 
 
 def test_what_cannot_run_is_said_and_a_dry_run_writes_nothing_unless_told_where(tmp_path, monkeypatch):
@@ -232,16 +236,3 @@ def test_a_choice_of_tiles_is_seen_and_replaced_within_its_registers():
         replaced = device.recorded(launch, *arguments)
     assert [one.config.num_warps for one in shipped[:1] + replaced[:1]] == [made[choice].num_warps, 8]
     assert device.recorded(launch, *arguments)[0].config == shipped[0].config
-
-
-def test_a_result_file_answers_on_the_page_of_a_gpu(tmp_path):
-    folder = tmp_path / "some-gpu"
-    dry(folder, "ceilings,ops")
-    study = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
-    name = {"name": "Some GPU", "architecture": "sm_90", "driver_version": "1", "cuda": "13.0", "hip": None}
-    study["facts"]["gpu"] = name
-    (folder / "gpu.json").write_text(json.dumps(study), encoding="utf-8")
-    page = "\n".join(report.of_page("gpu", report.machines_of(tmp_path)))
-    assert "ops reach at least half of the ceiling that binds them" in page
-    assert "`gpu.json`: Some GPU" in page
-    assert re.search(r"\| `\w+` \| .*, float32 \|", page)

@@ -30,19 +30,19 @@ def fashion(tmp_path_factory):
     folder, random = tmp_path_factory.mktemp("fashion"), np.random.default_rng(0)
     for name, count in zip(samples.FILES, np.repeat(COUNTS, 2), strict=True):
         shape = (count, 28, 28) if "images" in name else (count,)
-        write_idx(folder / name, random.integers(0, 256 if len(shape) == 3 else 10, shape, dtype=np.uint8))
+        (folder / name).write_bytes(idx(random.integers(0, 256 if len(shape) == 3 else 10, shape, dtype=np.uint8)))
     return folder
 
 
-def write_idx(path, array):
+def idx(array):
+    """Return what a file of an array holds."""
     sizes = np.array(array.shape, ">i4").tobytes()
-    with gzip.open(path, "wb") as file:
-        file.write(b"\0\0\x08" + bytes([array.ndim]) + sizes + array.tobytes())
+    return gzip.compress(b"\0\0\x08" + bytes([array.ndim]) + sizes + array.tobytes())
 
 
 def test_the_files_are_read_as_they_were_written(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    write_idx(tmp_path / "one.gz", array)
+    (tmp_path / "one.gz").write_bytes(idx(array))
     np.testing.assert_array_equal(samples.read(tmp_path / "one.gz"), array)
 
 
@@ -58,23 +58,22 @@ def test_images_are_standardised_and_validation_is_apart(fashion):
     assert not any(tuple(row) in seen for row in found.search_validation.images.tolist())
 
 
-# Named, since a compressed file holds the time it was made at, and a name must be the same in every test process.
-@pytest.mark.parametrize(
-    "broken",
-    [b"", b"no gzip", gzip.compress(b"\0\0"), gzip.compress(b"\0\0\x0d\1\0\0\0\1\0")],
-    ids=["empty", "not compressed", "too short", "of floats"],
-)
-def test_a_file_that_is_no_idx_file_is_named(broken, tmp_path):
-    (tmp_path / "one.gz").write_bytes(broken)
-    with pytest.raises(samples.UnusableError, match=r"one\.gz is no idx file"):
-        samples.read(tmp_path / "one.gz")
+BROKEN = {
+    "empty": b"",
+    "not compressed": b"no gzip",
+    "too short": gzip.compress(b"\0\0"),
+    "of floats": gzip.compress(b"\0\0\x0d\1\0\0\0\1\0"),
+    "of few labels": idx(np.zeros(3, np.uint8)),
+}
 
 
-def test_images_without_labels_are_refused(fashion, tmp_path):
-    shutil.copytree(fashion, tmp_path / "copy")
-    write_idx(tmp_path / "copy" / samples.FILES[1], np.zeros(3, np.uint8))
-    with pytest.raises(samples.UnusableError, match="48 images and 3 labels"):
-        samples.fashion(tmp_path / "copy")
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_no_idx_file_or_has_too_few_labels_is_named(name, fashion, tmp_path):
+    folder = shutil.copytree(fashion, tmp_path / "copy")
+    (folder / samples.FILES[1]).write_bytes(BROKEN[name])
+    words = "48 images and 3 labels" if "labels" in name else rf"{samples.FILES[1]} is no idx file"
+    with pytest.raises(samples.UnusableError, match=words):
+        samples.fashion(folder)
 
 
 def test_missing_files_are_said_in_one_line(tmp_path):
@@ -179,32 +178,25 @@ def test_muon_is_that_of_torch(shape):
     torch.testing.assert_close(own - start, other - start, rtol=0.05, atol=0.01)
 
 
-def toy_trainer(rate=0.1):
-    method = METHODS[0]
-    return method.trainer(TASK.model(torch.empty(1, 784), 0), method.numbers([0.5] * 3) | {"rate": rate}, TINY, TASK, 0)
+# A target and seconds, what weights are multiplied by, and what comes of it.
+RUNS = {
+    "at its target": (0.0, 60.0, 1.0, (1, 1, None)),
+    "after its steps": (2.0, 60.0, 1.0, (None, 6, None)),
+    "after its seconds": (2.0, 0.0, 1.0, (None, 1, None)),
+    "with its loss": (2.0, 60.0, float("nan"), (None, 1, "step 1: diverged: the loss is not finite")),
+}
 
 
-def run_of(trainer, fashion, **changes):
-    task = replace(TASK, steps=6, **changes)
-    return kfac_images.train(trainer, task, task.data(fashion, "cpu", None)[:2], 0, TINY)
-
-
-@pytest.mark.parametrize(
-    ("target", "seconds", "step", "steps"), [(0.0, 60.0, 1, 1), (2.0, 60.0, None, 6), (2.0, 0.0, None, 1)]
-)
-def test_a_run_ends_at_its_target_or_after_its_steps_or_seconds(target, seconds, step, steps, fashion):
-    run = run_of(toy_trainer(), fashion, target=target, seconds=seconds)
-    assert (run["step"], run["steps"], run["failure"]) == (step, steps, None)
-    assert run["seconds"] == (pytest.approx(run["milliseconds"] / 1e3) if step else None)
-    assert run["score"] is not None
-
-
-def test_a_loss_that_is_not_finite_ends_a_run_and_is_noted(fashion):
-    trainer = toy_trainer()
+@pytest.mark.parametrize(("target", "seconds", "scale", "found"), RUNS.values(), ids=RUNS)
+def test_a_run_ends(target, seconds, scale, found, fashion):
+    task, model = replace(TASK, steps=6, target=target, seconds=seconds), TASK.model(torch.empty(1, 784), 0)
+    trainer = METHODS[0].trainer(model, METHODS[0].numbers([0.5] * 3) | {"rate": 0.1}, TINY, TASK, 0)
     with torch.no_grad():
-        trainer.model[0].weight.fill_(float("nan"))
-    run = run_of(trainer, fashion)
-    assert (run["step"], run["failure"]) == (None, "step 1: diverged: the loss is not finite")
+        model[0].weight.mul_(scale)
+    run = kfac_images.train(trainer, task, task.data(fashion, "cpu", None)[:2], 0, TINY)
+    assert (run["step"], run["steps"], run["failure"]) == found
+    assert run["seconds"] == (pytest.approx(run["milliseconds"] / 1e3) if run["step"] else None)
+    assert (run["score"] is None) == (run["failure"] is not None)
 
 
 def trial(step, score, rate, exponent=0.0, **about):

@@ -18,8 +18,6 @@ KNOWN_ANSWERS = [
 ]
 # A call of Philox draws 32 rows of 4 columns. The last size takes more calls than Python's integers are taken for.
 SIZES = [(0, 3), (3, 0), (1, 1), (31, 3), (32, 4), (33, 5), (97, 13), (4160, 33)]
-
-
 SEED = torch.tensor(20240229)
 
 
@@ -61,6 +59,6 @@ def test_signs_on_meta_and_in_a_trace():
 
 def test_bad_seed_of_signs_is_named():
     with pytest.raises(TypeError, match=r"^signs: seed must be a tensor of dtype torch.int64; got int$"):
-        signs(5, 3, 2)  # type: ignore[arg-type]
+        signs(5, 3, 2)
     with pytest.raises(ValueError, match=r"^signs: rows must be at least 0; got -3$"):
-        signs(torch.tensor(5), -3, 2)
+        signs(SEED, -3, 2)

@@ -52,6 +52,8 @@ def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(on, monkeypatch, a
 def test_kernels_cannot_be_forced_where_there_are_none(on):
     for device in ("mps", "xpu"):
         assert OPS["project"].implementation(device) == ("torch", "the Triton kernels are for CUDA and ROCm")
+    on("gfx942")
+    assert OPS["project"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")
     on("gfx1201")
     assert OPS["project"].implementation("cuda") == ("torch", "there are no kernels for gfx1201")
     with pytest.raises(RuntimeError, match="'triton' cannot run: there are no kernels for gfx1201"):

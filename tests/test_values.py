@@ -73,22 +73,18 @@ def test_zeros_has_the_shapes_and_stands_for_zero(batch_shape, rank, dtype):
 
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
-@pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
-def test_a_root_becomes_eigenvectors_and_again_a_root(spectrum, batch_shape, dtype):
-    root = make_root(20, 5, spectrum, dtype=dtype, batch_shape=batch_shape)
+def test_a_root_becomes_eigenvectors_and_again_a_root(spectrum, dtype):
+    root = make_root(20, 5, spectrum, dtype=dtype)
     eigh = root.to_eigh()
     back = brandla.LowRankRoot.from_eigh(eigh)
     assert eigh.eigenvectors.dtype == dtype
     assert_factor(eigh, 20, 5)
-    assert torch.equal(back.gram, torch.diag_embed(eigh.eigenvalues))
+    assert torch.equal(back.gram, torch.diag(eigh.eigenvalues))
     assert_factor(back, 20, 5)
-    for original, diagonal, again in zip(
-        *(dense(value).reshape(-1, 20, 20) for value in (root, eigh, back)), strict=True
-    ):
-        # Values up to 8 ε·d₁ become 0.
-        slack = 2 * oracles.rounding(20, dtype, oracles.spectral_norm(original))
-        assert oracles.spectral_norm(diagonal - original) <= slack
-        assert oracles.spectral_norm(again - original) <= slack
+    # Values up to 8 ε·d₁ become 0.
+    slack = 2 * oracles.rounding(20, dtype, oracles.spectral_norm(dense(root)))
+    for value in (eigh, back):
+        assert oracles.spectral_norm(dense(value) - dense(root)) <= slack
 
 
 def test_eigenvectors_of_a_root_are_no_more_than_its_rank_and_its_rows(dtype):
@@ -122,17 +118,6 @@ def test_is_finite_tells_which_batch_entry_is_poisoned(name, bad):
     assert value.is_finite().all()
     value[0 if name == "LowRankEigh" else 1][1, 0] = bad
     assert value.is_finite().tolist() == [[True, True], [False, True]]
-
-
-@pytest.mark.parametrize("batch_shape", [(), (3,)], ids=str)
-@pytest.mark.parametrize("make_factor", [make_eigh, make_root])
-def test_track_starts_at_zero_in_the_dtype_of_the_factor(make_factor, batch_shape, dtype):
-    factor = make_factor(9, 3, dtype=dtype, batch_shape=batch_shape)
-    tracked = brandla.track(factor)
-    assert tracked.lowrank is factor
-    assert (tracked.error_bound.dtype, tracked.error_bound.shape) == (dtype, batch_shape)
-    assert not tracked.error_bound.any()
-    torch.testing.assert_close(tracked.trace, factor.dense().diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 # --- In everyday code

@@ -44,8 +44,7 @@ def run(
         try:
             while not ranks.join(max(0.0, deadline - time.monotonic())):
                 if time.monotonic() >= deadline:
-                    message = "a rank is still running at the time limit"
-                    raise RuntimeError(message)
+                    raise RuntimeError("a rank is still running at the time limit")
         finally:
             for process in ranks.processes:
                 process.kill()

@@ -25,7 +25,6 @@ WIDTHS = (10, 30, 24, 4)
 # Times a scale of 2³⁰ this is more than the largest float64, 2¹⁰²⁴.
 HUGE = 2.0**1000
 
-
 network = partial(mlp, *WIDTHS)
 
 
@@ -215,24 +214,23 @@ def train(cases):
     """
     torch.set_grad_enabled(True)
     warnings.simplefilter("ignore")
-    return [_train(name, case) for name, case in cases.items()]
-
-
-def _train(name, case):
-    training = replica(case)
-    for step in range(STEPS):
-        if step == STEPS - 1:
-            state = training.state()
-        training.step(step)
-        assert _is_same(training.parameters()), name
-    parameters = training.parameters()
-    assert _is_same(tensors_in(training.preconditioner.state_dict())), f"{name}: states"
-    assert training.preconditioner.report().skipped == len(case.overflows) + (case.broken is not None), name
-    assert training.scaler.get_scale() == (case.scale or 1.0) / 2 ** len(case.overflows), name
-    training.resume(state)
-    training.step(STEPS - 1)
-    assert all(map(torch.equal, parameters, training.parameters())), f"{name}: continued from a checkpoint"
-    return parameters, whole(state)
+    trained = []
+    for name, case in cases.items():
+        training = replica(case)
+        for step in range(STEPS):
+            if step == STEPS - 1:
+                state = training.state()
+            training.step(step)
+            assert _is_same(training.parameters()), name
+        parameters = training.parameters()
+        assert _is_same(tensors_in(training.preconditioner.state_dict())), f"{name}: states"
+        assert training.preconditioner.report().skipped == len(case.overflows) + (case.broken is not None), name
+        assert training.scaler.get_scale() == (case.scale or 1.0) / 2 ** len(case.overflows), name
+        training.resume(state)
+        training.step(STEPS - 1)
+        assert all(map(torch.equal, parameters, training.parameters())), f"{name}: continued from a checkpoint"
+        trained.append((parameters, whole(state)))
+    return trained
 
 
 def _is_same(tensors):

@@ -24,19 +24,10 @@ SIZES = ((64, 8, 4), (37, 6, 5), (5, 2, 1), (8, 5, 4), (3, 2, 2), (1, 1, 1), (33
 TAILS = (0.0, 0.01, torch.tensor(0.01), "smallest", "mean")
 # Calls of which the factors may be sharded; a diagonal must be None, and `right` whole where only U is sharded.
 OF_FACTORS = (
-    "eigh_up",
-    "eigh_down",
-    "root_",
-    "svd_",
-    "damped_",
-    "kron_damped_solve",
-    "to_",
-    "from_",
-    "dense",
-    "traces",
+    *("eigh_up", "eigh_down", "root_", "svd_", "damped_", "kron_damped_solve", "to_", "from_", "dense", "traces"),
+    *("is_finite", "largest_eigenvalue", "grouped.root_update"),
 )
-OTHERS = ("is_finite", "largest_eigenvalue", "grouped.root_update")
-CALLS = [name for name in ALL if name.startswith((*OF_FACTORS, *OTHERS)) and "diagonal" not in name]
+CALLS = [name for name in ALL if name.startswith(OF_FACTORS) and "diagonal" not in name]
 CALLS.remove("svd_update, wide")
 
 # All small parts that were compared, which decide branches: to have the same bits on every rank.

@@ -33,11 +33,7 @@ ALONE = {
     "root_update": (5, 6),
 }
 # The same for a list of 8, whose wide matrices have n/2 columns: from 512 to 1023 all are taken together.
-LISTS = {
-    "eigh_refresh": (24, 91),
-    "kron_damped_power, eigh": (8, 33),
-    "kron_damped_power, root": (14, 71),
-}
+LISTS = {"eigh_refresh": (24, 91), "kron_damped_power, eigh": (8, 33), "kron_damped_power, root": (14, 71)}
 # The same for a step of K-FAC: the sum of both kinds, by system and network.
 _NETWORKS = ("MLP, 1 layer", "MLP, 3 layers", "MLP, 12 layers", "transformer", "MLP, 48 layers")
 STEPS_AT_PRESENT = {

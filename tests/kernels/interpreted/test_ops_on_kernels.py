@@ -35,8 +35,6 @@ OF_FLOAT64 = ("one", "half a widest tile and one", "several tiles of columns")
 MIXED = [(37, 5, 3), (65, 33, 17), (11, 0, 4), (9, 4, 0), (0, 2, 2)]
 # Sizes that let a thread load 16 bytes at once.
 ALIGNED = [(64, 16, 32), (32, 32, 16), (96, 48, 80)]
-# A kernel is given pointers and strides, and these layouts give it none that others do not.
-ALIKE = ("plain", "repeated column", "batched", "batched, transposed")
 
 
 class NoCopies(TorchDispatchMode):
@@ -87,7 +85,7 @@ def test_kernel_computes_the_formula_at_every_size(case, size, dtype, device):
     assert_kernel(case, lambda: operands(case, *SIZES[size], "plain", dtype, device))
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ALIKE])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ("plain", "batched")])
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_computes_the_formula_in_every_layout(case, layout, device):
     assert_kernel(case, lambda: operands(case, 37, 17, 5, layout, FLOAT32, device))

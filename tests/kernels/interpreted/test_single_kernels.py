@@ -27,10 +27,8 @@ def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
     """And those of a rounded sum are added up in float64."""
     op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.zeros(rows, 64), torch.zeros(rows, 32))
     arguments = grouped(op, [problem] * 9) if form == "grouped" else problem[: 1 + (form == "single")]
-    launch = OPS[op].launch
-    assert launch is not None
     with recording(target_named("sm_90")) as launches:
-        launch(*arguments)
+        OPS[op].launch(*arguments)
     product, addition = launches
     assert addition.name == "sum_parts_kernel"
     assert rows / product.arguments["SPLITS"] <= configs.STRETCH
@@ -76,20 +74,16 @@ def test_a_problem_that_is_not_definite_is_nan_and_alone(device):
 
 # --- sketch: its Ω is that of signs to the bit, and products with it lose nothing of float32 data
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# n, width: blocks have 32 rows and 16 to 128 columns, a call of Philox draws 32 rows of 4 columns.
-SIZES = [(1, 1), (31, 4), (33, 17), (65, 131)]
-
 
 @pytest.fixture
 def seed(device):
     return torch.tensor([-6148914691236517206], device=device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sketch_of_the_identity_is_the_test_matrix_of_problem_and_seed_of_now(size, dtype, seed, device):
-    n, width = size
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+# Blocks have 32 rows and 16 to 128 columns, a call of Philox draws 32 rows of 4 columns.
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (31, 4), (33, 17), (65, 131)], ids=str)
+def test_sketch_of_the_identity_is_the_test_matrix_of_problem_and_seed_of_now(n, width, dtype, seed, device):
     for number, problem in ((int(seed), 0), (2, 5)):
         seed.fill_(number)
         result = sketch(torch.eye(n, dtype=dtype, device=device), seed, width, problem)

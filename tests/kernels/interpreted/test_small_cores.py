@@ -109,24 +109,21 @@ def test_every_family_by_its_definition_with_as_much_of_the_trace(family, tol, d
     assert abs(kept - wanted) <= 64 * 17 * torch.finfo(dtype).eps * wanted
 
 
-STREAMS = ("slow", "fast", "rank-16", "repeated-8", "switch")
-
-
 @pytest.mark.usefixtures("_weak_float64")
 def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device):
     """The 21st update, with which one stream has moved to a subspace that is orthogonal to the old one."""
-    n, r, k = 60, 18, 6
-    batches = zip(*(oracles.batches(name, n, k, 21, dtype=FLOAT32) for name in STREAMS), strict=True)
+    n, r, k, streams = 60, 18, 6, ("slow", "fast", "rank-16", "repeated-8", "switch")
+    batches = zip(*(oracles.batches(name, n, k, 21, dtype=FLOAT32) for name in streams), strict=True)
     *before, columns = map(torch.stack, batches)
-    root = brandla.LowRankRoot.zeros(n, r, batch_shape=(len(STREAMS),))
+    root = brandla.LowRankRoot.zeros(n, r, batch_shape=(len(streams),))
     with brandla.backend("torch"):
         for each in before:
             root = brandla.root_update(root, each, decay=0.95, weight=0.05)
         inner = cross_gram(root.root, columns)
-    numbers = (torch.full((len(STREAMS),), number, dtype=FLOAT64) for number in (0.95, 0.05))
+    numbers = (torch.full((len(streams),), number, dtype=FLOAT64) for number in (0.95, 0.05))
     arguments = (root.gram, *inner, *numbers, r, 0.0, True)
     results, expected = launched(arguments, device), expected_of(arguments)
-    for place, stream in enumerate(STREAMS):
+    for place, stream in enumerate(streams):
         own = (*(part[place] for part in arguments[:5]), *arguments[5:])
         assert_promised(tuple(part[place] for part in results), own)
         whole = core_of(own).trace()

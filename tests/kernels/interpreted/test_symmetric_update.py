@@ -14,6 +14,8 @@ from brandla_kernels._kernels.symmetric_update import (
 )
 from op_cases import assert_computes
 
+FLOAT32 = torch.float32
+
 
 @triton.jit
 def walk_kernel(index_ptr, tile_ptr, tiles):
@@ -47,9 +49,6 @@ def test_walk_is_exact_where_the_root_in_float32_is_not(row, device):
     index = index[index < 2**31].to(torch.int32)
     expected = [(top - 1, top - 1), (top, 0), (top + 7, top + 7), (top + 8, 0)]
     assert walk(index, 2**16) == expected[: len(index)]
-
-
-FLOAT32 = torch.float32
 
 
 # n, k: tiles have 16 to 128 rows, sums are taken 16 to 64 terms at a time, and a long one is split.
