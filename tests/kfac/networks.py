@@ -101,11 +101,17 @@ def lone_step(
     return after
 
 
-def train(model: nn.Module, preconditioner: KFAC, data: Iterable[Batch], run: nn.Module | None = None) -> None:
-    """A step of SGD for each batch, of whose outputs the preconditioner is told; ``run`` may be the model compiled."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def train(
+    model: nn.Module,
+    preconditioner: KFAC,
+    data: Iterable[Batch],
+    rate: float = 0.1,
+    loss: Callable[[nn.Module, Batch], Tensor] = loss_of,
+) -> None:
+    """A step of SGD for each batch."""
+    optimizer = torch.optim.SGD(model.parameters(), rate)
     for own in data:
-        stepped(model, preconditioner, loss_of(run or model, own, preconditioner))
+        stepped(model, preconditioner, loss(model, own))
         optimizer.step()
 
 

@@ -99,10 +99,11 @@ def test_compiled_steps_are_those_of_the_model_as_it_is(make, compiled, options,
     preconditioner = KFAC(run if isinstance(run, nn.Module) else model, EXACT, **options)
     # The compiler's own condition for a graph that is to be gone through more than once.
     with torch._functorch.config.patch(donated_buffer="curvature" not in options), inductor.patch(BUILT_SOON):
-        train(model, preconditioner, data, run)
+        train(model, preconditioner, data, loss=lambda _, own: loss_of(run, own, preconditioner))
     assert dict(counters["graph_break"]) == {}
     assert graphs in (None, counters["stats"]["unique_graphs"])
-    train(reference, KFAC(reference, EXACT, **options), data)
+    plain = KFAC(reference, EXACT, **options)
+    train(reference, plain, data, loss=lambda _, own: loss_of(reference, own, plain))
     torch.testing.assert_close(list(model.parameters()), list(reference.parameters()))
 
 
