@@ -34,6 +34,13 @@ def pooled(*modules: nn.Module, width: int = 4) -> nn.Sequential:
     return nn.Sequential(*modules, nn.Tanh(), *mean, nn.Linear(width, 3)).double()
 
 
+def encoder() -> nn.Sequential:
+    """A layer of a transformer, and a Linear behind it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, dtype=torch.float64)
+    return nn.Sequential(layer, nn.Linear(6, 6, dtype=torch.float64))
+
+
 class Words(nn.Module):
     """Every kind of rows: indices with padding, whole gradients, channels in groups, positions; and attention."""
 
@@ -94,11 +101,17 @@ def lone_step(
     return after
 
 
-def train(model: nn.Module, preconditioner: KFAC, data: Iterable[Batch], rate: float = 0.1) -> None:
+def train(
+    model: nn.Module,
+    preconditioner: KFAC,
+    data: Iterable[Batch],
+    rate: float = 0.1,
+    loss: Callable[[nn.Module, Batch], Tensor] = loss_of,
+) -> None:
     """A step of SGD for each batch."""
     optimizer = torch.optim.SGD(model.parameters(), rate)
     for own in data:
-        stepped(model, preconditioner, loss_of(model, own))
+        stepped(model, preconditioner, loss(model, own))
         optimizer.step()
 
 
@@ -225,13 +238,12 @@ class Router(OwnLinear):
         return logits.softmax(-1), logits.argmax(-1)
 
 
-class Conv1D(nn.Module):
+class Conv1D(OwnLinear):
     """A Linear whose weight is transposed, as transformers has it."""
 
     def __init__(self, d_in: int = 6, d_out: int = 4, bias: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(d_in, d_out, dtype=torch.float64) / d_in**0.5)
-        self.bias = nn.Parameter(torch.randn(d_out, dtype=torch.float64)) if bias else None
+        super().__init__(d_in, d_out, bias)
+        self.weight = nn.Parameter(self.weight.detach().mT.contiguous() / d_in**0.5)
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1])

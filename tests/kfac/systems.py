@@ -27,6 +27,7 @@ from brandla.kfac import (
 )
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.kronecker import FactorStrategy
+from brandla.kfac.systems.structures import STRUCTURES
 from kfac.networks import layer_gradient
 
 SYSTEMS: dict[str, Strategy] = {
@@ -52,6 +53,7 @@ SYSTEMS: dict[str, Strategy] = {
     "seng": Woodbury(every=3, features=6, positions=2),
     "fngd": Woodbury(fixed_after=3),
 }
+STRUCTURED: dict[str, Strategy] = {name: InverseFree(name, preconditioner_every=1) for name in STRUCTURES}
 # Options of Brand.
 FORMS: dict[str, dict[str, str]] = {"root": {}, "cholesky": {"compress": "cholesky"}, "eigh": {"form": "eigh"}}
 

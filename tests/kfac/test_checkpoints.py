@@ -26,7 +26,7 @@ from kfac.networks import assert_equal, batch, mlp, through_a_file, train
 from kfac.systems import SYSTEMS, falling, growing, rule, seldom, some_systems
 
 # Of torch.distributed one process is what is meant.
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore:.*torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled")
 
 # Of every system, with a state of every shape, and at ranks that change between the checkpoint and the end.
 STREAMS = SYSTEMS | {

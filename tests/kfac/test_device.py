@@ -11,15 +11,11 @@ import brandla  # noqa: E402
 from bench import launches  # noqa: E402
 from brandla import Rank  # noqa: E402
 from brandla.kfac import KFAC, Brand, Exact, Foof, InverseFree, Strategy, TwoLevel, Woodbury  # noqa: E402
-from brandla.kfac.systems.structures import STRUCTURES  # noqa: E402
 from brandla_kernels import OPS  # noqa: E402
 from kfac.networks import Words  # noqa: E402
-from kfac.systems import SYSTEMS, factors_of  # noqa: E402
+from kfac.systems import STRUCTURED, SYSTEMS, factors_of  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:KFAC"),
-    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter has tests of its own"),
-]
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter has tests of its own")
 
 # --- Kernels and waits
 
@@ -54,7 +50,7 @@ STRATEGIES = {
     "two-level": TwoLevel(ROOT),
     "fngd": Woodbury(fixed_after=1),
     **{name: SYSTEMS[name] for name in ("conjugate-gradient", "residual", "k-bfgs", "woodbury")},
-    **{name: InverseFree(name, preconditioner_every=1) for name in STRUCTURES},
+    **STRUCTURED,
     "ikfac": InverseFree(variant="ikfac", preconditioner_every=1),
 }
 

@@ -11,18 +11,10 @@ import torch
 from torch import nn
 
 from brandla.kfac import EKFAC, KFAC, InverseFree
-from kfac.networks import EXACT, Router, batch, gradients, loss_of, mlp, stepped, through_a_file
-
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
+from kfac.networks import EXACT, Router, batch, encoder, gradients, loss_of, mlp, stepped, through_a_file
 
 STRATEGIES = pytest.mark.parametrize("strategy", [EXACT, EKFAC(), InverseFree()], ids=["exact", "ekfac", "singd"])
 data = partial(batch, 10, 6, 4)
-
-
-def encoder():
-    torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, dtype=torch.float64)
-    return nn.Sequential(encoder, nn.Linear(6, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, partial(through_a_file, weights_only=False)])
@@ -44,9 +36,12 @@ def test_a_preconditioner_is_not_copied(how):
         how(KFAC(mlp(6, 8, 4), EXACT))
 
 
-def test_a_second_preconditioner_captures_beside_the_first_and_after_it():
+def test_a_second_preconditioner_is_told_of_and_captures_beside_the_first_and_after_it():
     model = encoder()
-    first, second = KFAC(model, EXACT), KFAC(model, EXACT)
+    first = KFAC(model, EXACT)
+    with pytest.warns(UserWarning, match="the model has hooks of another KFAC") as caught:
+        second = KFAC(model[0], EXACT)
+    assert caught[0].filename == __file__
     loss_of(model, data()).backward()
     assert all(layer.capture.calls for layer in first._layers + second._layers)
     first.remove()
@@ -54,6 +49,8 @@ def test_a_second_preconditioner_captures_beside_the_first_and_after_it():
     assert all(layer.curvature.started for layer in second._layers)
     second.remove()
     assert "forward" not in vars(model[0].self_attn)
+    # A warning would be an error.
+    KFAC(model, EXACT)
 
 
 def test_a_preconditioner_that_is_dropped_takes_its_hooks_along_and_a_model_goes_with_it():

@@ -11,8 +11,6 @@ from torch.autograd.functional import hessian
 from brandla.kfac import KFAC
 from kfac.networks import EXACT, average, batch, gradients, loss_of, mlp, pooled, stepped
 
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
-
 DOUBLE = torch.float64
 LOSSES = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse_loss}
 
@@ -87,8 +85,7 @@ def test_positions_are_terms_of_their_own_with_weights(flat, weighted, loss):
     outputs = layer(inputs).flatten(0, 1) if flat else layer(inputs).mT
     own = weights.flatten() if flat else weights
     preconditioner.curvature(outputs, loss=loss, weights=own if weighted else None)
-    outputs.square().mean().backward()
-    preconditioner.step()
+    stepped(layer, preconditioner, outputs.square().mean())
     terms = zip(weights.flatten(), layer(inputs).flatten(0, 1).detach(), strict=True)
     expected = sum(weight * hessian_of_one(loss, own) for weight, own in terms) / weights.sum()
     torch.testing.assert_close(average(preconditioner, "output"), expected)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from brandla.kfac import KFAC, InverseFree, TwoLevel
-from brandla.kfac.systems.structures import STRUCTURES
+from brandla.kfac import KFAC, TwoLevel
 from kfac.networks import (
     DENSE,
     EXACT,
@@ -25,14 +24,11 @@ from kfac.networks import (
     stepped,
     weighted,
 )
-from kfac.systems import SYSTEMS, full_rank
+from kfac.systems import STRUCTURED, SYSTEMS, full_rank
 from oracles import gaussian
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:KFAC"),
-    # torch says that an uneven "same" costs a copy.
-    pytest.mark.filterwarnings("ignore:Using padding='same'"),
-]
+# torch says that an uneven "same" costs a copy.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 DOUBLE = torch.float64
 # Sums of float64 numbers of size 1 in two orders: at most a few thousand terms, each rounded at 1e-16.
@@ -321,9 +317,6 @@ def words(*, attention=True):
     model = Words(30, 8, 3, channels=12, kernel=3, attention=attention).float()
     model.activation = torch.relu
     return model
-
-
-STRUCTURED = {structure: InverseFree(structure, preconditioner_every=1) for structure in STRUCTURES}
 
 
 @pytest.mark.parametrize("strategy", (SYSTEMS | STRUCTURED).values(), ids=SYSTEMS | STRUCTURED)

@@ -9,8 +9,6 @@ from torch import nn
 from brandla.kfac import KBFGS, KFAC
 from kfac.networks import DENSE, EXACT, assert_near, weighted
 
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
-
 SAMPLES, QUERIES, KEYS, D, HEADS = 3, 4, 5, 8, 2
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -11,8 +11,6 @@ from brandla.kfac import EKFAC, KFAC, Brand, ConjugateGradient, Exact
 from kfac.networks import batch, gradients, loss_of, mlp
 from kfac.systems import SYSTEMS
 
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC. some factors are too small")
-
 WIDTHS = (40, 30, 30, 3)
 # Of conjugate gradients few iterations: rounding grows from one to the next until they have converged.
 STRATEGIES = {

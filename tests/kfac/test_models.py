@@ -8,11 +8,7 @@ from brandla.kfac import KFAC, Exact
 from kfac.networks import DENSE, EXACT, assert_dense_step, stepped
 from oracles import gaussian
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:KFAC"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 # Tables that are added as they are, and attention vectors: no input multiplies them.
 _ADDED = {

@@ -72,12 +72,8 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(("structure", "numbers"), NUMBERS.items(), ids=map(repr, NUMBERS))
-def test_storage_is_what_the_structure_promises(structure, numbers):
+def test_storage_is_what_the_structure_promises_and_flops_of_small_ones_grow_slower(structure, numbers):
     assert sum(part.numel() for part in structure.identity(1000, (), torch.float32, CPU)) == numbers
-
-
-@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
-def test_flops_of_small_structures_grow_slower_than_dense_ones(structure):
     growth = structure.flops(8192) / structure.flops(1024)
     # n² grows by 64, n log n by 8 · 13/10 and a bit for the length of the transform.
     assert growth == 64 if isinstance(structure, Dense) else growth < 11

@@ -6,7 +6,7 @@ from torch import nn
 
 from brandla.kfac import KBFGS, KFAC, Exact
 from brandla.kfac.values import Damping, Now, Rows, Shape
-from kfac.networks import assert_near, batch, gradients, layer_gradient, loss_of, mlp, with_one
+from kfac.networks import assert_near, batch, gradients, layer_gradient, loss_of, mlp, stepped, with_one
 
 DAMPING = 0.3
 OPTIONS = {"damping": DAMPING, "damping_scale": "absolute", "clip": None}
@@ -28,11 +28,6 @@ def powell(H, s, y):
         theta = (1 - DAMPING) * (s @ s) / (s @ s - s @ y)
         y = theta * y + (1 - theta) * s
     return s, y
-
-
-def backward(model, loss):
-    model.zero_grad()
-    loss.backward()
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -66,7 +61,8 @@ def test_steps_are_those_of_the_definition(kind, sharing, tells):
         return output.movedim(1, -1).reshape(-1, 4).mean(0), slope
 
     def passed():
-        backward(model, loss_of(model, (inputs, labels), preconditioner if tells else None))
+        model.zero_grad()
+        loss_of(model, (inputs, labels), preconditioner if tells else None).backward()
 
     for _ in range(4):
         passed()
@@ -90,7 +86,8 @@ def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
     preconditioner, (inputs, labels) = KFAC(model, KBFGS(), **OPTIONS), batch(9, 6, 4)
 
     def passed(factor, call):
-        backward(model, loss_of(model, (factor * inputs, labels)))
+        model.zero_grad()
+        loss_of(model, (factor * inputs, labels)).backward()
         call()
         states = [layer.curvature.state for layer in preconditioner._layers]
         return [state[name].clone() for state in states for name in ("input", "output", "s", "y")]
@@ -113,10 +110,10 @@ def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
         return (attention(inputs, inputs, inputs)[0] - targets).square().mean()
 
     for _ in range(15):
-        backward(attention, loss())
-        preconditioner.step()
+        stepped(attention, preconditioner, loss())
         torch.optim.SGD(attention.parameters(), 0.1).step()
-        backward(attention, loss())
+        attention.zero_grad()
+        loss().backward()
         preconditioner.second_pass()
     of_queries, of_keys, of_values = preconditioner._layers[0].curvature.state["output"]
     assert torch.equal(of_keys, torch.eye(8).double())

@@ -1,7 +1,6 @@
 """Steps as training takes them: batches that are not finite, schedules, layers that freeze, scales and precisions."""
 
 import math
-from functools import partial
 from itertools import product
 
 import pytest
@@ -11,11 +10,10 @@ from torch import nn
 from brandla.kfac import KBFGS, KFAC, Exact, Foof, InverseFree
 from brandla.kfac.capture.mask import Mask
 from brandla.kfac.values import Rows
-from kfac.networks import EXACT, assert_near, batch, gradients, layer_gradient, loss_of, mlp, stepped, train
+from kfac.networks import EXACT, assert_near, batch, gradients, loss_of, mlp, stepped, train
 from kfac.systems import every_system, factors_of, tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
-
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
 on_host_and_device = pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
 
 
@@ -145,16 +143,20 @@ def test_relative_damping_leaves_the_scale_of_data_without_effect(strategy, of_l
     assert_near(found[1], found[0] * (scale if has_no_G else 1 / scale), 1e-9)
 
 
-def test_a_layer_that_is_frozen_keeps_its_factor_as_it_is():
+def test_layers_that_are_frozen_or_added_later_are_left_alone():
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, EXACT)
     after(model, preconditioner, 0)
     model[0].requires_grad_(False)
+    model.append(nn.Linear(4, 4, dtype=torch.float64))
     first = preconditioner._layers[0].curvature
     before = [part.clone() for part in first.tensors()]
-    after(model, preconditioner, 1)
+    loss = loss_of(model, batch(8, 10, 4))
+    expected = torch.autograd.grad(loss, list(model[-1].parameters()), retain_graph=True)
+    found = stepped(model, preconditioner, loss)
     assert model[0].weight.grad is None
     assert all(map(torch.equal, first.tensors(), before))
+    assert all(map(torch.equal, found[-2:], expected))
 
 
 def test_schedules_are_functions_of_the_step():
@@ -187,28 +189,11 @@ def test_a_second_step_with_no_new_gradient_does_nothing(free, monkeypatch):
     assert not torch.equal(after(model, preconditioner, 1)[0], once[0])
 
 
-def test_modules_that_are_added_later_are_left_alone():
-    model = mlp(10, 20, 4)
-    preconditioner = KFAC(model, EXACT)
-    model.append(nn.Linear(4, 4, dtype=torch.float64))
-    loss_of(model, batch(8, 10, 4)).backward()
-    before = layer_gradient(model[-1])
-    preconditioner.step()
-    assert torch.equal(layer_gradient(model[-1]), before)
-
-
 # --- Precision: autocast, loss scaling, models in half precision or in several
 
 
-model_of = partial(mlp, 10, 32, 32, 4, dtype=torch.float32)
-
-
-def scaled(scale):
-    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1_000_000)
-
-
 def one_step(scaler, parts, **options):
-    model = model_of()
+    model = mlp(10, 32, 32, 4, dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     preconditioner = KFAC(model, EXACT, scaler=scaler, damping=1.0, clip=None, **options)
     # Narrow enough that the pair is cheaper in every layer.
@@ -228,7 +213,7 @@ def one_step(scaler, parts, **options):
 def test_a_loss_scale_changes_nothing(way, parts, curvature, monkeypatch):
     """A power of two as scale rounds nothing, and is never read back."""
     options = {"parts": parts, "curvature": curvature, **way}
-    scaler = scaled(2.0**12)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("a read-back"))
     preconditioner, found = one_step(scaler, **options)
     expected = one_step(None, **options)[1]
@@ -239,20 +224,11 @@ def test_a_loss_scale_changes_nothing(way, parts, curvature, monkeypatch):
     assert [layer.linear for layer in preconditioner._layers] == [None if way else True] * 3
 
 
-def test_gradients_that_are_still_scaled_are_refused():
-    model = model_of()
-    scaler = scaled(2.0**10)
-    preconditioner = KFAC(model, EXACT, scaler=scaler)
-    scaler.scale(loss_of(model, batch(16, 10, 4, dtype=torch.float32))).backward()
-    with pytest.raises(RuntimeError, match=r"KFAC.step: .*call scaler.unscale_\(optimizer\) between"):
-        preconditioner.step()
-
-
-def test_a_batch_that_overflows_is_skipped_by_all():
+def test_gradients_that_are_still_scaled_are_refused_and_a_batch_that_overflows_is_skipped_by_all():
     """At a scale of 2^30 a float16 gradient is infinite: weights stay, and the scale is halved."""
-    model = model_of()
+    model = mlp(10, 32, 32, 4, dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = scaled(2.0**10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     preconditioner = KFAC(model, EXACT, scaler=scaler)
     for seed, scale, skipped in ((0, 2.0**10, 0), (1, 2.0**30, 1), (2, 2.0**10, 1)):
         before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -262,6 +238,8 @@ def test_a_batch_that_overflows_is_skipped_by_all():
         with torch.autocast("cpu", torch.float16):
             loss = loss_of(model, batch(16, 10, 4, seed, dtype=torch.float32))
         scaler.scale(loss).backward()
+        with pytest.raises(RuntimeError, match=r"KFAC.step: .*call scaler.unscale_\(optimizer\) between"):
+            preconditioner.step()
         scaler.unscale_(optimizer)
         preconditioner.step()
         scaler.step(optimizer)

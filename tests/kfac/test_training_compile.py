@@ -13,13 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from brandla.kfac import KFAC
 from brandla.kfac.capture.tap import Ticket, collect
-from kfac.networks import EXACT, batch, gradients, loss_of, mlp
+from kfac.networks import EXACT, batch, encoder, gradients, loss_of, mlp, stepped, train
 
 # The compiler instantiates autograd functions, uses torch.jit, and looks at .grad of what is no leaf.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 
 WHOLE, EAGER = (partial(torch.compile, backend=own) for own in ("aot_eager", "eager"))
 
@@ -47,21 +44,6 @@ class Block(nn.Module):
 def blocks(count=1):
     torch.manual_seed(0)
     return nn.Sequential(*(Block(6) for _ in range(count)))
-
-
-def encoder():
-    torch.manual_seed(0)
-    return nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, dtype=torch.float64)
-
-
-def train(model, run, preconditioner):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for seed in range(4):
-        optimizer.zero_grad()
-        loss_of(run, batch(8, 6, 6, seed), preconditioner).backward()
-        preconditioner.step()
-        optimizer.step()
-    return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def checkpointed(model):
@@ -112,20 +94,17 @@ needs_compiler = pytest.mark.skipif(
 )
 def test_compiled_steps_are_those_of_the_model_as_it_is(make, compiled, options, graphs):
     """Also where the preconditioner is given the compiled model."""
-    model, reference = make(), make()
+    model, reference, data = make(), make(), [batch(8, 6, 6, seed) for seed in range(4)]
     run = compiled(model)
     preconditioner = KFAC(run if isinstance(run, nn.Module) else model, EXACT, **options)
     # The compiler's own condition for a graph that is to be gone through more than once.
     with torch._functorch.config.patch(donated_buffer="curvature" not in options), inductor.patch(BUILT_SOON):
-        found = train(model, run, preconditioner)
+        train(model, preconditioner, data, loss=lambda _, own: loss_of(run, own, preconditioner))
     assert dict(counters["graph_break"]) == {}
     assert graphs in (None, counters["stats"]["unique_graphs"])
-    torch.testing.assert_close(found, train(reference, reference, KFAC(reference, EXACT, **options)))
-
-
-def test_what_is_captured_stays_outside_of_cuda_graphs():
-    """A replay would not run Python, which hands the rows over."""
-    assert torch.Tag.cudagraph_unsafe in torch.ops.brandla_kfac.collect.default.tags
+    plain = KFAC(reference, EXACT, **options)
+    train(reference, plain, data, loss=lambda _, own: loss_of(reference, own, plain))
+    torch.testing.assert_close(list(model.parameters()), list(reference.parameters()))
 
 
 def test_compiled_blocks_keep_the_names_of_their_layers():
@@ -139,8 +118,7 @@ def test_compiled_blocks_keep_the_names_of_their_layers():
         names = [layer.name for layer in preconditioner._layers]
         assert [name for name in names if "norm" not in name] == ["0.up", "0.down", "1.down"]
         assert preconditioner.report().unsupported["1.up"] == "inverse is None"
-        model(batch(8, 6, 2)[0]).square().mean().backward()
-        preconditioner.step()
+        stepped(model, preconditioner, model(batch(8, 6, 2)[0]).square().mean())
         states.append(preconditioner.state_dict())
         preconditioner.load_state_dict(states[0])
     assert states[0]["layers"].keys() == states[1]["layers"].keys()
@@ -176,11 +154,12 @@ def test_graphs_from_before_are_said_not_to_be_seen_and_all_are_left_alone_after
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model))
 
 
-def test_the_op_is_registered_as_torch_asks():
+def test_the_op_is_registered_as_torch_asks_and_stays_outside_of_cuda_graphs():
+    """A replay would not run Python, which hands the rows over."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.brandla_kfac.collect.default.tags
     seen = []
-    ticket = Ticket(
-        KFAC(nn.Linear(2, 2))._layers[0].kind, lambda kind, inputs, gradient: seen.append((inputs, gradient))
-    )
+    kind = KFAC(nn.Linear(2, 2))._layers[0].kind
+    ticket = Ticket(kind, lambda kind, inputs, gradient: seen.append((inputs, gradient)))
     arguments = (ticket.number, torch.randn(3, 2), torch.randn(2, 3).mT)
     torch.library.opcheck(collect, arguments)
     result = collect(*arguments)

@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_leaves
 from brandla.kfac import KFAC, Brand
 from kfac.networks import EXACT, Words, stepped
 
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC. some factors")
-
 
 class OwnForward(nn.Linear):
     def forward(self, inputs):
