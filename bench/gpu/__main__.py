@@ -117,9 +117,9 @@ class Run:
     def report(self) -> dict[str, dict[str, Any]]:
         found = frame.sections(self.path)
         unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
-        tables = {name: rows for each in found.values() for name, rows in each["tables"].items()}
         # A page has the ops and ceilings as the study of ceilings keeps them.
-        shown = {name: tables.get(name, []) for name in ("rows", "ceilings")}
+        kept = {"rows": "ops", "ceilings": "ceilings"}
+        shown = {name: found.get(stage, {}).get("tables", {}).get(name, []) for name, stage in kept.items()}
         facts = self.machine | {"interrupted": unfinished or False}
         results.write(STUDY, facts, {"sections": found, **shown}, self.folder)
         text, parts = StringIO(), [frame.section(name, found[name], self.dry) for name in found]
