@@ -172,7 +172,11 @@ class Update(NamedTuple):
         That takes one pass over F and A. By ``"eigh"`` the rotated columns are, with ``unit``, of unit length, and
         have the signs of the old ones.
         """
-        cross, own = self._inner_products()
+        if self.sparse:
+            columns = self.columns.double()
+            cross, own = self.coefficients(), (columns.mT @ columns).to_dense()
+        else:
+            cross, own = cross_gram(self.tall, self.columns)
         if self.rows is not WHOLE:
             cross, own = self.rows.totals(cross, own)
         decay, weight = self._numbers(cross)
@@ -197,15 +201,8 @@ class Update(NamedTuple):
             return decay, weight
         return two_numbers(decay, weight, torch.float64, cross.device, cross.shape[:-2])
 
-    def _inner_products(self) -> tuple[Tensor, Tensor]:
-        """Return C = FᵀA and G = AᵀA in float64."""
-        if not self.sparse:
-            return cross_gram(self.tall, self.columns)
-        columns = self.columns.double()
-        return self.coefficients(), (columns.mT @ columns).to_dense()
-
     def coefficients(self) -> Tensor:
-        """Return C alone."""
+        """Return C = FᵀA alone, in float64."""
         if not self.sparse:
             return project(self.tall, self.columns).double()
         of_root: Tensor = self.columns.double().mT @ self.tall.double()

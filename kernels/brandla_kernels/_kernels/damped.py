@@ -40,9 +40,12 @@ def pair_damped(*given: Any) -> tuple[Matrices, Matrices]:
 def kron_damped(*given: Any) -> Matrices:
     """Return the left operator times W times the right operator."""
     *sides, matrix = given
-    left, right = sides[: len(sides) // 2], sides[len(sides) // 2 :]
     transposed = matrix.mT if isinstance(matrix, Tensor) else [one.mT for one in matrix]
-    return _apply_both(_half(left, matrix), _half(right, transposed))
+    left, right = _half(sides[: len(sides) // 2], matrix), _half(sides[len(sides) // 2 :], transposed)
+    (rows, left_scale), (columns, right_scale), both, turned = project_both(left, right)
+    inner = tall_product([Term(both, turned)], add=rows)
+    terms = [Term(left.basis, inner), Term(columns, turned)]
+    return tall_product(terms, add=matrix, scales=(left_scale, right_scale))
 
 
 def _half(side: Sequence[Any], rhs: Matrices) -> Half:
@@ -55,10 +58,3 @@ def _apply(*halves: Half) -> list[Matrices]:
         tall_product([Term(half.basis, inner)], add=half.rhs, scales=(scale,))
         for half, (inner, scale) in zip(halves, project(halves), strict=True)
     ]
-
-
-def _apply_both(left: Half, right: Half) -> Matrices:
-    (rows, left_scale), (columns, right_scale), both, turned = project_both(left, right)
-    inner = tall_product([Term(both, turned)], add=rows)
-    terms = [Term(left.basis, inner), Term(columns, turned)]
-    return tall_product(terms, add=left.rhs, scales=(left_scale, right_scale))

@@ -58,11 +58,6 @@ class Half(NamedTuple):
         return self.small.ndim == len(self.batch) + 1
 
     @property
-    def rank(self) -> int:
-        """The number of columns of U, the largest of a list."""
-        return columns(self.basis)
-
-    @property
     def unknown(self) -> Matrices | None:
         """Eigenvalues, as matrices of one column, or S; None where Z is given."""
         if len(self.numbers) == 1:
@@ -78,7 +73,7 @@ class Half(NamedTuple):
         if len(self.numbers) == 1:
             assert isinstance(self.small, Tensor)
             return self.small.contiguous(), self.numbers[0].contiguous(), {}
-        problems, r = like.shape[0], self.rank
+        problems, r = like.shape[0], columns(self.basis)
         middle = like.new_empty(problems, *([r] if self.is_diagonal else [r, r]))
         work = None if self.is_diagonal else like.new_empty(problems, workspace(r), dtype=core)
         # Views, unless a batch of numbers has irregular strides.
@@ -325,17 +320,15 @@ def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tens
     operands, basis = arrange(given), halves[0].basis
     problems, dtype, target, device = operands.problems, dtype_of(basis), target_of(basis), device_of(basis)
     in_lines = all(aligned(matrix) for half in halves for matrix in (half.basis, half.rhs))
-    widest = max(columns(half.rhs) for half in halves)
-    config = configs.damped_project(target, dtype, max(half.rank for half in halves), widest, in_lines, of_one)
+    shapes = [(columns(half.basis), columns(half.rhs)) for half in halves]
+    config = configs.damped_project(target, dtype, *map(max, zip(*shapes, strict=True)), in_lines, of_one)
     block_r, block_k, block_n = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_K", "BLOCK_N"))
-    tiles = [
-        problems * configs.tiles(half.rank, block_r) * configs.tiles(columns(half.rhs), block_k) for half in halves
-    ]
+    tiles = [problems * configs.tiles(r, block_r) * configs.tiles(k, block_k) for r, k in shapes]
     arguments: dict[str, Any] = operands.arguments | products_in(target, dtype)
     arguments |= {"problems": problems, "n2": 0, "r2": 0, "k2": 0}
     sums, programs, core = [], 0, core_dtype(target, dtype)
-    for side, (half, own_tiles) in enumerate(zip(halves, tiles, strict=True), 1):
-        n, r, k = rows(half.basis), half.rank, columns(half.rhs)
+    for side, (half, (r, k), own_tiles) in enumerate(zip(halves, shapes, tiles, strict=True), 1):
+        n = rows(half.basis)
         splits = configs.splits(target, configs.tiles(n, block_n), sum(tiles))
         parts = torch.empty(problems, splits, r, k, dtype=dtype, device=device)
         middle, scale, own = half.coefficients(side, parts, core)
@@ -345,7 +338,7 @@ def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tens
         programs += splits * own_tiles + (problems if own else 0)
     both = None
     if of_one:
-        (_, splits, r2, k2), r1 = sums[1].parts.shape, halves[0].rank
+        (_, splits, r2, k2), r1 = sums[1].parts.shape, shapes[0][0]
         both = torch.empty(problems, splits * configs.tiles(k2, block_k), r1, r2, dtype=dtype, device=device)
     start(damped_project_kernel, (programs,), arguments | {"both_ptr": both}, config)
     return sums, both
