@@ -31,7 +31,7 @@ from brandla._sharded import WHOLE, Rows, kind_of
 from brandla._shifted import LowRank, Side, Tail
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Number, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
-from brandla.root import Compress, Update, Updated, check_update, stack
+from brandla.root import Compress, Update, check_update, stack
 from brandla_kernels import number_of
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
     "svd_update",
 ]
 
-Result = TypeVar("Result")
 Option = TypeVar("Option")
 EighFactor = TypeVar("EighFactor", LowRankEigh, Tracked[LowRankEigh])
 RootFactor = TypeVar("RootFactor", LowRankRoot, Tracked[LowRankRoot])
@@ -203,7 +202,7 @@ def kron_damped_power(
 
     def class_of(problem: kron.Power) -> Class:
         joint, matrix = problem.joint, problem.matrix
-        alike = joint.fitted is None, problem.exponent, _size_class(matrix.shape[-1])
+        alike = joint.fitted is None, problem.exponent, matrix.shape[-1].bit_length()
         return _class_of_sides((joint.left, joint.right), (matrix,), alike)
 
     ways = class_of, kron.Power.result, kron.powers_together
@@ -255,13 +254,9 @@ def kron_damped_solve(
 
 
 def _updated(
-    function: str, kind: type[Any], step: Callable[[Update], Updated], lists: tuple[Sequence[Any], ...], **options: Any
+    function: str, kind: type[Any], step: Callable[[Update], Any], lists: tuple[Sequence[Any], ...], **options: Any
 ) -> list[Any]:
-    ways = (
-        _class_of_update,
-        lambda update: step(update).as_new(),
-        lambda updates: step(stack(updates)).as_list([update.rows for update in updates]),
-    )
+    ways = _class_of_update, step, lambda updates: step(stack(updates))
     return _computed(function, partial(check_update, kind=kind), ways, lists, **options)
 
 
@@ -412,7 +407,8 @@ def _class_of_refresh(problem: refresh.Refresh) -> Class:
     vectors, (r, m) = problem.vectors, (problem.vectors.shape[-1], problem.matrix.shape[-1])
     if not is_dense(problem.matrix) or vectors.ndim != 2 or 0 in (r, m):
         return None
-    return (r, _size_class(m), problem.iterations, vectors.dtype, vectors.device)
+    # A stack pads to the largest of them: that is less than twice the smallest.
+    return (r, m.bit_length(), problem.iterations, vectors.dtype, vectors.device)
 
 
 def _class_of_sides(sides: tuple[Side, ...], matrices: tuple[Tensor, ...], alike: tuple[Any, ...]) -> Class:
@@ -427,8 +423,3 @@ def _class_of_side(side: Side) -> Class:
     if side.rows is not WHOLE or side.diagonal is not None or basis.ndim != 2 or basis.shape[-1] == 0:
         return None
     return (side.kind, basis.shape[-1], basis.dtype, basis.device, side.tail is None)
-
-
-def _size_class(size: int) -> int:
-    """Sizes that a stack pads to the largest of: it is less than twice the smallest."""
-    return size.bit_length()

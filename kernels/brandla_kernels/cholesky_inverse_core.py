@@ -45,8 +45,8 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     """
     equilibrated, inverse_scale, identity = _equilibrated(gram, scale)
     if reads_are_free(gram):
-        _, inverse, exists, stands_out = _factored(equilibrated, identity, threshold)
-        if (exists.all() & stands_out.all()).item():
+        _, inverse, info, stands_out = _factored(equilibrated, identity, threshold)
+        if ((info == 0).all() & stands_out.all()).item():
             # None has to go.
             return inverse.mT * inverse_scale[..., :, None], torch.ones_like(scale, dtype=torch.bool)
     shifted, _, _, live = _factored(equilibrated + (threshold / 4) * identity, identity, threshold)
@@ -76,11 +76,11 @@ def _equilibrated(gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _factored(matrix: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the factor, its inverse, whether there is one, and which columns stand out of the noise."""
+    """Return the factor, its inverse, 0 if there is one, and which columns stand out of the noise."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
     # Squared norms of the rows of the inverse are (1 + ‖c‖²) / pivot.
-    return factor, inverse, info == 0, inverse.square().sum(-1) * threshold < 1
+    return factor, inverse, info, inverse.square().sum(-1) * threshold < 1
 
 
 @cholesky_inverse_core.gradient

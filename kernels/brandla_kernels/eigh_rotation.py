@@ -52,8 +52,8 @@ def eigh_rotation(
     left_out = levels[..., start - 1] if start else 0 * levels.sum(-1)
     all_above = rank == 0
     if rank and levels.numel() and reads_are_free(levels):
-        least = tol * levels[..., -1].amax().item() if tol or unit else EMPTY / 2
-        all_above = levels[..., start].amin().item() > least
+        bound = tol * levels[..., -1].amax().item() if tol or unit else EMPTY / 2
+        all_above = levels[..., start].amin().item() > bound
     if not all_above:
         least = tol * kept[..., :1] if tol or unit else EMPTY / 2
         alive = ~(kept <= least)

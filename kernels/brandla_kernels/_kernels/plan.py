@@ -150,7 +150,7 @@ def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan
     try:
         steps = [_step(each, places, tensors) for each in launches]
         # Torch reads these arguments in half the time that those of torch.empty take.
-        memory = [
+        memory: list[Callable[[], Tensor]] = [
             partial(torch.empty_strided, one.shape, one.stride(), dtype=one.dtype, device=one.device)
             for one in watch.memory
         ]
