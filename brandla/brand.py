@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from brandla._ranges import ranged
 from brandla._small import safe_eigh, signs_of, unresolved
 from brandla.lowrank import LowRankEigh, Number, Rank, Tracked, over
 from brandla.orthonormal import polish
-from brandla.root import Update, Updated, check_update
+from brandla.root import Update, check_update
 from brandla_kernels import tall
 
 Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
@@ -59,7 +59,7 @@ def eigh_update(
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
     update = check_update("eigh_update", eigh, columns, decay, weight, rank, kind=LowRankEigh)
-    updated: Eigh = eigh_step(update).as_new()
+    updated: Eigh = eigh_step(update)
     return updated
 
 
@@ -80,10 +80,11 @@ def eigh_update_(eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Nu
     tensor([9., 9.])
     """
     update = check_update("eigh_update_", eigh, columns, decay, weight, None, kind=LowRankEigh)
-    return eigh_step(update.overwriting(tol)).over(eigh)
+    eigh_step(update.overwriting(tol))
+    return eigh
 
 
-def eigh_step(update: Update) -> Updated:
+def eigh_step(update: Update) -> Any:
     """Compute `eigh_update` from checked arguments: the root's step from F = U √d, to unit columns and polished."""
     m = update.small.shape[-1] + tall.columns(update.columns)
     update = update._replace(tol=max(update.tol, unresolved(update.dtype, m)))
@@ -128,5 +129,5 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -
     values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
     vectors, values = polish(given.tall @ rotation.to(given.dtype), values, given.rows)
-    updated: LowRankEigh = given.result(values, vectors, values, None).as_new()
+    updated: LowRankEigh = given.result(values, vectors, values, None)
     return updated

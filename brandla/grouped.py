@@ -29,9 +29,9 @@ from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, kind_of
 from brandla._shifted import LowRank, Side, Tail
-from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Rank, Tracked
+from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Number, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
-from brandla.root import Compress, Update, Updated, check_update, stack
+from brandla.root import Compress, Update, check_update, stack
 from brandla_kernels import number_of
 
 __all__ = [
@@ -51,12 +51,14 @@ __all__ = [
     "svd_update",
 ]
 
-Result = TypeVar("Result")
 Option = TypeVar("Option")
 EighFactor = TypeVar("EighFactor", LowRankEigh, Tracked[LowRankEigh])
 RootFactor = TypeVar("RootFactor", LowRankRoot, Tracked[LowRankRoot])
 Item = TypeVar("Item")
 Each: TypeAlias = Option | Sequence[Option]
+Numbers: TypeAlias = Each[Number]
+Tensors: TypeAlias = Sequence[Tensor]
+LowRanks: TypeAlias = Sequence[LowRank]
 # What the members of a class, which are computed together, have in common; None for what is computed by itself.
 Class: TypeAlias = tuple[Any, ...] | None
 
@@ -64,10 +66,10 @@ Class: TypeAlias = tuple[Any, ...] | None
 @ranged("n,r", "n,k")
 def eigh_update(
     eighs: Sequence[EighFactor],
-    columns: Sequence[Tensor],
+    columns: Tensors,
     *,
-    decay: Each[float | Tensor] = 1.0,
-    weight: Each[float | Tensor] = 1.0,
+    decay: Numbers = 1.0,
+    weight: Numbers = 1.0,
     rank: Each[int | Rank | None] = None,
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
@@ -78,10 +80,10 @@ def eigh_update(
 @ranged("n,r", "n,k")
 def root_update(
     roots: Sequence[RootFactor],
-    columns: Sequence[Tensor],
+    columns: Tensors,
     *,
-    decay: Each[float | Tensor] = 1.0,
-    weight: Each[float | Tensor] = 1.0,
+    decay: Numbers = 1.0,
+    weight: Numbers = 1.0,
     rank: Each[int | Rank | None] = None,
     compress: Each[Compress] = "eigh",
     shrink: Each[bool] = False,
@@ -92,9 +94,7 @@ def root_update(
 
 
 @ranged("n,r", "n,k")
-def eigh_downdate(
-    eighs: Sequence[LowRankEigh], columns: Sequence[Tensor], *, weight: Each[float | Tensor] = 1.0
-) -> list[LowRankEigh]:
+def eigh_downdate(eighs: Sequence[LowRankEigh], columns: Tensors, *, weight: Numbers = 1.0) -> list[LowRankEigh]:
     """`brandla.eigh_downdate` of each factor."""
     return _each(brand.eigh_downdate, (eighs, columns), weight=weight)
 
@@ -104,8 +104,8 @@ def eigh_refresh(
     eighs: Sequence[LowRankEigh],
     matrices: Sequence[Tensor | LinearOperator],
     *,
-    decay: Each[float | Tensor] = 1.0,
-    weight: Each[float | Tensor] = 1.0,
+    decay: Numbers = 1.0,
+    weight: Numbers = 1.0,
     iterations: Each[int] = 1,
 ) -> list[tuple[LowRankEigh, Tensor]]:
     """`brandla.eigh_refresh` of each factor; those with operators or sparse matrices take turns."""
@@ -116,12 +116,7 @@ def eigh_refresh(
 
 @ranged("m,r,n", "m,k", "n,k")
 def svd_update(
-    svds: Sequence[LowRankSVD],
-    left: Sequence[Tensor],
-    right: Sequence[Tensor],
-    *,
-    decay: Each[float | Tensor] = 1.0,
-    rank: Each[int | None] = None,
+    svds: Sequence[LowRankSVD], left: Tensors, right: Tensors, *, decay: Numbers = 1.0, rank: Each[int | None] = None
 ) -> list[LowRankSVD]:
     """`brandla.svd_update` of each factor."""
     return _each(svd.svd_update, (svds, left, right), decay=decay, rank=rank)
@@ -129,11 +124,7 @@ def svd_update(
 
 @ranged("m,r,n", "m,k")
 def svd_append(
-    svds: Sequence[LowRankSVD],
-    columns: Sequence[Tensor],
-    *,
-    decay: Each[float | Tensor] = 1.0,
-    rank: Each[int | None] = None,
+    svds: Sequence[LowRankSVD], columns: Tensors, *, decay: Numbers = 1.0, rank: Each[int | None] = None
 ) -> list[LowRankSVD]:
     """`brandla.svd_append` of each factor."""
     return _each(svd.svd_append, (svds, columns), decay=decay, rank=rank)
@@ -170,12 +161,7 @@ def randomized_svd(
 
 @ranged("n,r", "n,m")
 def damped_solve(
-    lowranks: Sequence[LowRank],
-    rhs: Sequence[Tensor],
-    damping: Each[float | Tensor],
-    *,
-    tail: Each[Tail] = 0.0,
-    diagonal: Each[Tensor | None] = None,
+    lowranks: LowRanks, rhs: Tensors, damping: Numbers, *, tail: Each[Tail] = 0.0, diagonal: Each[Tensor | None] = None
 ) -> list[Tensor]:
     """`brandla.damped_solve` with each factor; those with a diagonal take turns."""
     return _solutions("damped_solve", lowranks, rhs, damping=damping, tail=tail, diagonal=diagonal)
@@ -183,12 +169,7 @@ def damped_solve(
 
 @ranged("n,r", "n,m")
 def damped_power(
-    lowranks: Sequence[LowRank],
-    rhs: Sequence[Tensor],
-    damping: Each[float | Tensor],
-    exponent: Each[float],
-    *,
-    tail: Each[Tail] = 0.0,
+    lowranks: LowRanks, rhs: Tensors, damping: Numbers, exponent: Each[float], *, tail: Each[Tail] = 0.0
 ) -> list[Tensor]:
     """`brandla.damped_power` with each factor."""
     return _solutions("damped_power", lowranks, rhs, damping=damping, exponent=exponent, tail=tail)
@@ -196,11 +177,7 @@ def damped_power(
 
 @ranged("n,r")
 def damped_logdet(
-    lowranks: Sequence[LowRank],
-    damping: Each[float | Tensor],
-    *,
-    tail: Each[Tail] = 0.0,
-    diagonal: Each[Tensor | None] = None,
+    lowranks: LowRanks, damping: Numbers, *, tail: Each[Tail] = 0.0, diagonal: Each[Tensor | None] = None
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
     ways = _class_of_side, Side.logdet, damped.logdets_together
@@ -210,10 +187,10 @@ def damped_logdet(
 
 @ranged("p,a", "q,b", "p,q")
 def kron_damped_power(
-    lefts: Sequence[LowRank],
-    rights: Sequence[LowRank],
-    matrices: Sequence[Tensor],
-    damping: Each[float | Tensor],
+    lefts: LowRanks,
+    rights: LowRanks,
+    matrices: Tensors,
+    damping: Numbers,
     exponent: Each[float],
     *,
     left_tail: Each[Tail] = 0.0,
@@ -222,64 +199,72 @@ def kron_damped_power(
 ) -> list[Tensor]:
     """`brandla.kron_damped_power` with each pair of factors."""
     options = {"damping": damping, "exponent": exponent, "left_tail": left_tail, "right_tail": right_tail}
-    ways = _class_of_power, kron.Power.result, kron.powers_together
+
+    def class_of(problem: kron.Power) -> Class:
+        joint, matrix = problem.joint, problem.matrix
+        alike = joint.fitted is None, problem.exponent, matrix.shape[-1].bit_length()
+        return _class_of_sides((joint.left, joint.right), (matrix,), alike)
+
+    ways = class_of, kron.Power.result, kron.powers_together
     lists = (lefts, rights, matrices)
     return _computed("kron_damped_power", kron.check_power, ways, lists, **options, values=values)
 
 
 @ranged("p,a", "q,b")
 def kron_damped_logdet(
-    lefts: Sequence[LowRank],
-    rights: Sequence[LowRank],
-    damping: Each[float | Tensor],
+    lefts: LowRanks,
+    rights: LowRanks,
+    damping: Numbers,
     *,
     left_tail: Each[Tail] = 0.0,
     right_tail: Each[Tail] = 0.0,
     values: Each[Tensor | None] = None,
 ) -> list[Tensor]:
     """`brandla.kron_damped_logdet` of each pair of factors."""
-    ways = _class_of_joint, kron.Joint.logdet, kron.logdets_together
+
+    def class_of(joint: kron.Joint) -> Class:
+        return _class_of_sides((joint.left, joint.right), (), (joint.fitted is None,))
+
+    ways = class_of, kron.Joint.logdet, kron.logdets_together
     options = {"damping": damping, "left_tail": left_tail, "right_tail": right_tail, "values": values}
     return _computed("kron_damped_logdet", kron.check_joint, ways, (lefts, rights), **options)
 
 
 @ranged("p,a", "q,b", "p,q")
 def kron_damped_solve(
-    lefts: Sequence[LowRank],
-    rights: Sequence[LowRank],
+    lefts: LowRanks,
+    rights: LowRanks,
     matrices: Sequence[Tensor | tuple[Tensor, Tensor]],
-    left_damping: Each[float | Tensor],
-    right_damping: Each[float | Tensor],
+    left_damping: Numbers,
+    right_damping: Numbers,
     *,
     left_tail: Each[Tail] = 0.0,
     right_tail: Each[Tail] = 0.0,
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
     """`brandla.kron_damped_solve` with each pair of factors."""
-    ways = _class_of_kron, kron.Kron.solution, kron.kron_together
+
+    def class_of(problem: kron.Kron) -> Class:
+        parts = problem.data if isinstance(problem.data, tuple) else (problem.data,)
+        return _class_of_sides((problem.left, problem.right), parts, (len(parts),))
+
+    ways = class_of, kron.Kron.solution, kron.kron_together
     shifts = {"left_damping": left_damping, "left_tail": left_tail}
     shifts |= {"right_damping": right_damping, "right_tail": right_tail}
     return _computed("kron_damped_solve", kron.check_kron, ways, (lefts, rights, matrices), **shifts)
 
 
 def _updated(
-    function: str,
-    kind: type[Any],
-    step: Callable[[Update], Updated],
-    lists: tuple[Sequence[Any], ...],
-    **options: Any,
+    function: str, kind: type[Any], step: Callable[[Update], Any], lists: tuple[Sequence[Any], ...], **options: Any
 ) -> list[Any]:
-    def alone(update: Update) -> Any:
-        return step(update).as_new()
-
-    def together(updates: list[Update]) -> list[Any]:
-        return step(stack(updates)).as_list([update.rows for update in updates])
-
-    check = partial(check_update, kind=kind)
-    return _computed(function, check, (_class_of_update, alone, together), lists, **options)
+    ways = _class_of_update, step, lambda updates: step(stack(updates))
+    return _computed(function, partial(check_update, kind=kind), ways, lists, **options)
 
 
 def _solutions(function: str, *lists: Sequence[Any], **options: Any) -> list[Tensor]:
-    ways = _class_of_solve, damped.Solve.solution, damped.solve_together
+    def class_of(problem: damped.Solve) -> Class:
+        return _class_of_sides((problem.side,), (problem.block,), (problem.exponent,))
+
+    ways = class_of, damped.Solve.solution, damped.solve_together
     return _computed(function, damped.check_solve, ways, lists, **options)
 
 
@@ -293,8 +278,15 @@ def _calls(name: str, lists: tuple[Sequence[Any], ...], **options: Any) -> list[
     lengths = [len(items) for items in lists]
     if len(set(lengths)) != 1:
         _check.fail_value(f"grouped.{name}", f"all lists must have one length; got {lengths}")
-    spread = [_spread(name, option, value, lengths[0]) for option, value in options.items()]
-    chosen = [dict(zip(options, values, strict=True)) for values in zip(*spread, strict=True)]
+    chosen: list[dict[str, Any]] = [{} for _ in lists[0]]
+    for option, value in options.items():
+        # A list or tuple is taken to hold one value an item already.
+        values = value if isinstance(value, (list, tuple)) else [value] * len(chosen)
+        if len(values) != len(chosen):
+            rule = f"{option} must be one value or {len(chosen)} of them"
+            _check.fail_value(f"grouped.{name}", f"{rule}; got {len(values)}")
+        for own, each in zip(chosen, values, strict=True):
+            own[option] = each
     return list(zip(zip(*lists, strict=True), chosen, strict=True))
 
 
@@ -415,33 +407,14 @@ def _class_of_refresh(problem: refresh.Refresh) -> Class:
     vectors, (r, m) = problem.vectors, (problem.vectors.shape[-1], problem.matrix.shape[-1])
     if not is_dense(problem.matrix) or vectors.ndim != 2 or 0 in (r, m):
         return None
-    return (r, _size_class(m), problem.iterations, vectors.dtype, vectors.device)
+    # A stack pads to the largest of them: that is less than twice the smallest.
+    return (r, m.bit_length(), problem.iterations, vectors.dtype, vectors.device)
 
 
-def _class_of_solve(problem: damped.Solve) -> Class:
-    side = _class_of_side(problem.side)
-    return None if side is None or problem.block.ndim != 2 else (*side, problem.exponent)
-
-
-def _class_of_joint(problem: kron.Joint) -> Class:
-    sides = _class_of_side(problem.left), _class_of_side(problem.right)
-    return None if None in sides else (*sides, problem.fitted is None)
-
-
-def _class_of_power(problem: kron.Power) -> Class:
-    joint = _class_of_joint(problem.joint)
-    if joint is None or problem.matrix.ndim != 2:
-        return None
-    return (*joint, problem.exponent, _size_class(problem.matrix.shape[1]))
-
-
-def _class_of_kron(problem: kron.Kron) -> Class:
-    left, right, data = problem
-    sides = _class_of_side(left), _class_of_side(right)
-    parts = data if isinstance(data, tuple) else (data,)
-    if None in sides or any(part.ndim != 2 for part in parts):
-        return None
-    return (*sides, len(parts))
+def _class_of_sides(sides: tuple[Side, ...], matrices: tuple[Tensor, ...], alike: tuple[Any, ...]) -> Class:
+    """Applications to single matrices, of sides of a class each, that have something else in common besides."""
+    classes = tuple(map(_class_of_side, sides))
+    return None if None in classes or any(matrix.ndim != 2 for matrix in matrices) else (*classes, *alike)
 
 
 def _class_of_side(side: Side) -> Class:
@@ -450,17 +423,3 @@ def _class_of_side(side: Side) -> Class:
     if side.rows is not WHOLE or side.diagonal is not None or basis.ndim != 2 or basis.shape[-1] == 0:
         return None
     return (side.kind, basis.shape[-1], basis.dtype, basis.device, side.tail is None)
-
-
-def _size_class(size: int) -> int:
-    """Sizes that a stack pads to the largest of: it is less than twice the smallest."""
-    return size.bit_length()
-
-
-def _spread(name: str, option: str, value: Any, length: int) -> Sequence[Any]:
-    """One value an item; a list or tuple is taken to hold them already."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * length
-    if len(value) != length:
-        _check.fail_value(f"grouped.{name}", f"{option} must be one value or {length} of them; got {len(value)}")
-    return value

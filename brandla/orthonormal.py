@@ -23,7 +23,9 @@ from brandla_kernels import Tall, tall
 
 # Squared length that a unit column must keep through the second pass. One that loses more was rounding noise
 # inside the span it was to be orthogonal to ("twice is enough").
-SECOND_PASS = 0.25
+_SECOND_PASS = 0.25
+# Length up to which the square of a column is no normal number in float64.
+_VANISHING = (torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps) ** 0.5
 # Multiple of ε that an estimate of ‖UᵀU − I‖₂ may reach before a polish.
 _CLEAN = 20
 # Estimate of ‖UᵀU − I‖₂ up to which one polish is enough: it amplifies rounding by the condition of UᵀU.
@@ -140,7 +142,7 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
 def _second_pass(inner: Tensor) -> tuple[Tensor, Tensor]:
     """Return the transform and the live columns of a Gram matrix H near I, but for zero columns."""
     # Squared lengths, near 1 or 0, serve as lengths, on which the result does not depend.
-    return ops.cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), SECOND_PASS)
+    return ops.cholesky_inverse_core(inner, inner.detach().diagonal(dim1=-2, dim2=-1), _SECOND_PASS)
 
 
 def _deviation(inner: Tensor) -> float:
@@ -161,8 +163,8 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     eps = torch.finfo(dtype).eps
     panel_gram = ops.gram(panel)
     length = panel_gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    # A comparison with NaN is false.
-    length = torch.where(length <= _shortest(dtype), 0, length)
+    # The inverse of a length must be finite. A comparison with NaN is false.
+    length = torch.where(length <= max(torch.finfo(dtype).tiny / eps, _VANISHING), 0, length)
     if dtype != panel_gram.dtype:
         return panel, *_ranked_core(panel_gram, length, 64 * k * eps**2)
     shift, order = 64 * k * eps, None
@@ -184,14 +186,8 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     triangle = triangle @ to_panel
     if order is not None:
         place = order.argsort(-1)
-        transform, triangle = transform.take_along_dim(place[..., None, :], -1), _permuted(triangle, place)
+        transform, triangle = tall.columns_at(transform, place), _permuted(triangle, place)
     return panel, transform, triangle
-
-
-def _shortest(dtype: torch.dtype) -> float:
-    """Length up to which a column counts as zero: its inverse must be finite, and its square in float64 normal."""
-    finfo, finest = torch.finfo(dtype), torch.finfo(torch.float64)
-    return float(max(finfo.tiny / finfo.eps, (finest.tiny / finest.eps) ** 0.5))
 
 
 def _ranked_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -239,21 +235,21 @@ def _principal(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, T
     kept = values > threshold
     roots = torch.where(kept, values, 0).sqrt()
     order = _order(gram, scale, threshold)
-    turn, inner = torch.linalg.qr((vectors * roots[..., None, :]).mT.take_along_dim(order[..., None, :], -1))
+    root = (vectors * roots[..., None, :]).mT
+    turn, inner = torch.linalg.qr(tall.columns_at(root, order))
     # Each column goes to the place of that of P which it came from; as many live as eigenvalues are kept.
-    turn = (turn * (signs_of(inner.diagonal(dim1=-2, dim2=-1)) * kept)[..., None, :]).take_along_dim(
-        order.argsort(-1)[..., None, :], -1
-    )
+    turn = turn * (signs_of(inner.diagonal(dim1=-2, dim2=-1)) * kept)[..., None, :]
+    turn = tall.columns_at(turn, order.argsort(-1))
     scaled = vectors * torch.where(kept, 1 / roots, 0)[..., None, :]
     transform = unit[..., :, None] * (scaled @ turn)
     # TᵀG is the same in exact arithmetic. Eigenvalues near the threshold are rounding of G in good part, but not here.
-    triangle = turn.mT @ (vectors * roots[..., None, :]).mT * scale[..., None, :]
+    triangle = turn.mT @ root * scale[..., None, :]
     return torch.where(finite, transform, float("nan")), torch.where(finite, triangle, float("nan"))
 
 
 def _permuted(gram: Tensor, order: Tensor) -> Tensor:
     """Return Πᵀ G Π."""
-    return gram.take_along_dim(order[..., :, None], -2).take_along_dim(order[..., None, :], -1)
+    return tall.columns_at(tall.columns_at(gram, order).mT, order).mT
 
 
 def _order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import PLAIN, WHOLE, Rows, here, rows_of
+from brandla._sharded import PLAIN, WHOLE, Rows, rows_of
 from brandla._small import leading_of
 from brandla.lowrank import (
     LowRankEigh,
@@ -23,7 +23,6 @@ from brandla.lowrank import (
     Tracked,
     most_of,
     of_parts,
-    parts_of,
     stack_numbers,
     stacked,
     tolerance_of,
@@ -32,7 +31,6 @@ from brandla.lowrank import (
 from brandla_kernels import Tall, cross_gram, eigh_core, project, reads_are_free, root_core, rotate, rotate_, tall
 
 Root = TypeVar("Root", LowRankRoot, Tracked[LowRankRoot])
-Target = TypeVar("Target")
 Compress = Literal["eigh", "cholesky"]
 # The small part of a factor and the tall one, as they are called in messages.
 _NAMES = {LowRankRoot: ("root.gram", "root.root"), LowRankEigh: ("eigh.eigenvalues", "eigh.eigenvectors")}
@@ -97,7 +95,7 @@ def root_update(
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
     update = check_update("root_update", root, columns, decay, weight, rank, compress, shrink, kind=LowRankRoot)
-    updated: Root = root_step(update).as_new()
+    updated: Root = root_step(update)
     return updated
 
 
@@ -127,10 +125,11 @@ def root_update_(
     tensor(18.)
     """
     update = check_update("root_update_", root, columns, decay, weight, None, compress, shrink, kind=LowRankRoot)
-    return root_step(update.overwriting(tol)).over(root)
+    root_step(update.overwriting(tol))
+    return root
 
 
-def root_step(update: Update) -> Updated:
+def root_step(update: Update) -> Any:
     """Compute `root_update` from checked arguments."""
     small, of_root, of_columns, left_out, added = update.truncated(unit=update.shrink)
     if update.shrink:
@@ -160,6 +159,7 @@ class Update(NamedTuple):
     compress: Compress = "eigh"
     shrink: bool = False
     in_place: bool = False
+    members: list[Rows] | None = None  # which rows are here of each factor of a list
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,15 +172,23 @@ class Update(NamedTuple):
         That takes one pass over F and A. By ``"eigh"`` the rotated columns are, with ``unit``, of unit length, and
         have the signs of the old ones.
         """
-        cross, own = self._inner_products()
+        if self.sparse:
+            columns = self.columns.double()
+            cross, own = self.coefficients(), (columns.mT @ columns).to_dense()
+        else:
+            cross, own = cross_gram(self.tall, self.columns)
         if self.rows is not WHOLE:
             cross, own = self.rows.totals(cross, own)
-        decay, weight = self._numbers(cross)
+        numbers: tuple[Any, Any] = self.decay, self.weight
+        is_free = reads_are_free(cross)
+        if self.compress == "cholesky" or not is_free or any(isinstance(number, Tensor) for number in numbers):
+            # What is launched takes tensors of the batch shape.
+            numbers = two_numbers(*numbers, torch.float64, cross.device, cross.shape[:-2])
         small, measure, r = self.poisoned(self.small), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
-            return root_core(small, cross, own, decay, weight, self.rank, self.tol, measure)
+            return root_core(small, cross, own, *numbers, self.rank, self.tol, measure)
         # On a CPU the decomposition may be in float64.
-        core, rows, scale = eigh_core(cross, own, small, decay, weight, rounded=not reads_are_free(cross))
+        core, rows, scale = eigh_core(cross, own, small, *numbers, rounded=not is_free)
         n = tall.rows(self.tall)
         values, rotation, left_out = leading_of(core, rows, scale, self.rank, self.dtype, self.tol, unit, n)
         added = None
@@ -189,23 +197,8 @@ class Update(NamedTuple):
             added = core.diagonal(dim1=-2, dim2=-1)[..., r:].clamp_min(0).sum(-1) * scale
         return values, rotation[..., :r, :], rotation[..., r:, :], left_out, added
 
-    def _numbers(self, cross: Tensor) -> tuple[Any, Any]:
-        """Return ρ and w as float64 tensors of the batch shape of C, or as numbers where nothing is launched."""
-        decay, weight = self.decay, self.weight
-        given = isinstance(decay, Tensor) or isinstance(weight, Tensor)
-        if not given and self.compress == "eigh" and reads_are_free(cross):
-            return decay, weight
-        return two_numbers(decay, weight, torch.float64, cross.device, cross.shape[:-2])
-
-    def _inner_products(self) -> tuple[Tensor, Tensor]:
-        """Return C = FᵀA and G = AᵀA in float64."""
-        if not self.sparse:
-            return cross_gram(self.tall, self.columns)
-        columns = self.columns.double()
-        return self.coefficients(), (columns.mT @ columns).to_dense()
-
     def coefficients(self) -> Tensor:
-        """Return C alone."""
+        """Return C = FᵀA alone, in float64."""
         if not self.sparse:
             return project(self.tall, self.columns).double()
         of_root: Tensor = self.columns.double().mT @ self.tall.double()
@@ -228,13 +221,23 @@ class Update(NamedTuple):
         rotate_(self.tall, self.columns, of_old, of_columns)
         return self.tall
 
-    def result(self, small: Tensor, basis: Tall, left_out: Tensor, added: Tensor | None) -> Updated:
-        """Return the updated factor, with the numbers of a tracked one carried along."""
-        if self.tracked is None or added is None:
-            return Updated(self.kind, small, basis, None, self.rows)
-        bound, trace = self.tracked
-        tracked = _carried(bound, self.decay, left_out), _carried(trace, self.decay, added)
-        return Updated(self.kind, small, basis, tracked, self.rows)
+    def result(self, small: Tensor, basis: Tall, left_out: Tensor, added: Tensor | None) -> Any:
+        """Return the updated factor, or those of a list, with the numbers of a tracked one carried along.
+
+        In place, what is small is written over that of the old factor, as the tall matrix is already.
+        """
+        tracked: tuple[Tensor, ...] = ()
+        if self.tracked is not None and added is not None:
+            bound, trace = self.tracked
+            tracked = _carried(bound, self.decay, left_out), _carried(trace, self.decay, added)
+        if self.in_place:
+            for old, new in zip((self.small, *(self.tracked or ())), (small, *tracked), strict=True):
+                old.copy_(new)
+            return None
+        if self.members is None:
+            return _factor(self.kind, small, basis, self.rows, *tracked)
+        each = zip(small, basis, self.members, *tracked, strict=True)
+        return [_factor(self.kind, *parts) for parts in each]
 
     def overwriting(self, tol: float) -> Update:
         """Check what overwriting the factor needs besides, and return the update with that tolerance."""
@@ -252,41 +255,13 @@ class Update(NamedTuple):
         return Update(**self._asdict() | {"tol": tol, "in_place": True})
 
 
-class Updated(NamedTuple):
-    """An updated factor, or a list of them with what is small stacked."""
-
-    kind: type[Any]
-    small: Tensor
-    tall: Tall
-    tracked: tuple[Tensor, ...] | None
-    rows: Rows
-
-    def as_new(self) -> Any:
-        """Return a factor, tracked if the old one was."""
-        kind, small, basis, tracked, rows = self
-        if rows is not WHOLE:
-            small, basis = rows.small_result(small), rows.tall_result(basis)
-            tracked = tracked and tuple(map(rows.small_result, tracked))
-        factor = of_parts(kind, small, basis)
-        return factor if tracked is None else Tracked(factor, *tracked)
-
-    def as_list(self, rows: Sequence[Rows]) -> list[Any]:
-        """Return the factors of a list, of which these rows are here."""
-        if self.rows is WHOLE:
-            factors = [of_parts(self.kind, *parts) for parts in zip(self.small, self.tall, strict=True)]
-            return factors if self.tracked is None else list(map(Tracked, factors, *self.tracked))
-        tracked = list(zip(*self.tracked, strict=True)) if self.tracked else [None] * len(self.small)
-        members = zip(self.small, self.tall, tracked, rows, strict=True)
-        return [Updated(self.kind, *member).as_new() for member in members]
-
-    def over(self, target: Target) -> Target:
-        """Write what is small over the tensors of the old factor, whose tall matrix is overwritten, and return that."""
-        small, _ = parts_of(target)
-        here(small).copy_(self.small)
-        if isinstance(target, Tracked) and self.tracked is not None:
-            for old, new in zip(target[1:], self.tracked, strict=True):
-                here(old).copy_(new)
-        return target
+def _factor(kind: type[Any], small: Tensor, basis: Tensor, rows: Rows, *tracked: Tensor) -> Any:
+    """Return a factor of which these rows are here, tracked if it has an error bound and a trace."""
+    if rows is not WHOLE:
+        small, basis = rows.small_result(small), rows.tall_result(basis)
+        tracked = tuple(map(rows.small_result, tracked))
+    factor = of_parts(kind, small, basis)
+    return Tracked(factor, *tracked) if tracked else factor
 
 
 def check_update(
@@ -363,6 +338,7 @@ def stack(updates: Sequence[Update]) -> Update:
         decay=decay,
         weight=weight,
         tracked=first.tracked and tuple(map(stacked, tracked)),
+        members=[update.rows for update in updates],
     )
 
 

@@ -16,7 +16,11 @@ def looped(signature: Signature, torch_form: Callable[..., Any]) -> Callable[...
 
     def call(*arguments: Any) -> Any:
         problems = signature.grouped_sizes(arguments)
-        apart = _apart(signature, arguments)
+        apart = list(arguments)
+        for operand in signature.operands:
+            if not operand.listed:
+                # One call of torch for all entries of a stack.
+                apart[operand.position] = arguments[operand.position].unbind()
         found = [torch_form(*_own_arguments(signature, apart, *each)) for each in enumerate(problems)]
         if not signature.results:
             return None
@@ -40,15 +44,6 @@ def looped_gradient(signature: Signature, backward: Callable[..., Sequence[Any]]
         return [_gathered_like(value, parts) for value, parts in zip(inputs, zip(*found, strict=True), strict=True)]
 
     return call
-
-
-def _apart(signature: Signature, arguments: Sequence[Any]) -> list[Any]:
-    """Return the arguments with each stack as a list of its entries, by one call of torch."""
-    apart = list(arguments)
-    for operand in signature.operands:
-        if not operand.listed:
-            apart[operand.position] = arguments[operand.position].unbind()
-    return apart
 
 
 def _own_arguments(signature: Signature, arguments: Sequence[Any], problem: int, sizes: dict[str, int]) -> list[Any]:

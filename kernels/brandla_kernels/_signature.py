@@ -121,7 +121,14 @@ class Signature:
         for own_name, own in ((name, tensor), (self.leader.name, leader)):
             if not isinstance(own, Tensor):
                 self._fail(TypeError, f"{own_name} must be a tensor; got {type(own).__name__}")
-        self._check_dtype(operand, name, tensor.dtype, leader.dtype)
+        dtype, leading = tensor.dtype, leader.dtype
+        allowed = {"Sum": (torch.float64,), "Data": _DATA}.get(operand.kind, _FULL)
+        if dtype not in allowed:
+            self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
+        # Half-precision data may meet a float32 factor, and where there is no factor, data may be anything.
+        free = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leading == torch.float32))
+        if dtype != leading and not free and operand.kind != "Sum":
+            self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leading}; got {dtype}")
         if tensor.device != leader.device:
             rule = f"{name} must be on the device of {self.leader.name}, {leader.device}"
             self._fail(ValueError, f"{rule}; got {tensor.device}")
@@ -131,15 +138,6 @@ class Signature:
         if operand.written and overlaps_itself(tensor):
             seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
-
-    def _check_dtype(self, operand: Operand, name: str, dtype: torch.dtype, leading: torch.dtype) -> None:
-        allowed = {"Sum": (torch.float64,), "Data": _DATA}.get(operand.kind, _FULL)
-        if dtype not in allowed:
-            self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
-        # Half-precision data may meet a float32 factor, and where there is no factor, data may be anything.
-        free = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leading == torch.float32))
-        if dtype != leading and not free and operand.kind != "Sum":
-            self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leading}; got {dtype}")
 
     def _matched(
         self, operand: Operand, name: str, tensor: Tensor, batch: tuple[int, ...], sizes: dict[str, int]

@@ -22,7 +22,7 @@ def nearest(arch: str) -> str | None:
     have no matrix units for float32 and float64, and the kernels would spill kilobytes a thread there.
     """
     if arch.startswith("sm_"):
-        older = [listed for listed in NVIDIA if _number(listed) <= _number(arch)]
+        older = [listed for listed in NVIDIA if int(listed[3:]) <= int(arch[3:])]
         return older[-1] if older else None
     arch = _SAME.get(arch, arch)
     return arch if arch in AMD else None
@@ -43,7 +43,3 @@ def in_words(arch: str) -> str:
     if tiles is None:
         return f"{arch}: no kernels, torch forms"
     return f"{arch}: compiled for it" if tiles == arch else f"{arch}: tiles of {tiles}, the nearest compiled for"
-
-
-def _number(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))

@@ -45,10 +45,11 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     """
     equilibrated, inverse_scale, identity = _equilibrated(gram, scale)
     if reads_are_free(gram):
-        inverse, stands_out = _factor_all(equilibrated, identity, threshold)
-        if stands_out:
+        _, inverse, info, stands_out = _factored(equilibrated, identity, threshold)
+        if ((info == 0).all() & stands_out.all()).item():
+            # None has to go.
             return inverse.mT * inverse_scale[..., :, None], torch.ones_like(scale, dtype=torch.bool)
-    shifted, live = _shifted(equilibrated, identity, threshold)
+    shifted, _, _, live = _factored(equilibrated + (threshold / 4) * identity, identity, threshold)
     kept = live.to(gram.dtype)
     masked = equilibrated * kept[..., :, None] * kept[..., None, :] + torch.diag_embed(1 - kept)
     factor, info = torch.linalg.cholesky_ex(masked)
@@ -64,7 +65,7 @@ def live_columns(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
     if not reads_are_free(gram):
         return cholesky_inverse_core(gram, scale, threshold)[1]
     equilibrated, _, identity = _equilibrated(gram, scale)
-    return _shifted(equilibrated, identity, threshold)[1]
+    return _factored(equilibrated + (threshold / 4) * identity, identity, threshold)[-1]
 
 
 def _equilibrated(gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,22 +75,12 @@ def _equilibrated(gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return equilibrated, inverse_scale, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
 
 
-def _shifted(equilibrated: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Factor E + δI, and say which columns stand out of the noise."""
-    shifted = torch.linalg.cholesky_ex(equilibrated + (threshold / 4) * identity).L
-    return shifted, _growth(torch.linalg.solve_triangular(shifted, identity, upper=False)) * threshold < 1
-
-
-def _factor_all(equilibrated: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, bool]:
-    """Invert the factor of the whole matrix, and say whether every column stands out, so that none has to go."""
-    factor, info = torch.linalg.cholesky_ex(equilibrated)
+def _factored(matrix: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the factor, its inverse, 0 if there is one, and which columns stand out of the noise."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse, bool((info == 0).all() & (_growth(inverse) * threshold < 1).all())
-
-
-def _growth(inverse: Tensor) -> Tensor:
-    """Squared norms of the rows of an inverse factor: (1 + ‖c‖²) / pivot of each column."""
-    return inverse.square().sum(-1)
+    # Squared norms of the rows of the inverse are (1 + ‖c‖²) / pivot.
+    return factor, inverse, info, inverse.square().sum(-1) * threshold < 1
 
 
 @cholesky_inverse_core.gradient

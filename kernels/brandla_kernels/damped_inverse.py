@@ -93,15 +93,17 @@ def damped_cholesky(gram: Tensor, damping: float | Tensor) -> Tensor:
 
 
 @damped_inverse.gradient
-def _gradient(inputs: Sequence[Tensor], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
-    of_side, of_rhs = _gradient_of(inputs[:4], inputs[4], gradients[0])
-    return *of_side, of_rhs
+def _gradient(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    *side, rhs = inputs
+    given = coefficients(*side)
+    *found, of_rhs = damped_apply_gradient(side[0], *given, rhs, gradients[0])
+    return *_of_side(side, given, found), of_rhs
 
 
 @pair_damped_inverse.gradient
-def _pair_gradient(inputs: Sequence[Tensor], gradients: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    of_left, of_first = _gradient_of(inputs[:4], inputs[8], gradients[0])
-    of_right, of_second = _gradient_of(inputs[4:8], inputs[9], gradients[1])
+def _pair_gradient(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    *of_left, of_first = _gradient((*inputs[:4], inputs[8]), gradients[:1])
+    *of_right, of_second = _gradient((*inputs[4:8], inputs[9]), gradients[1:])
     return *of_left, *of_right, of_first, of_second
 
 
@@ -111,13 +113,6 @@ def _kron_gradient(inputs: Sequence[Tensor], gradients: tuple[Tensor]) -> tuple[
     of_left, of_right = coefficients(*left), coefficients(*right)
     found = kron_damped_apply_gradient((left[0], *of_left, right[0], *of_right, matrix), gradients[0])
     return *_of_side(left, of_left, found[:3]), *_of_side(right, of_right, found[3:6]), found[6]
-
-
-def _gradient_of(side: Sequence[Tensor], rhs: Tensor, gradient: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return gradients with respect to U, d or S, λ and τ, and to V."""
-    given = coefficients(*side)
-    *found, of_rhs = damped_apply_gradient(side[0], *given, rhs, gradient)
-    return _of_side(side, given, found), of_rhs
 
 
 def _of_side(side: Sequence[Tensor], given: tuple[Tensor, Tensor], found: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -61,10 +61,14 @@ def eigh_core(
     dtype = gram.dtype if rounded else core.dtype
     diagonal, limits = core.diagonal(dim1=-2, dim2=-1), torch.finfo(gram.dtype)
     largest = diagonal.detach().amax(-1) if core.shape[-1] else diagonal.sum(-1)
-    near = _power_of_two(largest)
-    if _is_plain(core, diagonal, limits):
-        divisor = near[..., None, None]
-        return (core / divisor if core.requires_grad else core.div_(divisor)).to(dtype), rows, near
+    # The least power of two above it.
+    near = largest / torch.frexp(largest).mantissa
+    if core.numel() and reads_are_free(core):
+        least, most = (extreme.item() for extreme in diagonal.aminmax())
+        # It is finite and well in range, and has no empty coordinate.
+        if least >= TINY and most <= limits.max / core.shape[-1] and math.isfinite(core.sum().item()):
+            divisor = near[..., None, None]
+            return (core / divisor if core.requires_grad else core.div_(divisor)).to(dtype), rows, near
     # No comparison with NaN holds.
     finite = torch.isfinite(core.sum((-2, -1))) & (diagonal.detach().sum(-1) <= limits.max)
     holds = finite & (largest >= TINY)
@@ -100,19 +104,6 @@ def _filled(number: float | Tensor, shape: torch.Size, like: Tensor) -> Tensor:
     if isinstance(number, Tensor):
         return number.sqrt()[..., None].expand(shape)
     return like.new_full(shape, math.sqrt(number))
-
-
-def _power_of_two(numbers: Tensor) -> Tensor:
-    """Return the least power of two above each."""
-    return numbers / torch.frexp(numbers).mantissa
-
-
-def _is_plain(core: Tensor, diagonal: Tensor, limits: torch.finfo) -> bool:
-    """Say, if a look is free, whether a core is finite and well in range, and has no empty coordinate."""
-    if not reads_are_free(core) or not core.numel():
-        return False
-    least, most = (extreme.item() for extreme in diagonal.aminmax())
-    return least >= TINY and most <= limits.max / core.shape[-1] and math.isfinite(core.sum().item())
 
 
 eigh_core.gradient(recomputed(eigh_core, 5))

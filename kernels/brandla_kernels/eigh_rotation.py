@@ -50,7 +50,10 @@ def eigh_rotation(
     dtype, start = levels.dtype, levels.shape[-1] - rank
     kept, turn = levels[..., start:].flip(-1), vectors[..., start:].flip(-1)
     left_out = levels[..., start - 1] if start else 0 * levels.sum(-1)
-    all_above = rank == 0 or _all_above(levels, start, tol, unit)
+    all_above = rank == 0
+    if rank and levels.numel() and reads_are_free(levels):
+        bound = tol * levels[..., -1].amax().item() if tol or unit else EMPTY / 2
+        all_above = levels[..., start].amin().item() > bound
     if not all_above:
         least = tol * kept[..., :1] if tol or unit else EMPTY / 2
         alive = ~(kept <= least)
@@ -62,14 +65,6 @@ def eigh_rotation(
         squares = values if all_above else torch.where(values > 0, values, math.inf)
         turn = turn * squares.rsqrt().copysign(turn.diagonal(dim1=-2, dim2=-1).detach())[..., None, :]
     return values.to(dtype), (turn * rows[..., :, None]).to(dtype), (left_out.clamp_min(0) * scale).to(dtype)
-
-
-def _all_above(levels: Tensor, start: int, tol: float, unit: bool) -> bool:
-    """Say, if a look is free, whether no value of those kept is to go."""
-    if not reads_are_free(levels) or not levels.numel():
-        return False
-    smallest = levels[..., start].amin().item()
-    return smallest > (tol * levels[..., -1].amax().item() if tol or unit else EMPTY / 2)
 
 
 eigh_rotation.gradient(recomputed(eigh_rotation, 4))

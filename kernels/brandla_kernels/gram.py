@@ -83,11 +83,6 @@ def _gram_of_slab(slab: Tensor) -> Tensor:
     return gram
 
 
-@gram.gradient
-def _gradient(inputs: tuple[Tensor], gradients: tuple[Tensor]) -> tuple[Tensor]:
-    return (gram_gradient(inputs[0], gradients[0]),)
-
-
 def gram_gradient(panel: Tensor, gradient: Tensor) -> Tensor:
     """Gradient with respect to P of a function whose gradient with respect to PᵀP is given."""
     return panel @ (gradient + gradient.mT).to(panel.dtype)
@@ -99,4 +94,5 @@ def rounded_gram(panel: Tensor) -> Tensor:
     return sum_of_slabs(panel, panel, panel.dtype)
 
 
-rounded_gram.gradient(_gradient)
+for each in (gram, rounded_gram):
+    each.gradient(lambda inputs, gradients: (gram_gradient(*inputs, *gradients),))

@@ -18,19 +18,17 @@ def cost(n: int, r: int, k: int, s: int, itemsize: int = 4) -> Cost:
     return Cost(flops=2 * n * (r + k) * s, bytes=itemsize * (n * r + n * k + n * s + (r + k) * s))
 
 
-def rotate_torch(basis: Tensor, panel: Tensor, basis_rotation: Tensor, panel_rotation: Tensor) -> Tensor:
+@op(
+    "rotate(Tall[n,r] basis, Tall[n,k] panel, Small[r,s] basis_rotation, Small[k,s] panel_rotation) -> Tall[n,s]",
+    cost,
+    "tall_product.rotate",
+)
+def rotate(basis: Tensor, panel: Tensor, basis_rotation: Tensor, panel_rotation: Tensor) -> Tensor:
     """Return ``basis @ basis_rotation + panel @ panel_rotation``."""
     rotated = basis @ basis_rotation
     if rotated.ndim == 2 and not rotated.requires_grad and not is_mapped(rotated):
         return rotated.addmm_(panel, panel_rotation)
     return rotated + panel @ panel_rotation
-
-
-rotate = op(
-    "rotate(Tall[n,r] basis, Tall[n,k] panel, Small[r,s] basis_rotation, Small[k,s] panel_rotation) -> Tall[n,s]",
-    cost,
-    "tall_product.rotate",
-)(rotate_torch)
 
 
 @op(
@@ -42,7 +40,7 @@ def rotate_(basis: Tensor, panel: Tensor, basis_rotation: Tensor, panel_rotation
     """Overwrite ``basis`` with ``basis @ basis_rotation + panel @ panel_rotation``, a slab of rows at a time."""
     slabs = zip(basis.split(ROWS_AT_A_TIME, dim=-2), panel.split(ROWS_AT_A_TIME, dim=-2), strict=True)
     for old, new in slabs:
-        old.copy_(rotate_torch(old, new, basis_rotation, panel_rotation))
+        old.copy_(rotate.torch_form(old, new, basis_rotation, panel_rotation))
 
 
 @rotate.gradient

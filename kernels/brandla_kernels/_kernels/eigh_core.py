@@ -136,12 +136,8 @@ def eigh_core(
     core = (gram if rounded else own).new_empty(*batch, r + k, r + k)
     rows, scale = own.new_empty(*batch, r + k), own.new_empty(batch)
     diagonal = gram.ndim < own.ndim
-    operands = arrange(
-        {
-            "gram": gram[..., None] if diagonal else gram, "cross": cross, "own": own,
-            "decay": decay.view(*decay.shape, 1, 1), "weight": weight.view(*weight.shape, 1, 1),
-        }
-    )  # fmt: skip
+    numbers = {"decay": decay[..., None, None], "weight": weight[..., None, None]}
+    operands = arrange({"gram": gram[..., None] if diagonal else gram, "cross": cross, "own": own, **numbers})
     arguments = operands.arguments | {
         "core_ptr": core, "rows_ptr": rows, "scale_ptr": scale, "r": r, "k": k,
         "most": limits.max, "DIAGONAL": diagonal,

@@ -10,7 +10,7 @@ launch arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -26,9 +26,6 @@ from brandla_kernels._signature import Matrices
 # Triton compares each of those at every launch, for a microsecond.
 Layout: TypeAlias = Literal["batch", "list", "list_rows", "list_columns"]
 _ALIGNED = 16
-
-# What a table says of a matrix: pointer, row stride, column stride, rows, columns.
-Entry: TypeAlias = tuple[int, ...]
 
 # Host copies of tables that captured graphs read again at every replay.
 _captured: list[Tensor] = []
@@ -57,15 +54,23 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
         return arrange(_as_lists(matrices))
     counts = {name: len(one) if isinstance(one, list) else math.prod(one.shape[:-2]) for name, one in given.items()}
     count = max(counts.values(), default=1)
-    arguments: dict[str, Any] = {"table_ptr": _table(matrices.values(), count) if listed else None}
+    entries = {name: _entries(matrix) for name, matrix in given.items()}
+    layouts = {name: _layout(own) for name, own in entries.items()}
+    table: Tensor | None = None
+    if listed:
+        # What is no list has a blank entry.
+        blank = [(0,) * 5] * count
+        places = [entries[name] if isinstance(matrix, list) else blank for name, matrix in matrices.items()]
+        table = torch.tensor(list(zip(*places, strict=True)), dtype=torch.int64, device="cpu")
+    arguments: dict[str, Any] = {"table_ptr": table}
     for name, matrix in matrices.items():
         apart, *inner = strides.get(name) or (0, 0, 0)
         arguments |= {
             f"{name}_ptr": matrix[0] if isinstance(matrix, list) else matrix,
             f"{name}_strides": (apart if counts.get(name) == count else 0, *inner),
-            f"{name.upper()}_LAYOUT": _layout(_entries(matrix)) if isinstance(matrix, list) else "batch",
+            f"{name.upper()}_LAYOUT": layouts[name] if isinstance(matrix, list) else "batch",
         }
-    return Operands(count, arguments, all(_layout(_entries(one)) == "list_rows" for one in given.values()))
+    return Operands(count, arguments, all(layout == "list_rows" for layout in layouts.values()))
 
 
 def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
@@ -133,16 +138,10 @@ def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | N
     return {name: lists[name] * (count // len(lists[name])) if name in lists else None for name in matrices}
 
 
-def _entries(matrices: Matrices) -> list[Entry]:
-    """Return what a table says of the matrices of a list, or of the first of a batch."""
+def _entries(matrices: Matrices) -> list[tuple[int, ...]]:
+    """Return pointer, row stride, column stride, rows and columns of the matrices of a list, or of a whole batch."""
     each = [matrices] if isinstance(matrices, Tensor) else matrices
     return [(one.data_ptr(), *one.stride()[-2:], *one.shape[-2:]) for one in each]
-
-
-def _table(matrices: Iterable[Matrices | None], count: int) -> Tensor:
-    """Return the table of ``count`` problems, on the host; what is no list has a blank entry."""
-    columns = [_entries(one) if isinstance(one, list) else [(0,) * 5] * count for one in matrices]
-    return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64, device="cpu")
 
 
 def uploaded(table: Tensor, device: torch.device) -> Tensor:
@@ -155,7 +154,7 @@ def uploaded(table: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _layout(entries: list[Entry]) -> Layout:
+def _layout(entries: list[tuple[int, ...]]) -> Layout:
     """Return how matrices of a list lie: all in aligned rows, all in aligned columns, or anyhow."""
     in_rows = in_columns = True
     for pointer, row_stride, column_stride, rows, columns in entries:

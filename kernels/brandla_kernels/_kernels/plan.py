@@ -98,7 +98,11 @@ class _Step:
         if shaped:
             given |= {name: given[name].as_strided(*view) for name, view in self.views.items()}
         if self.table is not None:
-            given["table_ptr"] = written(self.table, addresses)
+            shape, known = self.table.shape, [*addresses, 0]
+            numbers = array("q", self.table.numbers)
+            numbers[:: shape[-1]] = array("q", [known[place] for place in self.table.places])
+            # In place of torch.tensor, which looks at each number.
+            given["table_ptr"] = torch.frombuffer(numbers, dtype=torch.int64).view(shape)
         return given
 
 
@@ -108,14 +112,6 @@ class _Table(NamedTuple):
     numbers: array[int]  # with addresses of an earlier call
     shape: torch.Size
     places: list[int]
-
-
-def written(table: _Table, addresses: Sequence[int]) -> Tensor:
-    """Return a table with these addresses, on the host."""
-    numbers, known = array("q", table.numbers), [*addresses, 0]
-    numbers[:: table.shape[-1]] = array("q", [known[place] for place in table.places])
-    # In place of torch.tensor, which looks at each number.
-    return torch.frombuffer(numbers, dtype=torch.int64).view(table.shape)
 
 
 class Plan(NamedTuple):
@@ -154,7 +150,7 @@ def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan
     try:
         steps = [_step(each, places, tensors) for each in launches]
         # Torch reads these arguments in half the time that those of torch.empty take.
-        memory = [
+        memory: list[Callable[[], Tensor]] = [
             partial(torch.empty_strided, one.shape, one.stride(), dtype=one.dtype, device=one.device)
             for one in watch.memory
         ]
@@ -165,11 +161,11 @@ def _planned(launch: Callable[..., Any], args: Any, given: list[Tensor]) -> Plan
 
 
 def _step(launch: Launch, places: Mapping[int, int], tensors: Sequence[Tensor]) -> _Step:
-    given, written_anew = launch.given, None
+    given, rewritten = launch.given, None
     if (table := given.get("table_ptr")) is not None:
         numbers, width = array("q", table.flatten().tolist()), table.shape[-1]
         addressed = [places[address] if address else -1 for address in numbers[::width]]
-        written_anew = _Table(numbers, table.shape, addressed)
+        rewritten = _Table(numbers, table.shape, addressed)
     own = {name: one for name, one in given.items() if isinstance(one, Tensor) and one is not table}
     constants = Launch(launch.kernel, launch.grid, given | dict.fromkeys(own), launch.config)
     own_places = {name: places[one.data_ptr()] for name, one in own.items()}
@@ -178,4 +174,4 @@ def _step(launch: Launch, places: Mapping[int, int], tensors: Sequence[Tensor]) 
         for name, place in own_places.items()
         if own[name].shape != tensors[place].shape
     }
-    return _Step(constants, own_places, views, written_anew)
+    return _Step(constants, own_places, views, rewritten)

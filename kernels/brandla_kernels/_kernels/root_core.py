@@ -425,12 +425,8 @@ def root_core(
     m = r + k
     small, of_root, of_columns = (gram.new_empty(*batch, rows, s) for rows in (s, r, k))
     left_out, added = gram.new_empty(batch), gram.new_empty(batch)
-    operands = arrange(
-        {
-            "gram": gram, "cross": cross, "own": own,
-            "decay": decay.view(*decay.shape, 1, 1), "weight": weight.view(*weight.shape, 1, 1),
-        }
-    )  # fmt: skip
+    numbers = {"decay": decay[..., None, None], "weight": weight[..., None, None]}
+    operands = arrange({"gram": gram, "cross": cross, "own": own, **numbers})
     target = launch.target_of(gram)
     config, dtype = configs.root_core(target, m), launch.core_dtype(target, gram.dtype)
     block, problems, info = config.blocks["BLOCK"], math.prod(batch), torch.finfo(gram.dtype)

@@ -24,9 +24,8 @@ from brandla_kernels._kernels import configs
 from brandla_kernels._kernels.inner_product import sum_parts
 from brandla_kernels._kernels.launch import Target, counted, start, target_of, triton_dtype
 from brandla_kernels._kernels.matrices import aligned, arrange, load_tile, matrix_of, place_of, store_tile, stretch_of
-from brandla_kernels._signature import Matrices
 from brandla_kernels.sketch import COLUMNS_PER_CALL, ROWS_PER_CALL, STREAM, check_call, cost
-from brandla_kernels.tall import columns, dtype_of, rows
+from brandla_kernels.tall import Tall, columns, dtype_of, each, rows
 
 _ROWS = tl.constexpr(ROWS_PER_CALL)
 _COLUMNS = tl.constexpr(COLUMNS_PER_CALL)
@@ -106,7 +105,7 @@ def sketch_kernel(
     store_tile((out[0] + split.to(tl.int64) * split_stride, width, 1, x[3], width), row, column, total)
 
 
-def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matrices:
+def sketch(matrix: Tall, seed: Tensor, width: int, problem: int = 0) -> Tall:
     """Return X Ω with the Ω that `brandla_kernels.signs` draws from ``seed``, in float32 for half-precision X.
 
     ``problem`` is the index of the first problem.
@@ -116,30 +115,24 @@ def sketch(matrix: Matrices, seed: Tensor, width: int, problem: int = 0) -> Matr
     target = target_of(matrix)
     config = configs.sketch(target, dtype_of(matrix), width, aligned(matrix))
     tiles = configs.tiles(rows(matrix), config.blocks["BLOCK_M"]) * configs.tiles(width, config.blocks["BLOCK_W"])
-
-    def launch(out: Matrices, splits: int) -> None:
-        operands = arrange({"out": out, "x": matrix})
-        compute, unit, cut = _units(target, dtype_of(matrix))
-        arguments = operands.arguments | {
-            "seed_ptr": seed, "m": rows(matrix), "n": columns(matrix), "width": width, "first_problem": problem,
-            "split_stride": rows(matrix) * width, "SPLITS": splits,
-            "COMPUTE": triton_dtype(compute), "UNIT": triton_dtype(unit), "CUT": cut,
-        }  # fmt: skip
-        start(sketch_kernel, (operands.problems * splits * tiles,), arguments, config)
-
-    if isinstance(matrix, list):
-        listed = [one.new_empty(one.shape[0], width, dtype=dtype) for one in matrix]
-        launch(listed, 1)
-        return listed
-    out = matrix.new_empty(*matrix.shape[:-1], width, dtype=dtype)
-    problems = math.prod(matrix.shape[:-2])
-    splits = configs.splits(target, configs.tiles(columns(matrix), config.blocks["BLOCK_N"]), tiles * problems)
-    if splits == 1:
-        launch(out, 1)
-    else:
-        # The first stretch of each problem, and the others behind it.
-        parts = out.new_empty(problems, splits, rows(matrix), width)
-        launch(parts[:, 0], splits)
+    out = each(lambda one: one.new_empty(*one.shape[:-1], width, dtype=dtype), matrix)
+    splits, first = 1, out
+    if isinstance(matrix, Tensor):
+        problems, steps = math.prod(matrix.shape[:-2]), configs.tiles(columns(matrix), config.blocks["BLOCK_N"])
+        splits = configs.splits(target, steps, tiles * problems)
+        if splits > 1:
+            # The first stretch of each problem, and the others behind it.
+            parts = out.new_empty(problems, splits, rows(matrix), width)
+            first = parts[:, 0]
+    operands = arrange({"out": first, "x": matrix})
+    compute, unit, cut = _units(target, dtype_of(matrix))
+    arguments = operands.arguments | {
+        "seed_ptr": seed, "m": rows(matrix), "n": columns(matrix), "width": width, "first_problem": problem,
+        "split_stride": rows(matrix) * width, "SPLITS": splits,
+        "COMPUTE": triton_dtype(compute), "UNIT": triton_dtype(unit), "CUT": cut,
+    }  # fmt: skip
+    start(sketch_kernel, (operands.problems * splits * tiles,), arguments, config)
+    if splits > 1:
         sum_parts(parts, out)
     return out
 

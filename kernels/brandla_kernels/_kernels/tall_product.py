@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -22,17 +22,14 @@ from brandla_kernels._kernels.launch import Launch, counted, products_in, start,
 from brandla_kernels._kernels.matrices import add_product, arrange, load_tile, matrix_of, store_tile
 from brandla_kernels._signature import Matrices
 from brandla_kernels.rotate import ROWS_AT_A_TIME, cost
-from brandla_kernels.tall import columns, dtype_of, rows
+from brandla_kernels.tall import Tall, columns, dtype_of, rows
 
 # Parts that a basis is overwritten in: launches, against the size of the temporary.
 _SLABS = 4
 
 
-class Term(NamedTuple):
-    """X Y: a tall matrix times a small one."""
-
-    tall: Matrices
-    small: Matrices
+# X Y: a tall matrix times a small one.
+Term: TypeAlias = tuple[Matrices, Matrices]
 
 
 def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
@@ -124,14 +121,14 @@ def _new_out(terms: list[Term], like: Matrices | None) -> Matrices:
     return tall.new_empty(*batch, tall.shape[-2], columns(small))
 
 
-def rotate(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rotation: Tensor) -> Matrices:
+def rotate(basis: Tall, panel: Tall, basis_rotation: Tensor, panel_rotation: Tensor) -> Tall:
     """Return U W₁ + P W₂."""
-    return tall_product([Term(basis, basis_rotation), Term(panel, panel_rotation)])
+    return tall_product([(basis, basis_rotation), (panel, panel_rotation)])
 
 
 def rotate_(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rotation: Tensor) -> None:
     """Overwrite U with U W₁ + P W₂: in place where a tile is as wide as U, else a list at once, a matrix in slabs."""
-    terms = [Term(basis, basis_rotation), Term(panel, panel_rotation)]
+    terms: list[Term] = [(basis, basis_rotation), (panel, panel_rotation)]
     in_place = _launch(terms, basis)
     if in_place.config.blocks["BLOCK_S"] >= columns(basis):
         start(*in_place)
@@ -143,4 +140,4 @@ def rotate_(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rota
         assert isinstance(panel, Tensor)
         slab = max(ROWS_AT_A_TIME, configs.tiles(basis.shape[-2], _SLABS))
         for old, new in zip(basis.split(slab, dim=-2), panel.split(slab, dim=-2), strict=True):
-            old.copy_(tall_product([Term(old, basis_rotation), Term(new, panel_rotation)]))  # type: ignore[arg-type]
+            old.copy_(rotate(old, new, basis_rotation, panel_rotation))
