@@ -45,16 +45,21 @@ def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
     return middle @ coefficients
 
 
+def transposed_middle(basis: Tensor, middle: Tensor) -> Tensor:
+    """Return Zᵀ, of a diagonal Z itself."""
+    return middle if middle.ndim < basis.ndim else middle.mT
+
+
 def damped_apply_gradient(
     basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to U, Z, β and V, from that with respect to Y; Z is its own transpose."""
+    """Gradients with respect to U, Z, β and V, from that with respect to Y."""
     scaled = scale[..., None, None] * gradient
     coefficients, pulled = inner_product(basis, rhs), inner_product(basis, gradient)
     turned = apply_middle(basis, middle, coefficients)
     of_scale = (gradient * rhs).sum((-2, -1)) + (pulled * turned).sum((-2, -1))
     pulled = scale[..., None, None] * pulled
-    inner = apply_middle(basis, middle, pulled)
+    inner = apply_middle(basis, transposed_middle(basis, middle), pulled)
     of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT
     return scaled @ turned.mT + rhs @ inner.mT, of_middle, of_scale, scaled + basis @ inner
 

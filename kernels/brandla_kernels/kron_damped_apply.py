@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from brandla_kernels._op import Cost, op
-from brandla_kernels.damped_apply import apply_middle, damped_apply, damped_apply_gradient, scaled_sum
+from brandla_kernels.damped_apply import (
+    apply_middle,
+    damped_apply,
+    damped_apply_gradient,
+    scaled_sum,
+    transposed_middle,
+)
 
 
 def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> Cost:
@@ -55,7 +61,8 @@ def kron_damped_apply_gradient(inputs: tuple[Tensor, ...], gradient: Tensor) -> 
     from_right = apply(*right, matrix.mT).mT
     *of_left, of_matrix = damped_apply_gradient(*left, from_right, gradient)
     *of_right, _ = damped_apply_gradient(*right, apply(*left, matrix).mT, gradient.mT)
-    return *of_left, *of_right, apply(*right, of_matrix.mT).mT
+    basis, middle, scale = right
+    return *of_left, *of_right, apply(basis, transposed_middle(basis, middle), scale, of_matrix.mT).mT
 
 
 kron_damped_apply.gradient(lambda inputs, gradients: kron_damped_apply_gradient(inputs, *gradients))
