@@ -50,11 +50,6 @@ class Spectral(NamedTuple):
     norm: Tensor
     direction: Tensor
 
-    def divisors(self, clip: float, weights: int) -> list[Tensor]:
-        """Return max(1, norm / clip) of each of the ``weights`` that a layer's groups are, or of all groups in one."""
-        norms = self.norm.reshape(weights, -1).amax(-1)
-        return list((norms / clip).clamp_min(1).unbind())
-
 
 def spectral(steps: Sequence[Gradient], known: Sequence[Tensor | None], seed: int) -> list[Spectral]:
     """Estimate spectral norms from below, with no sync: from the directions of the last steps, and from random signs.

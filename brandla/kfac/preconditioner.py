@@ -218,7 +218,9 @@ class KFAC:
         if not self._takes_curvature:
             self._recorder.terms["loss"] = Terms(fisher.number(outputs, loss, weights))
         elif any("curvature" in layer.capture.wanted for layer in self._layers):
-            fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
+            # Apart from the seeds of factors, and for every call and process: counted as if one process made all calls.
+            seed = self._seed + 65_536 - (self._curvatures * self._replicas.world + self._replicas.rank)
+            fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
             self._curvatures += 1
 
     def mask(self, valid: Tensor | None) -> None:
@@ -273,7 +275,14 @@ class KFAC:
             layer.begin()
         captured = is_captured()
         if captured:
-            self._check_captured(working)
+            options = {
+                "scaler": self._scaler is not None,
+                "several processes": self._replicas.several,
+                f"curvature={self.options.curvature!r}": self._takes_curvature,
+                "Adaptive damping": self._adapted is not None,
+                "clip_by='spectral'": self.options.clip_by == "spectral",
+            }
+            check_capture(options, {layer.name: layer.curvature for layer in working if layer.has_gradient})
         keeping = in_place([layer.curvature for layer in working]) if captured else nullcontext()
         with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]), keeping:
             layers = [layer for layer in working if layer.has_gradient]
@@ -557,31 +566,14 @@ class KFAC:
             divisors = []
             norms = spectral(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
-                divisors += own.divisors(clip, layer.kind.weights)
+                # Of each of the weights that a layer's groups are, or of all groups in one.
+                divisors += (own.norm.reshape(layer.kind.weights, -1).amax(-1) / clip).clamp_min(1).unbind()
                 layer.direction = own.direction
         written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
         place(written)
         if clip is not None and by == "rms":
             divisors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, divisors)
-
-    def _check_captured(self, layers: Sequence[Layer]) -> None:
-        """Check that a CUDA graph can hold the step."""
-        options = self.options
-        given = {
-            "scaler": self._scaler is not None,
-            "several processes": self._replicas.several,
-            f"curvature={options.curvature!r}": self._takes_curvature,
-            "Adaptive damping": self._adapted is not None,
-            "clip_by='spectral'": options.clip_by == "spectral",
-        }
-        if found := [name for name, is_given in given.items() if is_given]:
-            rule = (
-                "a CUDA graph can capture the step of one process, with the defaults of scaler, curvature and clip_by"
-            )
-            message = f"KFAC.step: {rule}, and a fixed damping; got {found[0]}"
-            raise RuntimeError(message)
-        check_capture({layer.name: layer.curvature for layer in layers if layer.has_gradient})
 
     def _check_alone(self) -> None:
         """Check that no other process waits for the gradients that autograd does not form."""
@@ -615,14 +607,6 @@ class KFAC:
     def _seed(self) -> int:
         """Apart for every step and factor, and the same when training continues from a checkpoint."""
         return (self.options.seed * 1_000_003 + self._steps) * 65_537
-
-    @property
-    def _draw(self) -> int:
-        """The seed of the next call of `curvature`: apart from those of factors, and for every call and process.
-
-        Calls are counted in the order in which one process would make those of all.
-        """
-        return self._seed + 65_536 - (self._curvatures * self._replicas.world + self._replicas.rank)
 
     @property
     def _takes_curvature(self) -> bool:

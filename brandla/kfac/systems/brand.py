@@ -99,8 +99,8 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, now: Now) -> lis
     """
     # Ω, or the seed of it.
     drawn: dict[Hashable, Tensor] = {}
-    found = []
-    for absorption in absorptions:
+    found = list(absorptions)
+    for index, absorption in enumerate(absorptions):
         columns, k = absorption.columns, absorption.columns.shape[-1]
         basis = absorption.state["root" if "root" in absorption.state else "eigenvectors"]
         width = sketch_width(basis.shape[-1], k) if sketch == "auto" else sketch
@@ -113,8 +113,7 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, now: Now) -> lis
                     seed += now.replays
                 drawn[key] = seed if is_inside else signs(seed, k, width, dtype=columns.dtype)
             product = matrix_sketch(columns, drawn[key], width) if is_inside else columns @ drawn[key]
-            absorption = absorption._replace(columns=product, weight=absorption.weight / width)
-        found.append(absorption)
+            found[index] = absorption._replace(columns=product, weight=absorption.weight / width)
     return found
 
 
