@@ -103,12 +103,11 @@ def place(steps: Sequence[Sequence[Written]]) -> None:
 
 
 def finish(steps: Sequence[Sequence[Written]], divisors: Sequence[Tensor] | None) -> None:
-    """Divide the steps that were placed, and write those for gradients of less precision, divided."""
+    """Divide the steps, and write those that were not placed, for gradients of less precision."""
     parts = [part for step in steps for part in step]
-    each = None if divisors is None else [own for step, own in zip(steps, divisors, strict=True) for _ in step]
-    inside = [index for index, part in enumerate(parts) if part.step is part.gradient]
-    if each is not None and inside:
-        torch._foreach_div_([parts[index].step for index in inside], [each[index] for index in inside])
-    for index, part in enumerate(parts):
+    if divisors is not None and parts:
+        each = [own for step, own in zip(steps, divisors, strict=True) for _ in step]
+        torch._foreach_div_([part.step for part in parts], each)
+    for part in parts:
         if part.step is not part.gradient:
-            part.gradient.copy_(part.step if each is None else part.step / each[index])
+            part.gradient.copy_(part.step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NoReturn, cast
 from weakref import finalize
 
@@ -273,18 +273,8 @@ class KFAC:
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
-        captured = is_captured()
-        if captured:
-            options = {
-                "scaler": self._scaler is not None,
-                "several processes": self._replicas.several,
-                f"curvature={self.options.curvature!r}": self._takes_curvature,
-                "Adaptive damping": self._adapted is not None,
-                "clip_by='spectral'": self.options.clip_by == "spectral",
-            }
-            check_capture(options, {layer.name: layer.curvature for layer in working if layer.has_gradient})
-        keeping = in_place([layer.curvature for layer in working]) if captured else nullcontext()
-        with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]), keeping:
+        parts = [part for layer in working for part in (layer.weight, layer.bias)]
+        with whole_gradients(parts), self._as_captured(working):
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
@@ -297,7 +287,7 @@ class KFAC:
         self._steps += 1
         self._choose_captures()
         self._mistakes.tell_of_layers(self._layers, unseen)
-        if not captured:
+        if not is_captured():
             self._mistakes.tell_what_came()
 
     def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
@@ -574,6 +564,20 @@ class KFAC:
         if clip is not None and by == "rms":
             divisors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, divisors)
+
+    def _as_captured(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
+        """Where a CUDA graph is captured, check that it can hold the step, and keep the tensors that replays read."""
+        if not is_captured():
+            return nullcontext()
+        options = {
+            "scaler": self._scaler is not None,
+            "several processes": self._replicas.several,
+            f"curvature={self.options.curvature!r}": self._takes_curvature,
+            "Adaptive damping": self._adapted is not None,
+            "clip_by='spectral'": self.options.clip_by == "spectral",
+        }
+        check_capture(options, {layer.name: layer.curvature for layer in layers if layer.has_gradient})
+        return in_place([layer.curvature for layer in layers])
 
     def _check_alone(self) -> None:
         """Check that no other process waits for the gradients that autograd does not form."""

@@ -41,11 +41,7 @@ class BrandForm(FactorStrategy):
     def update(
         self, absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress, now: Now
     ) -> None:
-        """Take columns into the low-rank forms of the states, all of one kind, by Brand's update.
-
-        M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a
-        total.
-        """
+        """Update the low-rank forms of the states, all of one kind: M ← ρ_t M + w_t A Aᵀ, never divided by a total."""
         states, columns = [own.state for own in absorptions], [own.columns for own in absorptions]
         tall = "root" if "root" in states[0] else "eigenvectors"
         decays, weights = _of_averages(absorptions, now.finite)
@@ -93,11 +89,8 @@ def _of_averages(absorptions: Sequence[Absorption], finite: Tensor) -> tuple[lis
 
 
 def sketched(absorptions: Sequence[Absorption], sketch: Sketch, now: Now) -> list[Absorption]:
-    """Bring batches of more columns down to s: A Ω with random signs, the same for all of a size, and w / s for w.
-
-    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`. On a GPU Ω is drawn inside the product.
-    """
-    # Ω, or the seed of it.
+    """Bring batches of more columns down to s: A Ω with random signs, the same for all of a size, and w / s for w."""
+    # Ω, or where it is drawn inside the product, on a GPU, the seed of it.
     drawn: dict[Hashable, Tensor] = {}
     found = list(absorptions)
     for index, absorption in enumerate(absorptions):
@@ -118,11 +111,8 @@ def sketched(absorptions: Sequence[Absorption], sketch: Sketch, now: Now) -> lis
 
 
 def sketch_width(rank: int, k: int) -> int:
-    """Return s, the columns that a batch of k is brought down to by ``sketch="auto"``: max(r, 32), or k if k < 2s.
-
-    With s = r the core has the order 2r, whatever k is. Fewer columns save little more, since the passes over F stay;
-    more of them cost more, and no network measured came out better with them (``docs/kfac.md``). n has no part in it.
-    """
+    """Return s of ``sketch="auto"`` for a batch of k columns: max(r, 32), or k if k < 2s, whatever n is."""
+    # The core has the order 2r then. Fewer columns save little more, since the passes over F stay (``docs/kfac.md``).
     width = max(rank, 32)
     return width if k >= 2 * width else k
 

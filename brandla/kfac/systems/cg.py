@@ -94,11 +94,11 @@ class RowsOfBatches(StateCurvature):
         """Return the iterate of conjugate gradients, each group by itself; no read-back."""
         matrix = dense(gradient)
         # R (*groups, k, n) with M = Rᵀ R.
-        left, right = (
-            self.state[f"{side} rows"] * _ratio(weights, weights.sum()).sqrt()[:, None]
-            for side in ("output", "input")
-            for weights in [self.state[f"{side} weights"]]
-        )
+        roots: list[Tensor] = []
+        for side in ("output", "input"):
+            weights = self.state[f"{side} weights"]
+            roots.append(self.state[f"{side} rows"] * _ratio(weights, weights.sum()).sqrt()[:, None])
+        left, right = roots
         largest = largest_eigenvalue(left @ left.mT) * largest_eigenvalue(right @ right.mT)
         shift = now.damping.of(largest)[..., None, None]
 

@@ -145,11 +145,10 @@ class InverseFreeCurvature(Curvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return C Cᵀ ∂W K Kᵀ."""
-        pair = None if isinstance(gradient, Tensor) else gradient
-        columns = self.input.apply(gradient) if pair is None else pair[0]
+        left = self.input.apply(gradient) if isinstance(gradient, Tensor) else gradient[0]
         if self.output is not None:
-            columns = self.output.apply(columns.mT).mT
-        return columns if pair is None else (columns, self.input.apply(pair[1].mT).mT)
+            left = self.output.apply(left.mT).mT
+        return left if isinstance(gradient, Tensor) else (left, self.input.apply(gradient[1].mT).mT)
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare the flops of both, those of the pair's product included."""
