@@ -50,11 +50,6 @@ class Spectral(NamedTuple):
     norm: Tensor
     direction: Tensor
 
-    def divisors(self, clip: float, weights: int) -> list[Tensor]:
-        """Return max(1, norm / clip) of each of the ``weights`` that a layer's groups are, or of all groups in one."""
-        norms = self.norm.reshape(weights, -1).amax(-1)
-        return list((norms / clip).clamp_min(1).unbind())
-
 
 def spectral(steps: Sequence[Gradient], known: Sequence[Tensor | None], seed: int) -> list[Spectral]:
     """Estimate spectral norms from below, with no sync: from the directions of the last steps, and from random signs.
@@ -108,12 +103,11 @@ def place(steps: Sequence[Sequence[Written]]) -> None:
 
 
 def finish(steps: Sequence[Sequence[Written]], divisors: Sequence[Tensor] | None) -> None:
-    """Divide the steps that were placed, and write those for gradients of less precision, divided."""
+    """Divide the steps, and write those that were not placed, for gradients of less precision."""
     parts = [part for step in steps for part in step]
-    each = None if divisors is None else [own for step, own in zip(steps, divisors, strict=True) for _ in step]
-    inside = [index for index, part in enumerate(parts) if part.step is part.gradient]
-    if each is not None and inside:
-        torch._foreach_div_([parts[index].step for index in inside], [each[index] for index in inside])
-    for index, part in enumerate(parts):
+    if divisors is not None and parts:
+        each = [own for step, own in zip(steps, divisors, strict=True) for _ in step]
+        torch._foreach_div_([part.step for part in parts], each)
+    for part in parts:
         if part.step is not part.gradient:
-            part.gradient.copy_(part.step if each is None else part.step / each[index])
+            part.gradient.copy_(part.step)

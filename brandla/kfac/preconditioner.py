@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NoReturn, cast
 from weakref import finalize
 
@@ -218,7 +218,9 @@ class KFAC:
         if not self._takes_curvature:
             self._recorder.terms["loss"] = Terms(fisher.number(outputs, loss, weights))
         elif any("curvature" in layer.capture.wanted for layer in self._layers):
-            fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, self._draw)
+            # Apart from the seeds of factors, and for every call and process: counted as if one process made all calls.
+            seed = self._seed + 65_536 - (self._curvatures * self._replicas.world + self._replicas.rank)
+            fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
             self._curvatures += 1
 
     def mask(self, valid: Tensor | None) -> None:
@@ -271,11 +273,8 @@ class KFAC:
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
-        captured = is_captured()
-        if captured:
-            self._check_captured(working)
-        keeping = in_place([layer.curvature for layer in working]) if captured else nullcontext()
-        with whole_gradients([part for layer in working for part in (layer.weight, layer.bias)]), keeping:
+        parts = [part for layer in working for part in (layer.weight, layer.bias)]
+        with whole_gradients(parts), self._as_captured(working):
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.look_before(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
@@ -288,7 +287,7 @@ class KFAC:
         self._steps += 1
         self._choose_captures()
         self._mistakes.tell_of_layers(self._layers, unseen)
-        if not captured:
+        if not is_captured():
             self._mistakes.tell_what_came()
 
     def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
@@ -557,7 +556,8 @@ class KFAC:
             divisors = []
             norms = spectral(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
-                divisors += own.divisors(clip, layer.kind.weights)
+                # Of each of the weights that a layer's groups are, or of all groups in one.
+                divisors += (own.norm.reshape(layer.kind.weights, -1).amax(-1) / clip).clamp_min(1).unbind()
                 layer.direction = own.direction
         written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
         place(written)
@@ -565,23 +565,19 @@ class KFAC:
             divisors = by_rms([[part.step for part in parts] for parts in written], clip)
         finish(written, divisors)
 
-    def _check_captured(self, layers: Sequence[Layer]) -> None:
-        """Check that a CUDA graph can hold the step."""
-        options = self.options
-        given = {
+    def _as_captured(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
+        """Where a CUDA graph is captured, check that it can hold the step, and keep the tensors that replays read."""
+        if not is_captured():
+            return nullcontext()
+        options = {
             "scaler": self._scaler is not None,
             "several processes": self._replicas.several,
-            f"curvature={options.curvature!r}": self._takes_curvature,
+            f"curvature={self.options.curvature!r}": self._takes_curvature,
             "Adaptive damping": self._adapted is not None,
-            "clip_by='spectral'": options.clip_by == "spectral",
+            "clip_by='spectral'": self.options.clip_by == "spectral",
         }
-        if found := [name for name, is_given in given.items() if is_given]:
-            rule = (
-                "a CUDA graph can capture the step of one process, with the defaults of scaler, curvature and clip_by"
-            )
-            message = f"KFAC.step: {rule}, and a fixed damping; got {found[0]}"
-            raise RuntimeError(message)
-        check_capture({layer.name: layer.curvature for layer in layers if layer.has_gradient})
+        check_capture(options, {layer.name: layer.curvature for layer in layers if layer.has_gradient})
+        return in_place([layer.curvature for layer in layers])
 
     def _check_alone(self) -> None:
         """Check that no other process waits for the gradients that autograd does not form."""
@@ -615,14 +611,6 @@ class KFAC:
     def _seed(self) -> int:
         """Apart for every step and factor, and the same when training continues from a checkpoint."""
         return (self.options.seed * 1_000_003 + self._steps) * 65_537
-
-    @property
-    def _draw(self) -> int:
-        """The seed of the next call of `curvature`: apart from those of factors, and for every call and process.
-
-        Calls are counted in the order in which one process would make those of all.
-        """
-        return self._seed + 65_536 - (self._curvatures * self._replicas.world + self._replicas.rank)
 
     @property
     def _takes_curvature(self) -> bool:

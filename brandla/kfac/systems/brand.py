@@ -14,7 +14,7 @@ from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import Absorption, FactorForm, State, due
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import ErrorBound, Schedule, at
-from brandla.kfac.values import Damping, alike, layout
+from brandla.kfac.values import Damping, Now, alike, layout
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked, stacked
 from brandla.root import Compress
 from brandla_kernels import reads_are_free, signs
@@ -38,15 +38,13 @@ class BrandForm(FactorStrategy):
         first = at(self.rank, 0)
         return first.max if isinstance(first, Rank) else _check.count(type(self).__name__, "rank", first, 1)
 
-    def update(self, absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress) -> None:
-        """Take columns into the low-rank forms of the states, all of one kind, by Brand's update.
-
-        M ← ρ_t M + w_t A Aᵀ with the weights of an average: what is kept is M itself, and F is never divided by a
-        total.
-        """
+    def update(
+        self, absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress, now: Now
+    ) -> None:
+        """Update the low-rank forms of the states, all of one kind: M ← ρ_t M + w_t A Aᵀ, never divided by a total."""
         states, columns = [own.state for own in absorptions], [own.columns for own in absorptions]
         tall = "root" if "root" in states[0] else "eigenvectors"
-        decays, weights = _of_averages(absorptions)
+        decays, weights = _of_averages(absorptions, now.finite)
         options: dict[str, Any] = {"decay": decays, "weight": weights, "rank": []}
         for rank, state, new in zip(ranks, states, columns, strict=True):
             n, r = state[tall].shape[-2:]
@@ -77,11 +75,11 @@ class BrandForm(FactorStrategy):
         return Exact(inverse_every=1, tail=self.tail), reason
 
 
-def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[Tensor]]:
+def _of_averages(absorptions: Sequence[Absorption], finite: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return ρ_t and w_t of each factor: (1, 0) where the batch is not finite. Computed once for all that are equal."""
     keys = [(id(own.state["total"]), own.weight) for own in absorptions]
     distinct = {total: own for (total, _), own in zip(keys, absorptions, strict=True)}
-    parts = [part for own in distinct.values() for part in (own.decayed, own.finite)]
+    parts = [part for own in distinct.values() for part in (own.decayed, finite)]
     quotients = torch._foreach_div(parts, [own.state["total"] for own in distinct.values() for _ in range(2)])
     decays, shares = (dict(zip(distinct, quotients[place::2], strict=True)) for place in range(2))
     pairs = dict.fromkeys(keys)
@@ -90,41 +88,31 @@ def _of_averages(absorptions: Sequence[Absorption]) -> tuple[list[Tensor], list[
     return [decays[total] for total, _ in keys], [weights[key] for key in keys]
 
 
-def sketched(absorptions: Sequence[Absorption], sketch: Sketch, step: int) -> list[Absorption]:
-    """Bring batches of more columns down to s: A Ω with random signs, the same for all of a size, and w / s for w.
-
-    s is ``sketch`` or, for ``"auto"``, that of `sketch_width`. On a GPU Ω is drawn inside the product.
-    """
-    # Ω, or the seed of it.
+def sketched(absorptions: Sequence[Absorption], sketch: Sketch, now: Now) -> list[Absorption]:
+    """Bring batches of more columns down to s: A Ω with random signs, the same for all of a size, and w / s for w."""
+    # Ω, or where it is drawn inside the product, on a GPU, the seed of it.
     drawn: dict[Hashable, Tensor] = {}
-
-    def narrow(absorption: Absorption) -> Absorption:
-        columns = absorption.columns
-        k = columns.shape[-1]
+    found = list(absorptions)
+    for index, absorption in enumerate(absorptions):
+        columns, k = absorption.columns, absorption.columns.shape[-1]
         basis = absorption.state["root" if "root" in absorption.state else "eigenvectors"]
         width = sketch_width(basis.shape[-1], k) if sketch == "auto" else sketch
-        if width is None or k <= width:
-            return absorption
-        is_inside = columns.ndim == 2 and not reads_are_free(columns)
-        key = k, width, columns.dtype, columns.device, is_inside
-        if key not in drawn:
-            replays = absorption.replays
-            seed = torch.full((), step, dtype=torch.int64, device=columns.device)
-            if isinstance(replays, Tensor):
-                seed += replays
-            drawn[key] = seed if is_inside else signs(seed, k, width, dtype=columns.dtype)
-        product = matrix_sketch(columns, drawn[key], width) if is_inside else columns @ drawn[key]
-        return absorption._replace(columns=product, weight=absorption.weight / width)
-
-    return [narrow(absorption) for absorption in absorptions]
+        if width is not None and k > width:
+            is_inside = columns.ndim == 2 and not reads_are_free(columns)
+            key = k, width, columns.dtype, columns.device, is_inside
+            if key not in drawn:
+                seed = torch.full((), now.step, dtype=torch.int64, device=columns.device)
+                if isinstance(now.replays, Tensor):
+                    seed += now.replays
+                drawn[key] = seed if is_inside else signs(seed, k, width, dtype=columns.dtype)
+            product = matrix_sketch(columns, drawn[key], width) if is_inside else columns @ drawn[key]
+            found[index] = absorption._replace(columns=product, weight=absorption.weight / width)
+    return found
 
 
 def sketch_width(rank: int, k: int) -> int:
-    """Return s, the columns that a batch of k is brought down to by ``sketch="auto"``: max(r, 32), or k if k < 2s.
-
-    With s = r the core has the order 2r, whatever k is. Fewer columns save little more, since the passes over F stay;
-    more of them cost more, and no network measured came out better with them (``docs/kfac.md``). n has no part in it.
-    """
+    """Return s of ``sketch="auto"`` for a batch of k columns: max(r, 32), or k if k < 2s, whatever n is."""
+    # The core has the order 2r then. Fewer columns save little more, since the passes over F stay (``docs/kfac.md``).
     width = max(rank, 32)
     return width if k >= 2 * width else k
 
@@ -200,27 +188,24 @@ class Brand(BrandForm):
         kind: type[LowRankRoot | LowRankEigh] = LowRankRoot if self.form == "root" else LowRankEigh
         return state | kind.zeros(n, self.first_rank(), batch_shape=groups, dtype=dtype, device=device)._asdict()
 
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+    def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
         if isinstance(self.rank, ErrorBound):
             ranks = [absorption.state["rank"] for absorption in absorptions]
         else:
-            ranks = [at(self.rank, step)] * len(absorptions)
+            ranks = [at(self.rank, now.step)] * len(absorptions)
         compress = self.compress
         if compress == "auto":
             # With a tail, each application would wait for the eigenvalues of S instead.
             compress = "eigh" if self.tail != 0 or reads_are_free(absorptions[0].columns) else "cholesky"
-        self.update(sketched(absorptions, self.sketch, step), ranks, compress)
+        self.update(sketched(absorptions, self.sketch, now), ranks, compress, now)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
         """Read the error bound when it is due, where the rank follows it."""
         if isinstance(self.rank, ErrorBound) and due(state, step, self.rank.every):
-            largest = self.largest(state)
+            (largest,) = self.largest_of_each([state])
             # A factor that is still zero has no error.
             errors = torch.where(largest > 0, self.error_bound(state) / largest, 0)
             state["rank"] = self.rank.next(state["rank"], errors.amax().item())
-
-    def largest(self, state: State) -> Tensor:
-        return self.largest_of_each([state])[0]
 
     def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
         """Return d₁: for a root the largest entry on the diagonal of S, which `root_update` leaves there by ``"eigh"``.
@@ -232,7 +217,3 @@ class Brand(BrandForm):
             return [state["eigenvalues"][..., 0] for state in states]
         grams = [state["gram"] for state in states]
         return alike(grams, layout, lambda members: stacked(members).diagonal(dim1=-2, dim2=-1).amax(-1).unbind())
-
-    def error_bound(self, state: State) -> Tensor:
-        bound: Tensor = state["error_bound"]
-        return bound

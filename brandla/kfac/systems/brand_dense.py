@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from brandla.kfac.systems.brand import BrandForm, sketched
 from brandla.kfac.systems.exact import Randomized
 from brandla.kfac.systems.form import Absorption, DenseForm, State, due
 from brandla.kfac.systems.schedule import Schedule, at
-from brandla.kfac.values import Damping
+from brandla.kfac.values import Damping, Now
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank
 from brandla.refresh import ritz_correct
 
@@ -32,11 +32,11 @@ class DenseBrand(DenseForm, BrandForm):
         zeros = self.kind.zeros(n, self.first_rank(), batch_shape=groups, dtype=dtype, device=device)
         return super().start(n, groups, dtype, device) | zeros._asdict()
 
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+    def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
         """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
-        super().take(absorptions, step)
-        ranks: list[Any] = [at(self.rank, step)] * len(absorptions)
-        self.update(sketched(absorptions, "auto", step), ranks, "eigh")
+        super().take(absorptions, now)
+        ranks: list[Any] = [at(self.rank, now.step)] * len(absorptions)
+        self.update(sketched(absorptions, "auto", now), ranks, "eigh", now)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,6 @@ class BrandRandomized(DenseBrand):
             state.update(LowRankRoot.from_eigh(LowRankEigh(values / state["total"], vectors))._asdict())
         self.keep_trace(state)
 
-    def largest(self, state: State) -> Tensor:
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
         """Return d₁, which an update and an overwriting both leave first on the diagonal of S."""
-        return cast(Tensor, state["gram"][..., 0, 0])
+        return [state["gram"][..., 0, 0] for state in states]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from brandla import _check
+from brandla._small import largest_eigenvalue
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.strategy import Curvature, StateCurvature, Strategy
@@ -92,8 +93,14 @@ class RowsOfBatches(StateCurvature):
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return the iterate of conjugate gradients, each group by itself; no read-back."""
         matrix = dense(gradient)
-        left, right = self._root("output"), self._root("input")
-        shift = now.damping.of(_largest(left) * _largest(right))[..., None, None]
+        # R (*groups, k, n) with M = Rᵀ R.
+        roots: list[Tensor] = []
+        for side in ("output", "input"):
+            weights = self.state[f"{side} weights"]
+            roots.append(self.state[f"{side} rows"] * _ratio(weights, weights.sum()).sqrt()[:, None])
+        left, right = roots
+        largest = largest_eigenvalue(left @ left.mT) * largest_eigenvalue(right @ right.mT)
+        shift = now.damping.of(largest)[..., None, None]
 
         def times(part: Tensor) -> Tensor:
             """Return G X A + λ X."""
@@ -122,26 +129,6 @@ class RowsOfBatches(StateCurvature):
         groups, d_out, d_in = self.shape[:3]
         sides = {"output": d_out, "input": d_in}
         return {f"{name} rows": (*groups, len(state[f"{name} weights"]), n) for name, n in sides.items()}
-
-    def _root(self, side: str) -> Tensor:
-        """Return R (*groups, k, n) with M = Rᵀ R."""
-        weights = self.state[f"{side} weights"]
-        shares = _ratio(weights, weights.sum())
-        return cast(Tensor, self.state[f"{side} rows"] * shares.sqrt()[:, None])
-
-
-def _largest(root: Tensor) -> Tensor:
-    """Estimate the largest eigenvalue of RᵀR from below by power iteration from its longest row, with no sync."""
-    tiny = torch.finfo(root.dtype).tiny
-    # The length of RᵀR v is a sum of fourth powers.
-    scale = root.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-    root = root / scale
-    longest = torch.linalg.vector_norm(root, dim=-1).argmax(-1, keepdim=True)
-    vector = torch.take_along_dim(root, longest[..., None], dim=-2).mT
-    for _ in range(4):
-        vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
-        vector = root.mT @ (root @ vector)
-    return cast(Tensor, torch.linalg.vector_norm(vector, dim=(-2, -1)) * scale[..., 0, 0].square())
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

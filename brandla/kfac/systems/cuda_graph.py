@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +22,29 @@ def is_captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def check_capture(curvatures: Mapping[str, Curvature]) -> None:
-    """Check that what a captured step does with these layers' curvatures is what every step does."""
+def check_capture(options: Mapping[str, bool], curvatures: Mapping[str, Curvature]) -> None:
+    """Check that a step with no option but these, of layers with these curvatures, does what every step does."""
+    if given := [name for name, is_given in options.items() if is_given]:
+        rule = "a CUDA graph can capture the step of one process, with the defaults of scaler, curvature and clip_by"
+        message = f"KFAC.step: {rule}, and a fixed damping; got {given[0]}"
+        raise RuntimeError(message)
     for name, curvature in curvatures.items():
         factors = list(curvature.factors())
         others = [str(factor.strategy) for _, factor in factors if not factor.strategy.is_capturable]
+        found = f"got {others[0] if others else type(curvature).__name__} for {name}"
         if not curvature.started:
-            message = f"{_RULE}; the factors of {name} have no data yet: take a few steps before the capture"
-            raise RuntimeError(message)
-        if others or not factors:
-            got = others[0] if others else type(curvature).__name__
-            message = f"{_RULE}; got {got} for {name}"
+            found = f"the factors of {name} have no data yet: take a few steps before the capture"
+        if others or not factors or not curvature.started:
+            message = f"{_RULE}; {found}"
             raise RuntimeError(message)
 
 
 @contextmanager
 def in_place(curvatures: Sequence[Curvature]) -> Iterator[None]:
     """Write what the block computes anew over the tensors that it stands for, which a replay of a graph reads again."""
-    before = [(state, dict(state)) for curvature in curvatures for state in _states(curvature.parts())]
+    # The state of what may be captured is that of its factors.
+    states = [factor.state for curvature in curvatures for _, factor in curvature.factors()]
+    before = [(state, dict(state)) for state in states]
     yield
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     for state, old in before:
@@ -51,11 +55,3 @@ def in_place(curvatures: Sequence[Curvature]) -> Iterator[None]:
     if moved:
         kept, new = zip(*moved.values(), strict=True)
         torch._foreach_copy_(kept, new)
-
-
-def _states(parts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the states of factors among the nested parts of a curvature."""
-    for own in parts.values():
-        if isinstance(own, dict):
-            yield own
-            yield from _states(own)

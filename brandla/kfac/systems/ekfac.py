@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.factor import Factor
-from brandla.kfac.systems.form import State, due, restored
+from brandla.kfac.systems.form import State, restored
 from brandla.kfac.systems.kronecker import Kronecker
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.schedule import Schedule, at
@@ -28,13 +28,12 @@ _AT_ONCE = 2**22
 class Eigenbasis(Exact):
     """`Exact` with all n eigenvectors, those of directions without data too."""
 
+    # Rounding chooses the vectors of a young factor's many directions without data.
+    renews_early: ClassVar[bool] = False
+
     def __str__(self) -> str:
         """Return the name and options of the strategy that was asked for, as reports and saved states have it."""
         return str(EKFAC(self.inverse_every))
-
-    def _is_due(self, state: State, step: int) -> bool:
-        """Renew no young factor early: rounding chooses the vectors of its many directions without data."""
-        return due(state, step, self.inverse_every)
 
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Decompose M + ε M_max I, M_max the largest entry: the same to rounding, and no direction is empty."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from brandla import _check
 from brandla._small import safe_eigh
-from brandla.kfac.systems.form import DenseForm, FactorForm, State, due_early
+from brandla.kfac.systems.form import DenseForm, FactorForm, State, due
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.values import Damping
@@ -42,6 +43,9 @@ class Exact(DenseForm, FactorStrategy):
     >>> preconditioner = KFAC(torch.nn.Linear(20, 10), Exact(inverse_every=10))
     """
 
+    # Whether young factors are renewed more often.
+    renews_early: ClassVar[bool] = True
+
     inverse_every: Schedule[int] = 10
     method: Literal["eigh", "cholesky"] = "eigh"
 
@@ -67,7 +71,7 @@ class Exact(DenseForm, FactorStrategy):
         return state
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        if not self._is_due(state, step):
+        if not due(state, step, self.inverse_every, early=self.renews_early):
             return
         average = self.average(state)
         if self.method == "eigh":
@@ -82,20 +86,16 @@ class Exact(DenseForm, FactorStrategy):
         # What is there stays where M + λI is not positive definite.
         state |= {name: torch.where(where, new, state[name]) for name, (new, where) in renewed.items()}
 
-    def _is_due(self, state: State, step: int) -> bool:
-        """Renew young factors more often."""
-        return due_early(state, step, self.inverse_every)
-
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Return all eigenpairs of M."""
         return LowRankEigh(*safe_eigh(average))
 
-    def largest(self, state: State) -> Tensor:
-        return super().largest(state) if self.method == "eigh" else cast(Tensor, state["largest"])
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
+        return super().largest_of_each(states) if self.method == "eigh" else [state["largest"] for state in states]
 
-    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
+    def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
         """Solve by two triangular solves, with the λ of the last renewal."""
-        return torch.cholesky_solve(block, state["cholesky"])
+        return [torch.cholesky_solve(block, state["cholesky"]) for state, block, _ in problems]
 
     def approximation(self, state: State) -> Tensor:
         if self.method == "eigh":
@@ -150,7 +150,7 @@ class Randomized(DenseForm, FactorStrategy):
         return super().start(n, groups, dtype, device) | zeros._asdict()
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        if due_early(state, step, self.inverse_every):
+        if due(state, step, self.inverse_every, early=True):
             average = self.average(state)
             state.update(self.decompose(average, min(at(self.rank, step), average.shape[-1]), seed)._asdict())
             self.keep_trace(state)

@@ -117,14 +117,11 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
             totals[id(before)] = before, decayed, after
         _, decayed, factor.state["total"] = totals[id(before)]
         # In the weight, the normalisation costs no scaled copy of the columns.
-        absorption = Absorption(
-            factor.state, columns, now.decay, (1 - now.decay) * scale, now.finite, decayed, now.replays
-        )
-        absorptions.append(absorption)
+        absorptions.append(Absorption(factor.state, columns, (1 - now.decay) * scale, decayed))
         factors[index] = factor
     strategies = [factor.strategy for factor in factors.values()]
     for members in by_kind(zip(strategies, absorptions, strict=True), strategies):
-        members[0][0].take([absorption for _, absorption in members], now.step)
+        members[0][0].take([absorption for _, absorption in members], now)
     for index, factor in factors.items():
         factor.strategy.refresh(factor.state, now.step, now.seed + index, now.damping)
 
@@ -140,11 +137,12 @@ def share_totals(factors: Iterable[Factor]) -> None:
 
 def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
     """Return λ for each factor."""
-
-    def largest(members: list[Factor]) -> list[Tensor]:
-        return members[0].strategy.largest_of_each([own.state for own in members])
-
-    return damping.of_each(alike(factors, attrgetter("strategy"), largest))
+    largest = alike(
+        factors,
+        attrgetter("strategy"),
+        lambda members: members[0].strategy.largest_of_each([own.state for own in members]),
+    )
+    return damping.of_each(largest)
 
 
 def damped_solves(factors: Sequence[Factor | None], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:

@@ -14,13 +14,12 @@ from torch.utils._pytree import tree_leaves
 from brandla import _check
 from brandla.damped import LowRank
 from brandla.kfac.systems.schedule import Schedule, at, spelled
-from brandla.kfac.values import Damping, alike, layout
+from brandla.kfac.values import Damping, Now, alike, layout
 from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked, stack_numbers, stacked
 from brandla_kernels import gram_ema_
 
 # Tensors, numbers and strings by their names, and mappings of them.
 State = dict[str, Any]
-_OWN_SOLVE = "a form whose lowrank() is None has largest() and damped_solve() of its own"
 
 
 def tensors_of(part: Any) -> list[Tensor]:
@@ -43,36 +42,31 @@ def restored(saved: Tensor, like: Tensor, what: str, *, free: int = 0) -> Tensor
     return saved.to(like, copy=True)
 
 
-def due(state: State, step: int, every: Schedule[int]) -> bool:
-    """Say whether ``every`` steps have passed since the last time this returned True for the state."""
-    last = state.get("renewed")
-    if isinstance(last, int) and step - last < at(every, step):
+def due(state: State, step: int, every: Schedule[int], *, early: bool = False) -> bool:
+    """Say whether ``every`` steps have passed since the last time this returned True for the state.
+
+    With ``early`` only 1, 2, 4, ... at first: the first data may be 0, as below a head that begins at 0.
+    """
+    wait, last = at(every, step), state.get("renewed")
+    if early:
+        begun = state.setdefault("begun", step)
+        wait = min(wait, (begun if last is None else last) - begun + 1)
+    if last is not None and step - last < wait:
         return False
     state["renewed"] = step
     return True
 
 
-def due_early(state: State, step: int, every: Schedule[int]) -> bool:
-    """As `due`, but after 1, 2, 4, ... steps at first: the first data may be 0, as below a head that begins at 0."""
-    begun = state.setdefault("begun", step)
-    last = state.get("renewed", begun)
-    return due(state, step, min(at(every, step), last - begun + 1))
-
-
 class Absorption(NamedTuple):
-    """Columns (*groups, n, k) for the factor of a state, all 0 unless ``finite``; (k,) indices for a diagonal one.
+    """Columns (*groups, n, k) for the factor of a state, all 0 unless finite; (k,) indices for a diagonal one.
 
     They go into an exponential sum: S ← decay · S + weight · A Aᵀ. ``decayed`` is decay times the last sum of weights.
-    ``replays`` are those of `Now`.
     """
 
     state: State
     columns: Tensor
-    decay: float
     weight: float
-    finite: Tensor
     decayed: Tensor
-    replays: Tensor | int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +104,7 @@ class FactorForm(ABC):
         """Return the state of factors (*groups, n, n) before any data."""
 
     @abstractmethod
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
+    def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
         """Take new columns into the states of factors of this form."""
 
     # Most forms have nothing to renew, so it is not abstract.
@@ -131,30 +125,23 @@ class FactorForm(ABC):
         factor: Any = lowrank
         return Tracked(factor, torch.zeros_like(state["trace"]), state["trace"])
 
-    def largest(self, state: State) -> Tensor:
-        """Return the largest eigenvalue, shape (*groups,)."""
-        lowrank = self.lowrank(state)
-        assert lowrank is not None, _OWN_SOLVE
-        return lowrank.largest_eigenvalue()
-
     def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
-        """Return `largest` of each state."""
-        return [self.largest(state) for state in states]
-
-    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        """Return (M + λI)⁻¹ times a block (..., n, m), where there is no low-rank form of M."""
-        raise NotImplementedError(_OWN_SOLVE)
+        """Return the largest eigenvalues (*groups,) of each state."""
+        lowranks: list[Any] = [self.lowrank(state) for state in states]
+        return [own.largest_eigenvalue() for own in lowranks]
 
     def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
-        """Return `damped_solve` of each state, block and λ."""
-        return [self.damped_solve(*own) for own in problems]
+        """Return (M + λI)⁻¹ times a block (..., n, m) for each state, block and λ, where M has no low-rank form."""
+        rule = "a form whose lowrank() is None has largest_of_each() and damped_solve_of_each() of its own"
+        raise NotImplementedError(rule)
 
-    @abstractmethod
     def error_bound(self, state: State) -> Tensor:
-        """Return an upper bound of ‖M − M̂‖₂, shape (*groups,), for reports."""
+        """Return an upper bound of ‖M − M̂‖₂ for reports, shape (*groups,): 0 unless the state has another."""
+        bound: Tensor = state.get("error_bound", torch.zeros_like(state["total"]))
+        return bound
 
     def solving(self, state: State) -> State:
-        """Return the part of a state that `lowrank`, `largest` and `damped_solve` read."""
+        """Return the part of a state that is read to solve with it."""
         return {name: part for name, part in state.items() if name not in self.unread}
 
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
@@ -171,9 +158,9 @@ class DenseForm(FactorForm):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         return {"dense": torch.zeros(*groups, n, n, dtype=dtype, device=device)}
 
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        for state, columns, decay, weight, *_ in absorptions:
-            gram_ema_(state["dense"], columns, decay, weight)
+    def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
+        for state, columns, weight, _ in absorptions:
+            gram_ema_(state["dense"], columns, now.decay, weight)
 
     def average(self, state: State) -> Tensor:
         """Return M = S / total."""
@@ -181,9 +168,8 @@ class DenseForm(FactorForm):
 
     def approximation(self, state: State) -> Tensor:
         """Return M̂ as a dense matrix."""
-        lowrank = self.lowrank(state)
-        assert lowrank is not None, _OWN_SOLVE
-        return lowrank.dense()
+        lowrank: Any = self.lowrank(state)
+        return cast(Tensor, lowrank.dense())
 
     def error_bound(self, state: State) -> Tensor:
         """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
@@ -209,20 +195,20 @@ class Diagonal(FactorForm):
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         return {"diagonal": torch.zeros(*groups, n, dtype=dtype, device=device)}
 
-    def take(self, absorptions: Sequence[Absorption], step: int) -> None:
-        for state, indices, decay, weight, finite, *_ in absorptions:
+    def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
+        for state, indices, weight, _ in absorptions:
             diagonal = state["diagonal"]
-            weights = ((indices >= 0) & finite).to(diagonal.dtype) * weight
-            diagonal.mul_(decay).index_add_(0, indices.clamp(min=0), weights)
+            weights = ((indices >= 0) & now.finite).to(diagonal.dtype) * weight
+            diagonal.mul_(now.decay).index_add_(0, indices.clamp(min=0), weights)
 
-    def largest(self, state: State) -> Tensor:
-        return cast(Tensor, state["diagonal"].amax(-1) / state["total"])
+    def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
+        return [state["diagonal"].amax(-1) / state["total"] for state in states]
 
-    def damped_solve(self, state: State, block: Tensor, shift: Tensor) -> Tensor:
-        return cast(Tensor, block / (state["diagonal"] / state["total"] + shift[..., None])[..., None])
-
-    def error_bound(self, state: State) -> Tensor:
-        return torch.zeros_like(state["total"])
+    def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
+        return [
+            block / (state["diagonal"] / state["total"] + shift[..., None])[..., None]
+            for state, block, shift in problems
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,10 +145,10 @@ class InverseFreeCurvature(Curvature):
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return C Cᵀ ∂W K Kᵀ."""
-        if not isinstance(gradient, Tensor):
-            first, second = gradient
-            return self._from_output(first), self.input.apply(second.mT).mT
-        return self._from_output(self.input.apply(gradient))
+        left = self.input.apply(gradient) if isinstance(gradient, Tensor) else gradient[0]
+        if self.output is not None:
+            left = self.output.apply(left.mT).mT
+        return left if isinstance(gradient, Tensor) else (left, self.input.apply(gradient[1].mT).mT)
 
     def widest_pair(self, entries: int) -> int | None:
         """Compare the flops of both, those of the pair's product included."""
@@ -184,26 +184,18 @@ class InverseFreeCurvature(Curvature):
         # A row of zeros is at no index, which is −1.
         shares = (indices >= 0).to(dtype) / rows.uses
         frequencies = shares.new_zeros(self.input.n).index_add_(0, indices.clamp(min=0), shares)
-        return [CountBatch(frequencies.sqrt()[None], 1.0), G]
-
-    def _from_output(self, columns: Tensor) -> Tensor:
-        return columns if self.output is None else self.output.apply(columns.mT).mT
+        return [Batch(frequencies.sqrt()[None], 1.0, frequencies), G]
 
 
 class Batch(NamedTuple):
-    """The factor M = scale · XᵀX of one batch, by its rows X (*groups, N, n)."""
+    """The factor M = scale · XᵀX of one batch, by its rows X (*groups, N, n).
+
+    Of one-hot rows M is ``diagonal``, and X is one row, its root: with the trace and projection of all the rows.
+    """
 
     rows: Tensor
     scale: float
-
-    def start(self) -> Tensor:
-        """Return the longest row: M does not map it to 0, unless M is 0."""
-        longest = self.rows.square().sum(-1).argmax(-1)
-        return self.rows.take_along_dim(longest[..., None, None], -2).squeeze(-2)
-
-    def times(self, vector: Tensor) -> Tensor:
-        """Return scale · Xᵀ(X v)."""
-        return self.scale * (self.rows.mT @ (self.rows @ vector[..., None])).squeeze(-1)
+    diagonal: Tensor | None = None
 
     def mean_eigenvalue(self) -> Tensor:
         """Return tr M / n, shape (*groups,)."""
@@ -212,16 +204,6 @@ class Batch(NamedTuple):
     def seen_by(self, structure: Structure, root: Member) -> Member:
         """Return Π(KᵀMK), from the Gram matrix of X K."""
         return structure.combine((self.scale, structure.gram(structure.times(self.rows, root))))
-
-
-class CountBatch(Batch):
-    """The factor M = diag(f) of one-hot rows, by one row √f, whose trace and projection are those of all the rows."""
-
-    def start(self) -> Tensor:
-        return self.rows[0].square()
-
-    def times(self, vector: Tensor) -> Tensor:
-        return self.rows[0].square() * vector
 
 
 @dataclass
@@ -245,12 +227,16 @@ class InverseRoot:
 
     def observe(self, batch: Batch, now: Now) -> None:
         """Take a batch into the estimate of the largest eigenvalue."""
-        known = (self.largest() > 0)[..., None]
-        start = torch.where(known, self.direction, batch.start())
+        rows, scale, diagonal = batch
+        # M does not map the longest row to 0, unless M is 0.
+        longest = rows.square().sum(-1).argmax(-1)[..., None, None]
+        first = rows.take_along_dim(longest, -2).squeeze(-2) if diagonal is None else diagonal
+        start = torch.where((self.largest() > 0)[..., None], self.direction, first)
         length = _length(start)[..., None]
         unit = start / torch.where(length > 0, length, 1)
+        image = scale * (rows.mT @ (rows @ unit[..., None])).squeeze(-1) if diagonal is None else diagonal * unit
         weight = (1 - now.decay) * now.finite.to(start.dtype)
-        self.direction = (1 - weight) * self.direction + weight * batch.times(unit)
+        self.direction = (1 - weight) * self.direction + weight * image
         self.total = (1 - weight) * self.total + weight
 
     def restart(self, where: Tensor, length: Tensor) -> None:

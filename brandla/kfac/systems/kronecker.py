@@ -93,10 +93,8 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
 
     def is_at_once(index: int) -> bool:
         """Whether there is a matrix, and two factors of a low-rank form."""
-        own = sides[index]
-        if not isinstance(gradients[index], Tensor) or len(own) < 2:
-            return False
-        return own["output"].rank is not None and own["input"].rank is not None
+        own = sides[index].values()
+        return isinstance(gradients[index], Tensor) and len(own) == 2 and None not in [one.rank for one in own]
 
     def together(indices: list[int]) -> Sequence[Gradient]:
         own, factors = [gradients[index] for index in indices], [sides[index] for index in indices]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import log2
 from typing import ClassVar, TypeAlias, cast
@@ -19,8 +18,9 @@ from brandla.lowrank import over
 Member: TypeAlias = tuple[Tensor, ...]
 
 
-class Structure(ABC):
-    """A linear space of n × n matrices that holds I and the products of its members.
+@dataclass(frozen=True)
+class Structure:
+    """A linear space of n × n matrices that holds I and the products of its members; by itself that of all matrices.
 
     Members K have leading group dimensions. Vectors are rows: X (*groups, N, n) stands for N of them, and the groups of
     X and K broadcast. The projection Π(S) of a symmetric S is the member m whose symmetric part (m + mᵀ)/2 is nearest
@@ -33,39 +33,39 @@ class Structure(ABC):
     W. Lin and others, "Structured inverse-free natural gradient descent", ICML 2024, arXiv 2312.05705, section 3.2.
     """
 
-    dimensions: ClassVar[tuple[int, ...]]
+    dimensions: ClassVar[tuple[int, ...]] = (2,)
 
-    @abstractmethod
     def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
         """Return I."""
+        return (torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone(),)
 
-    @abstractmethod
     def times(self, rows: Tensor, member: Member) -> Tensor:
         """Return X K."""
+        return rows @ member[0]
 
-    @abstractmethod
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
         """Return X Kᵀ."""
+        return self.times(rows, (member[0].mT,))
 
-    @abstractmethod
     def product(self, first: Member, second: Member) -> Member:
         """Return K M."""
+        return (first[0] @ second[0],)
 
-    @abstractmethod
     def gram(self, rows: Tensor) -> Member:
         """Return Π(XᵀX)."""
+        return (rows.mT @ rows,)
 
-    @abstractmethod
     def own_gram(self, member: Member) -> Member:
         """Return Π(KᵀK)."""
+        return self.gram(member[0])
 
-    @abstractmethod
     def trace(self, member: Member) -> Tensor:
         """Return tr K, shape (*groups,)."""
+        return member[0].diagonal(dim1=-2, dim2=-1).sum(-1)
 
-    @abstractmethod
     def flops(self, n: int) -> int:
         """Return the work of X K for each row of X."""
+        return 2 * n * n
 
     def squared_norm(self, member: Member) -> Tensor:
         """Return ‖K‖_F², shape (*groups,)."""
@@ -88,32 +88,6 @@ class Structure(ABC):
 @dataclass(frozen=True)
 class Dense(Structure):
     """All matrices, stored as (n, n). Π(S) = S."""
-
-    dimensions: ClassVar[tuple[int, ...]] = (2,)
-
-    def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
-        return (torch.eye(n, dtype=dtype, device=device).expand(*groups, n, n).clone(),)
-
-    def times(self, rows: Tensor, member: Member) -> Tensor:
-        return rows @ member[0]
-
-    def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
-        return rows @ member[0].mT
-
-    def product(self, first: Member, second: Member) -> Member:
-        return (first[0] @ second[0],)
-
-    def gram(self, rows: Tensor) -> Member:
-        return (rows.mT @ rows,)
-
-    def own_gram(self, member: Member) -> Member:
-        return self.gram(member[0])
-
-    def trace(self, member: Member) -> Tensor:
-        return member[0].diagonal(dim1=-2, dim2=-1).sum(-1)
-
-    def flops(self, n: int) -> int:
-        return 2 * n * n
 
 
 @dataclass(frozen=True)
@@ -151,21 +125,14 @@ class BlockDiagonal(Structure):
     def times(self, rows: Tensor, member: Member) -> Tensor:
         return (self._cut(rows) @ member[0]).movedim(-3, -2).flatten(-2)[..., : rows.shape[-1]]
 
-    def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
-        return self.times(rows, (member[0].mT,))
-
-    def product(self, first: Member, second: Member) -> Member:
-        return (first[0] @ second[0],)
-
     def gram(self, rows: Tensor) -> Member:
-        parts = self._cut(rows)
-        return (parts.mT @ parts,)
+        return super().gram(self._cut(rows))
 
     def own_gram(self, member: Member) -> Member:
-        return (member[0].mT @ member[0],)
+        return super().gram(member[0])
 
     def trace(self, member: Member) -> Tensor:
-        return member[0].diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+        return super().trace(member).sum(-1)
 
     def flops(self, n: int) -> int:
         return 2 * n * min(self.block, n)

@@ -110,9 +110,11 @@ class OfSamples(StateCurvature):
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return the step: coefficients for the γ of the pair of these rows, or else ∂W / λ and what its span takes."""
         samples = Samples(*(self.state[name] for name in Samples._fields))
-        if isinstance(gradient, tuple) and self._is_source(gradient[0]):
+        source = None if self._source is None else self._source()
+        pair = gradient if isinstance(gradient, tuple) else None
+        if pair and source is not None and (pair[0].shape, pair[0].data_ptr()) == (source.mT.shape, source.data_ptr()):
             weights = self._coefficients(samples).repeat_interleave(samples.positions)
-            return gradient[0] * weights, gradient[1]
+            return pair[0] * weights, pair[1]
         if self._is_fixed:
             rate = self.state["rate"]
             own = (self._coefficients(samples) - rate) / samples.uses**0.5
@@ -141,10 +143,6 @@ class OfSamples(StateCurvature):
         """Whether the coefficients are those of the batches before."""
         most = self.strategy.fixed_after
         return most is not None and bool(self.state.get("batches", 0) >= most)
-
-    def _is_source(self, columns: Tensor) -> bool:
-        source = None if self._source is None else self._source()
-        return source is not None and columns.shape == source.mT.shape and columns.data_ptr() == source.data_ptr()
 
     def _solved(self, right: Tensor) -> Tensor:
         """Return (λI + K)⁻¹ times a vector."""
