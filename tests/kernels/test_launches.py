@@ -75,6 +75,12 @@ def test_a_call_takes_no_more_calls_of_python_than_its_limit(name):
     assert launches.python_calls(launches.call_of(name, "single")) <= PYTHON_CALLS[name]
 
 
+def test_the_time_of_the_host_is_the_sum_of_its_parts():
+    whole, *parts = list(launches.host_times(launches.call_of("damped_solve, root", "grouped")).values())[:-1]
+    assert sum(parts) == pytest.approx(whole)
+    assert parts[launches.HOST_PARTS.index("tables") - 1] > 0
+
+
 @pytest.mark.parametrize("name", FOR_EACH_FACTOR)
 def test_each_factor_of_a_list_takes_no_more_calls_of_python_than_its_limit(name, monkeypatch):
     calls = []

@@ -98,11 +98,7 @@ class _Step:
         if shaped:
             given |= {name: given[name].as_strided(*view) for name, view in self.views.items()}
         if self.table is not None:
-            shape, known = self.table.shape, [*addresses, 0]
-            numbers = array("q", self.table.numbers)
-            numbers[:: shape[-1]] = array("q", [known[place] for place in self.table.places])
-            # In place of torch.tensor, which looks at each number.
-            given["table_ptr"] = torch.frombuffer(numbers, dtype=torch.int64).view(shape)
+            given["table_ptr"] = written(self.table, addresses)
         return given
 
 
@@ -112,6 +108,14 @@ class _Table(NamedTuple):
     numbers: array[int]  # with addresses of an earlier call
     shape: torch.Size
     places: list[int]
+
+
+def written(table: _Table, addresses: Sequence[int]) -> Tensor:
+    """Return a table with these addresses, on the host."""
+    numbers, known = array("q", table.numbers), [*addresses, 0]
+    numbers[:: table.shape[-1]] = array("q", [known[place] for place in table.places])
+    # In place of torch.tensor, which looks at each number.
+    return torch.frombuffer(numbers, dtype=torch.int64).view(table.shape)
 
 
 class Plan(NamedTuple):
