@@ -196,7 +196,7 @@ def _microseconds(call: Callable[[], Any], launches: list[Launch]) -> float:
         # They hold the memory of every call, which then takes new pages of the host: twice the time.
         launches.clear()
 
-    return 1e6 * min(repeat(once, number=20, repeat=10)) / 20
+    return 1e6 * min(repeat(once, number=20, repeat=100)) / 20
 
 
 def _microseconds_in(function: str, call: Callable[[], Any], launches: list[Launch]) -> float:
@@ -362,7 +362,7 @@ def step_counts(network: nn.Module, strategy: Any) -> Counts:
     return counts_of(next(run))
 
 
-def step_times(network: nn.Module, strategy: Any, *, rounds: int = 50) -> dict[str, float]:
+def step_times(network: nn.Module, strategy: Any, *, rounds: int = 200) -> dict[str, float]:
     """Return microseconds of a step whose launches are recorded, at the best of some, and Python's calls in it."""
     run, times = steps(network, strategy), []
     with recording(target_named(TARGET)) as launches, brandla.backend("triton"):
