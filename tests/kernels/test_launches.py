@@ -77,7 +77,7 @@ def test_a_call_takes_no_more_calls_of_python_than_its_limit(name):
 
 def test_the_time_of_the_host_is_the_sum_of_its_parts():
     whole, *parts = list(launches.host_times(launches.call_of("damped_solve, root", "grouped")).values())[:-1]
-    assert sum(parts) == pytest.approx(whole)
+    assert sum(parts) == pytest.approx(whole, abs=0.5)
     assert parts[launches.HOST_PARTS.index("tables") - 1] > 0
 
 
