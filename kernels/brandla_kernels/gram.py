@@ -94,5 +94,7 @@ def rounded_gram(panel: Tensor) -> Tensor:
     return sum_of_slabs(panel, panel, panel.dtype)
 
 
-for each in (gram, rounded_gram):
-    each.gradient(lambda inputs, gradients: (gram_gradient(*inputs, *gradients),))
+@gram.gradient
+@rounded_gram.gradient
+def _gradient(inputs: tuple[Tensor], gradients: tuple[Tensor]) -> tuple[Tensor]:
+    return (gram_gradient(*inputs, *gradients),)
