@@ -170,7 +170,7 @@ def host_times(call: Callable[[], Any]) -> dict[str, float]:
     with on_gpu() as launches:
         whole = _microseconds(call, launches)
         ops = sum(_microseconds(partial(op, *args), launches) for op, args in asked)
-        launching, tables = (_microseconds_in(function, call, launches) for function in ("call", "written"))
+        launching, tables = (_microseconds_in(function, call, launches) for function in ("call", "filled_table"))
     parts = (whole, whole - ops, ops - launching, tables, launching - tables, python_calls(call))
     return {name: round(part, 1) for name, part in zip(HOST_PARTS, parts, strict=True)}
 

@@ -1,4 +1,4 @@
-"""The ops under brandla, one a file: torch form, registration as ``torch.ops.brandla.*``, cost in flops and bytes."""
+"""The ops under brandla, one per file: torch form, registration as ``torch.ops.brandla.*``, cost in flops and bytes."""
 
 from brandla_kernels import tall
 from brandla_kernels._op import (

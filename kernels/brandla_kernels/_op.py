@@ -1,8 +1,8 @@
 """One definition of what an op is: a signature, a torch form, a Triton launch, a gradient, a cost.
 
 Each op is registered as ``torch.ops.brandla.<name>``, and as ``<name>_grouped`` over lists of problems of different
-sizes. PyTorch's dispatcher chooses: the torch form on every device, the Triton kernels on CUDA and ROCm; the torch form
-on fake tensors tells a tracer the shapes.
+sizes. PyTorch's dispatcher chooses: the Triton kernels on CUDA and ROCm, the torch form on every other device. On fake
+tensors, the torch form tells a tracer the shapes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPS: dict[str, AnyOp] = {}
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Layouts of calls that an op remembers to have checked.
+# The most layouts of calls that an op remembers as checked.
 _MOST_LAYOUTS = 1024
 
 _numbers = count()
@@ -60,7 +60,7 @@ class Cost(NamedTuple):
 
 
 class Op(Generic[Parameters, Result]):
-    """A registered op. Called with lists where it takes tall matrices, it is the grouped op."""
+    """A registered op. A call with lists of tall matrices is a call of the grouped op."""
 
     def __init__(
         self, signature: Signature, torch_form: Callable[Parameters, Result], cost: Callable[..., Cost], launch: str
@@ -87,28 +87,28 @@ class Op(Generic[Parameters, Result]):
         forced = None if traced else _forced.get()
         direct = forced == "torch" or (forced is None and reads_are_free(leader)) or (listed and is_mapped(leader))
         if direct and not self.signature.writes:
-            # The dispatcher would come to the same, some microseconds later. Torch's own errors do here, since nothing
-            # is overwritten; `torch.ops.brandla` checks.
+            # The dispatcher would call the same form, some microseconds later. It also checks the call; here torch's
+            # own errors are enough, since nothing is overwritten.
             form: Callable[..., Result] = self.grouped_form if listed else self.torch_form
             return form(*args, **kwargs)
         registered: Callable[..., Result] = self.registered_grouped if listed else self.registered
         if traced or self.signature.writes or _is_differentiated((*args, *kwargs.values())):
             return registered(*args, **kwargs)
-        # Torch's layer for gradients is written in Python, and would find out the same, many microseconds later.
+        # Torch's layer for gradients is written in Python. It would find no gradient, many microseconds later.
         with torch._C._AutoDispatchBelowAutograd():
             return registered(*args, **kwargs)
 
     def gradient(self, backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-        """Register the decorated function (inputs, gradients of the results) -> gradients of the inputs."""
+        """Register the decorated gradient: (inputs, gradients of the results) -> gradients of the inputs."""
         _register_gradient(self.name, backward)
         if self.signature.lists:
             _register_gradient(self.signature.grouped_name, _grouped.looped_gradient(self.signature, backward))
         return backward
 
     def listed(self, form: Callable[..., Any]) -> Callable[..., Any]:
-        """Have the decorated function be the torch form for lists on a CPU, where it saves calls of torch.
+        """Make the decorated function the torch form for lists on a CPU, to save calls of torch.
 
-        It takes what passed for a list before, `grouped_form`, and then the arguments of the grouped op.
+        Its first argument is the `grouped_form` that it replaces. The arguments of the grouped op follow.
         """
         self.grouped_form = without_autocast(partial(form, self.grouped_form))
         return form
@@ -127,7 +127,7 @@ class Op(Generic[Parameters, Result]):
         return "triton", "GPU tensors run on the Triton kernels"
 
     def _mapped(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Compute what torch.func.vmap maps over as one more leading dimension."""
+        """Compute a call under torch.func.vmap: the mapped dimension is one more leading dimension."""
         arguments = list(args)
         for operand in self.signature.operands:
             tensor, dim = args[operand.position], in_dims[operand.position]
@@ -135,15 +135,15 @@ class Op(Generic[Parameters, Result]):
             arguments[operand.position] = whole
         for position, (value, dim) in enumerate(zip(arguments, in_dims, strict=True)):
             if dim is not None and value is args[position]:
-                # A seed for each: problems of a batch are independent with one.
+                # The first of mapped seeds is enough: one seed makes the problems of a batch independent.
                 arguments[position] = value.select(dim, 0)
         result = self.registered(*arguments)
         return result, tuple(0 for _ in result) if isinstance(result, tuple) else 0
 
     def _register(self, schema: str, torch_form: Callable[..., Any], check: Callable[[Sequence[Any]], Any]) -> Any:
         name = schema.partition("(")[0]
-        # Of layouts that passed the check: the plans of their launches.
-        passed: dict[Any, dict[Any, Any]] = {}
+        # The plans of launches, by each layout that passed the check.
+        plans_of: dict[Any, dict[Any, Any]] = {}
 
         def run_on_gpu(*args: Any) -> Any:
             return run("torch" if nearest(architecture(device_of(args[0]).index)) is None else "triton", *args)
@@ -154,13 +154,13 @@ class Op(Generic[Parameters, Result]):
             if chosen is None or self.signature.writes:
                 check(args)
                 return (launch or torch_form)(*args)
-            tensors, addresses, layout = _laid_out(args)
-            plans = passed.get(layout)
+            tensors, addresses, layout = _tensors_and_layout(args)
+            plans = plans_of.get(layout)
             if plans is None:
                 check(args)
-                if len(passed) == _MOST_LAYOUTS:
-                    passed.clear()
-                plans = passed[layout] = {}
+                if len(plans_of) == _MOST_LAYOUTS:
+                    plans_of.clear()
+                plans = plans_of[layout] = {}
             if launch is None:
                 return torch_form(*args)
             return _imported("brandla_kernels._kernels.plan").call(plans, launch, args, tensors, addresses)
@@ -169,7 +169,7 @@ class Op(Generic[Parameters, Result]):
         _library.impl(name, partial(run, "torch"), "CompositeExplicitAutograd")
         if self.launch is not None and _HAS_TRITON:
             _library.impl(name, run_on_gpu, "CUDA")
-        # Of tensors without data only the torch form can tell the shapes.
+        # Only the torch form can tell the shapes of fake tensors.
         torch.library.register_fake(f"brandla::{name}", partial(run, None), lib=_library)
         return getattr(torch.ops.brandla, name).default
 
@@ -177,38 +177,38 @@ class Op(Generic[Parameters, Result]):
 def op(
     line: str, cost: Callable[..., Cost], launch: str = ""
 ) -> Callable[[Callable[Parameters, Result]], Op[Parameters, Result]]:
-    """Register the decorated torch form under the signature ``line`` and return the op that stands for it.
+    """Register the decorated torch form under the signature ``line`` and return its op.
 
-    ``launch`` names the function in `_kernels` that is the op on CUDA and ROCm, for one problem, a batch and a list:
-    "module.function". It is imported when it is first called, so that no import needs Triton.
+    ``launch`` is "module.function", the op in `_kernels` on CUDA and ROCm for one problem, a batch and a list. The
+    first call imports it, so no import of this package needs Triton.
     """
     return lambda torch_form: Op(parse(line), torch_form, cost, launch)
 
 
-def recomputed(own: AnyOp, tensors: int) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Return the gradient of an op on small matrices, by its torch form: computing it again costs nothing that counts.
+def recomputed_gradient(small_op: AnyOp, tensors: int) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Return the gradient of an op on small matrices. It runs the torch form again, which costs little.
 
-    Its first arguments, so many ``tensors``, are differentiable.
+    The first ``tensors`` arguments are differentiable.
     """
 
     def backward(inputs: Any, gradients: Any) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             leaves = [part.detach().requires_grad_() for part in inputs[:tensors]]
-            results = own.torch_form(*leaves, *inputs[tensors:])
-            # What is not measured, or taken for a constant, has no gradient.
+            results = small_op.torch_form(*leaves, *inputs[tensors:])
+            # A result that is not measured, or counts as a constant, has no gradient.
             pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
             results, gradients = zip(*pairs, strict=True)
-            found = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
-        return (*found, *[None] * (len(inputs) - tensors))
+            of_leaves = torch.autograd.grad(results, leaves, gradients, materialize_grads=True)
+        return (*of_leaves, *[None] * (len(inputs) - tensors))
 
     return backward
 
 
 @lru_cache(4096)
 def number_of(look: Hashable) -> int:
-    """Return a number that stands for what a tensor looks like, and for nothing else.
+    """Return a number for the look of a tensor (its shape, strides, dtype, ...). No other look has this number.
 
-    Thousands of tuples in the layout of a list would have the garbage collector go through them at every call.
+    With tuples instead, the garbage collector would go through thousands of them at every call with a long list.
     """
     return next(_numbers)
 
@@ -217,18 +217,18 @@ def _launch(module: str, function: str, *args: Any) -> Any:
     return getattr(_imported(f"brandla_kernels._kernels.{module}"), function)(*args)
 
 
-def _laid_out(arguments: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[Any, ...]]:
-    """Return the tensors of a call, where they begin, and its layout: all that a launch depends on besides."""
+def _tensors_and_layout(arguments: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[Any, ...]]:
+    """Return the tensors of a call, their addresses, and the layout: all else that a launch depends on."""
     tensors: list[Tensor] = []
     layout: list[Any] = []
-    for one in arguments:
-        if isinstance(one, Tensor):
-            tensors.append(one)
-        elif isinstance(one, list):
-            layout.append(len(one))
-            tensors += one
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+        elif isinstance(argument, list):
+            layout.append(len(argument))
+            tensors += argument
         else:
-            layout.append(one)
+            layout.append(argument)
     addresses = list(map(Tensor.data_ptr, tensors))
     for tensor, address in zip(tensors, addresses, strict=True):
         layout.append(number_of((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, address % 16)))
@@ -236,14 +236,14 @@ def _laid_out(arguments: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[
 
 
 def _is_differentiated(arguments: Sequence[Any]) -> bool:
-    """Say whether a call has to come by autograd or torch.func."""
-    # torch.func has no public question for this.
+    """Say whether a call has to go through autograd or torch.func."""
+    # torch.func has no public function for this.
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return torch.is_grad_enabled() and any(
         isinstance(part, Tensor) and part.requires_grad
-        for one in arguments
-        for part in (one if isinstance(one, (list, tuple)) else (one,))
+        for argument in arguments
+        for part in (argument if isinstance(argument, (list, tuple)) else (argument,))
     )
 
 
@@ -256,10 +256,10 @@ def _register_gradient(name: str, backward: Callable[..., Sequence[Any]]) -> Non
     def run(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         leaves = [rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)]
         inputs = tree_unflatten(leaves, ctx.structure)
-        found = backward(inputs, gradients)
-        # The dispatcher left out arguments that have their default.
+        parts = backward(inputs, gradients)
+        # The dispatcher leaves out arguments at their default.
         given = len(ctx.needs_input_grad)
-        return tuple(_in_dtype_of(value, part) for value, part in zip(inputs[:given], found, strict=False))
+        return tuple(_in_dtype_of(value, part) for value, part in zip(inputs[:given], parts, strict=False))
 
     torch.library.register_autograd(f"brandla::{name}", run, setup_context=setup_context, lib=_library)
 
@@ -271,9 +271,9 @@ def _in_dtype_of(value: Any, part: Any) -> Any:
 
 
 def reads_are_free(tensor: Any) -> bool:
-    """Say whether a branch may look at values: on a CPU nothing has to be waited for; a traced tensor has none yet.
+    """Say whether a branch may read values: on a CPU a read waits for nothing, and a traced tensor has no values.
 
-    Where the Triton backend is forced nothing is looked at, so that what runs is what a GPU would run.
+    If the Triton backend is forced, no branch reads values, so the same code runs as on a GPU.
     """
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -281,18 +281,18 @@ def reads_are_free(tensor: Any) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Say whether a tensor has numbers to read: meta and fake tensors, and those of a torch.func.vmap, have none."""
+    """Say whether a tensor has numbers to read. Meta tensors, fake ones and those under torch.func.vmap have none."""
     return not (tensor.is_meta or hasattr(tensor, "fake_mode") or is_mapped(tensor))
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Say whether a tensor is one of a batch that torch.func.vmap maps over."""
-    # torch.func has no public question for this.
+    """Say whether torch.func.vmap maps over a tensor."""
+    # torch.func has no public function for this.
     return torch._C._functorch.is_batchedtensor(tensor)
 
 
 def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Compute the decorated function as outside torch.autocast, whose bfloat16 products no factorisation survives."""
+    """Run the decorated function without torch.autocast: no factorisation survives its bfloat16 products."""
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -313,7 +313,7 @@ def backend(name: Backend) -> Iterator[None]:
     ----------
     name
         ``"torch"``: the torch forms, called without the dispatcher. ``"triton"``: the Triton kernels, on GPU tensors,
-        or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 in the environment), or where launches are
+        or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 in the environment) or while launches are
         recorded.
 
     Raises
@@ -347,9 +347,9 @@ def _why_no_triton() -> str | None:
         return reason
     if torch.cuda.is_available():
         return None
-    from brandla_kernels._kernels.launch import interpreted, record_of
+    from brandla_kernels._kernels.launch import active_record, interpreted
 
-    if interpreted() or record_of():
+    if interpreted() or active_record():
         return None
     return "torch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
 

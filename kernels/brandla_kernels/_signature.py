@@ -1,16 +1,15 @@
-"""What an op takes and returns, in one line: kinds and shapes of its operands, from which schemas and checks follow.
+"""The signature of an op in one line: kinds and shapes of what it takes and returns. Schemas and checks follow.
 
-``rotate_(Tall[n,r]! basis, Tall[n,k] panel, Small[r,r] basis_rotation, Small[k,r] panel_rotation) -> ()`` reads:
-``basis`` is a matrix (..., n, r) or, for the grouped op, a list of matrices of different sizes, and is overwritten;
-``panel`` likewise, and as ``Data`` it might be in half precision; the rotations are small: for the grouped op a stack,
-padded with zeros to the largest problem. A ``Sum`` is a small one in float64, whatever the dtype of the others. ``|``
-separates alternative shapes, and ``Small[]`` is one number a problem.
-Other arguments are written as in a torch schema; a last one named ``problem`` is the index of the problem, which counts
-on in a list.
+In ``rotate_(Tall[n,r]! basis, Tall[n,k] panel, Small[r,r] basis_rotation, Small[k,r] panel_rotation) -> ()``, a
+``Tall`` is a matrix (..., n, r) or, for the grouped op, a list of matrices of different sizes. ``!`` marks the operand
+that is overwritten. A ``Small`` is a small matrix or, for the grouped op, a stack, padded with zeros to the largest
+problem. ``Data`` is a ``Tall`` that may be in half precision. A ``Sum`` is a ``Small`` in float64, whatever the dtype
+of the others. ``|`` separates alternative shapes, and ``Small[]`` is one number per problem. Other arguments are
+written as in a torch schema. A last argument ``problem`` is the index of the first problem; a list counts on from it.
 
-All operands have the same batch dimensions: what is one for all problems is ``expand``-ed, which copies nothing. All
-have one dtype, but ``Data`` in half precision may meet float32. Both keep the torch forms and the kernels from reading
-one call in two ways.
+All operands have the same batch dimensions: an operand shared by all problems is ``expand``-ed, which copies nothing.
+All have one dtype, but ``Data`` in half precision may meet float32. With these two rules, the torch forms and the
+kernels cannot read one call in two ways.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class Signature:
-    """The line, parsed."""
+    """A parsed signature line."""
 
     name: str
     schema: str
@@ -55,7 +54,7 @@ class Signature:
     operands: tuple[Operand, ...]
     results: tuple[Operand, ...]
     leader: Operand  # whose dtype and device the others have
-    counter: int | None  # position of the argument that is the index of the problem
+    index_position: int | None  # of the argument ``problem``
     writes: bool  # whether an operand is overwritten
 
     @property
@@ -65,7 +64,7 @@ class Signature:
 
     @property
     def grouped_name(self) -> str:
-        """Name of the grouped op; what overwrites keeps its final underscore."""
+        """Name of the grouped op; an op that overwrites keeps its final underscore."""
         return self.grouped_schema.partition("(")[0]
 
     def sizes(self, arguments: Sequence[Any]) -> dict[str, int]:
@@ -74,7 +73,7 @@ class Signature:
         Raises
         ------
         ValueError, TypeError
-            Naming the op, the rule and what was seen, if the tensors do not fit together.
+            If the tensors do not fit together. The message names the op, the rule and the values seen.
         """
         leader = arguments[self.leader.position]
         sizes: dict[str, int] = {}
@@ -84,11 +83,11 @@ class Signature:
             self._check_kind(operand, operand.name, tensor, leader)
             if batch is None:
                 batch = tensor.shape[: max(tensor.ndim - len(operand.shapes[0]), 0)]
-            sizes = self._matched(operand, operand.name, tensor, batch, sizes)
+            sizes = self._merged_sizes(operand, operand.name, tensor, batch, sizes)
         return sizes
 
     def grouped_sizes(self, arguments: Sequence[Any]) -> list[dict[str, int]]:
-        """Do the same for a call of the grouped op, for each problem."""
+        """Check the tensors of a call of the grouped op and return the sizes of each problem."""
         lists = {operand: arguments[operand.position] for operand in self.operands if operand.listed}
         for operand, matrices in lists.items():
             if not isinstance(matrices, (list, tuple)):
@@ -107,25 +106,25 @@ class Signature:
                 if matrix.dtype != matrices[0].dtype:
                     rule = f"{name} must have the dtype of {operand.name}[0], {matrices[0].dtype}"
                     self._fail(TypeError, f"{rule}; got {matrix.dtype}")
-                sizes[problem] = self._matched(operand, name, matrix, (), sizes[problem])
+                sizes[problem] = self._merged_sizes(operand, name, matrix, (), sizes[problem])
         largest = {letter: max(map(itemgetter(letter), sizes)) for letter in sizes[0]}
         for operand in self.operands:
             if not operand.listed:
                 stack = arguments[operand.position]
                 self._check_kind(operand, operand.name, stack, leader)
-                largest = self._matched(operand, operand.name, stack, (count,), largest)
-        # A size that no list shows, such as that of the result, is the stacks' for all.
+                largest = self._merged_sizes(operand, operand.name, stack, (count,), largest)
+        # A size that only stacks have, such as that of the result, is the same for all problems.
         return [largest | own for own in sizes]
 
     def _check_kind(self, operand: Operand, name: str, tensor: Any, leader: Any) -> None:
-        for own_name, own in ((name, tensor), (self.leader.name, leader)):
-            if not isinstance(own, Tensor):
-                self._fail(TypeError, f"{own_name} must be a tensor; got {type(own).__name__}")
+        for checked, value in ((name, tensor), (self.leader.name, leader)):
+            if not isinstance(value, Tensor):
+                self._fail(TypeError, f"{checked} must be a tensor; got {type(value).__name__}")
         dtype, leading = tensor.dtype, leader.dtype
         allowed = {"Sum": (torch.float64,), "Data": _DATA}.get(operand.kind, _FULL)
         if dtype not in allowed:
             self._fail(TypeError, f"{name} must have dtype {' or '.join(map(str, allowed))}; got {dtype}")
-        # Half-precision data may meet a float32 factor, and where there is no factor, data may be anything.
+        # Half-precision data may meet a float32 factor. Without a factor, data may have any dtype.
         free = operand.kind == "Data" and (self.leader.kind == "Data" or (dtype in _HALF and leading == torch.float32))
         if dtype != leading and not free and operand.kind != "Sum":
             self._fail(TypeError, f"{name} must have the dtype of {self.leader.name}, {leading}; got {dtype}")
@@ -133,30 +132,30 @@ class Signature:
             rule = f"{name} must be on the device of {self.leader.name}, {leader.device}"
             self._fail(ValueError, f"{rule}; got {tensor.device}")
         if self.writes and tensor.requires_grad and torch.is_grad_enabled():
-            rule = f"{name} must not require grad, since what overwrites has no gradient"
+            rule = f"{name} must not require grad, since an op that overwrites has no gradient"
             self._fail(RuntimeError, f"{rule}; call it under torch.no_grad()")
         if operand.written and overlaps_itself(tensor):
-            seen = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {seen}")
+            layout = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            self._fail(ValueError, f"{name} is overwritten, so no two of its entries may share memory; got {layout}")
 
-    def _matched(
+    def _merged_sizes(
         self, operand: Operand, name: str, tensor: Tensor, batch: tuple[int, ...], sizes: dict[str, int]
     ) -> dict[str, int]:
-        """Return ``sizes`` with those of a tensor, or fail if they contradict the tensors before it."""
+        """Return ``sizes`` with those of a tensor added, or fail if it contradicts the tensors before it."""
         shape, lead = tensor.shape, len(batch)
         for letters in operand.shapes:
             # The number of dimensions tells the alternatives apart.
             if len(shape) == lead + len(letters) and shape[:lead] == batch:
-                found = dict(sizes)
+                merged = dict(sizes)
                 for letter, size in zip(letters, shape[lead:], strict=True):
-                    if found.setdefault(letter, size) != size:
+                    if merged.setdefault(letter, size) != size:
                         break
                 else:
-                    return found
-        shapes = [(*map(str, batch), *letters) for letters in operand.shapes]
-        wanted = " or ".join(f"({', '.join(one)}{',' if len(one) == 1 else ''})" for one in shapes)
-        own = {letter for letters in operand.shapes for letter in letters}
-        known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if letter in own)
+                    return merged
+        allowed = [(*map(str, batch), *letters) for letters in operand.shapes]
+        wanted = " or ".join(f"({', '.join(names)}{',' if len(names) == 1 else ''})" for names in allowed)
+        own_letters = {letter for letters in operand.shapes for letter in letters}
+        known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items() if letter in own_letters)
         with_known = f" with {known}" if known else ""
         self._fail(ValueError, f"{name} must have shape {wanted}{with_known}; got {tuple(tensor.shape)}")
 
@@ -166,7 +165,7 @@ class Signature:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Say whether entries of a tensor share memory, as far as its strides tell: rows or columns that interleave do."""
+    """Say whether entries of a tensor may share memory, by its strides: interleaving rows or columns count too."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -177,32 +176,33 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def parse(line: str) -> Signature:
-    """Parse an op's line."""
+    """Parse the signature line of an op."""
     name, _, rest = line.partition("(")
     taken, _, returned = rest.partition(") -> ")
     declared = [part.strip() for part in re.split(r",\s+", taken)]
     operands = tuple(
-        _operand(found, part.split()[-1], position)
+        _operand(match, part.split()[-1], position)
         for position, part in enumerate(declared)
-        if (found := _OPERAND.match(part))
+        if (match := _OPERAND.match(part))
     )
-    results = tuple(_operand(found, "", position) for position, found in enumerate(_OPERAND.finditer(returned)))
+    results = tuple(_operand(match, "", position) for position, match in enumerate(_OPERAND.finditer(returned)))
     grouped_name = f"{name.rstrip('_')}_grouped{'_' if name.endswith('_') else ''}"
     grouped = _schema(line, "[]").replace(name, grouped_name, 1)
     leader = next((operand for operand in operands if operand.kind in ("Tall", "Small")), operands[0])
-    counter = len(declared) - 1 if re.search(r"\bproblem\b", declared[-1]) else None
+    index_position = len(declared) - 1 if re.search(r"\bproblem\b", declared[-1]) else None
     writes = any(operand.written for operand in operands)
-    return Signature(name, _schema(line, ""), grouped, operands, results, leader, counter, writes)
+    return Signature(name, _schema(line, ""), grouped, operands, results, leader, index_position, writes)
 
 
-def _operand(found: re.Match[str], name: str, position: int) -> Operand:
-    shapes = tuple(tuple(filter(None, shape.split(","))) for shape in found[2].split("|"))
-    return Operand(name, position, found[1], shapes, written=bool(found[3]), listed=found[1] in _LISTED)
+def _operand(match: re.Match[str], name: str, position: int) -> Operand:
+    kind, alternatives, mark = match.groups()
+    shapes = tuple(tuple(filter(None, shape.split(","))) for shape in alternatives.split("|"))
+    return Operand(name, position, kind, shapes, written=bool(mark), listed=kind in _LISTED)
 
 
 def _schema(line: str, brackets: str) -> str:
-    def spell(found: re.Match[str]) -> str:
-        alias = "(a!)" if found[3] else ""
-        return f"Tensor{alias}{brackets if found[1] in _LISTED else ''}"
+    def spell(match: re.Match[str]) -> str:
+        kind, _, mark = match.groups()
+        return f"Tensor{'(a!)' if mark else ''}{brackets if kind in _LISTED else ''}"
 
     return _OPERAND.sub(spell, line)

@@ -1,4 +1,4 @@
-"""The GPU architectures that the kernels are tiled and compiled for, and which of them another one follows."""
+"""The GPU architectures that the kernels are tiled and compiled for, and the one whose tiles any other takes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
-# Those whose float64 has a sixty-fourth of the rate of float32.
+# Architectures whose float64 runs at a sixty-fourth of the rate of float32.
 WEAK_FLOAT64 = ("sm_86", "sm_89", "sm_120")
-# Early steppings of one chip.
-_SAME = {"gfx940": "gfx942", "gfx941": "gfx942"}
+# Early steppings of gfx942.
+_STEPPINGS = {"gfx940": "gfx942", "gfx941": "gfx942"}
 
 
 @cache
 def nearest(arch: str) -> str | None:
     """Return the architecture whose tiles ``arch`` takes; None if there are no kernels for it.
 
-    Of NVIDIA's that is the newest listed one that is not newer. AMD's others are not like those listed: gfx11 and gfx12
-    have no matrix units for float32 and float64, and the kernels would spill kilobytes a thread there.
+    For NVIDIA this is the newest listed one that is not newer. AMD's others differ too much from the listed ones: gfx11
+    and gfx12 have no matrix units for float32 and float64, and the kernels would spill kilobytes per thread there.
     """
     if arch.startswith("sm_"):
         older = [listed for listed in NVIDIA if int(listed[3:]) <= int(arch[3:])]
         return older[-1] if older else None
-    arch = _SAME.get(arch, arch)
+    arch = _STEPPINGS.get(arch, arch)
     return arch if arch in AMD else None
 
 

@@ -1,16 +1,16 @@
 """``cholesky_inverse_core``: the rank-aware core of Cholesky QR on a batch of small Gram matrices.
 
 For the Gram matrix G = PᵀP (..., k, k) of a panel P, return T (..., k, k) such that the columns of Q = P T are
-orthonormal, or exactly zero where a column of P depends on the ones before it, and the mask of the columns that live.
+orthonormal, or exactly zero if a column of P depends on the ones before it, and the mask of the nonzero columns.
 
 Columns are first scaled by ``scale`` (the norm of the data a column came from, so that "dependent" means "below the
 rounding noise of that data"). Two Cholesky factorisations replace a pivoted one. The first is of G + δI, with δ = θ/4.
 If column j is at distance s from the columns before it, with coefficients c, its pivot is about s² + δ(1 + ‖c‖²) and
 column j of the inverse factor has squared norm (1 + ‖c‖²)/pivot. Noise of relative size √δ in the data moves s by
-√δ·(1 + ‖c‖²)^½, so a column stands out of the noise where s² > 3δ(1 + ‖c‖²): where that squared norm is below 1/θ. The
-pivot alone would not tell, since columns that nearly cancel have large coefficients. The columns that do not stand out
-are taken out, and the second factorisation is of what is left. No branch depends on the data, so nothing waits for the
-device; on a CPU, where there is nothing to wait for, one factorisation is enough when every column stands out of it.
+√δ·(1 + ‖c‖²)^½, so a column stands out of the noise if s² > 3δ(1 + ‖c‖²), that is if the squared norm is below 1/θ.
+The pivot alone would not tell, since columns that nearly cancel have large coefficients. Columns that do not stand out
+are removed, and the second factorisation is of the remaining ones. No branch depends on the data, so nothing waits for
+the device. On a CPU, where a read waits for nothing, one factorisation is enough if every column stands out of it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     scale
         (..., k), float64, >= 0: the length that column j is measured against.
     threshold
-        θ: four times the squared noise of a column relative to ``scale``, which it must stand out of.
+        θ: four times the squared noise of a column relative to ``scale``. A column that stays must stand out of it.
     """
     equilibrated, inverse_scale, identity = _equilibrated(gram, scale)
     if reads_are_free(gram):
         _, inverse, info, stands_out = _factored(equilibrated, identity, threshold)
         if ((info == 0).all() & stands_out.all()).item():
-            # None has to go.
+            # Every column stays.
             return inverse.mT * inverse_scale[..., :, None], torch.ones_like(scale, dtype=torch.bool)
     shifted, _, _, live = _factored(equilibrated + (threshold / 4) * identity, identity, threshold)
     kept = live.to(gram.dtype)
@@ -61,7 +61,7 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
 
 
 def live_columns(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
-    """Return the mask of `cholesky_inverse_core` alone, where that is less work."""
+    """Return only the mask of `cholesky_inverse_core`, with less work on a CPU."""
     if not reads_are_free(gram):
         return cholesky_inverse_core(gram, scale, threshold)[1]
     equilibrated, _, identity = _equilibrated(gram, scale)
@@ -69,14 +69,14 @@ def live_columns(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
 
 
 def _equilibrated(gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return E, what rows and columns of G were multiplied by, and I."""
+    """Return the scaled G, the factors of its rows and columns, and I."""
     inverse_scale = torch.where(scale > 0, 1 / scale, 0)
     equilibrated = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :]
     return equilibrated, inverse_scale, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
 
 
 def _factored(matrix: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the factor, its inverse, 0 if there is one, and which columns stand out of the noise."""
+    """Return the factor, its inverse, 0 if they exist, and the mask of the columns that stand out of the noise."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
     # Squared norms of the rows of the inverse are (1 + ‖c‖²) / pivot.

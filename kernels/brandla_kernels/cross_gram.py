@@ -1,12 +1,12 @@
-"""``cross_gram``: C = FᵀA and G = AᵀA, both in float64: what new columns have in common with a root and one another.
+"""``cross_gram``: C = FᵀA and G = AᵀA in float64, the inner products of new columns A with a root F and one another.
 
 F is (..., n, r), A is (..., n, k), C is (..., r, k), G is (..., k, k). F and A are read once. With M̂ = F Fᵀ and
-S = FᵀF, [S, C; Cᵀ, G] is the Gram matrix of [F, A], and all that an update of the square root F needs of the tall
+S = FᵀF, [S, C; Cᵀ, G] is the Gram matrix of [F, A]. An update of the square root F needs nothing else of the tall
 matrices.
 
-Products are in the dtype of F within a slab of rows, and summed in float64 between slabs: an error of some ε, relative
-to the largest entry, at any n. That holds for float32 columns of any length: where products would leave the range of
-float32, they are taken in float64 here, and of scaled columns by the kernel.
+Products are summed in the dtype of F within a slab of rows, and in float64 between slabs. The error is some ε of the
+largest entry at any n, for float32 columns of any norm: if products would leave the range of float32, they are taken
+in float64 here, and of scaled columns in the kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brandla_kernels import tall
 from brandla_kernels._op import Cost, op, reads_are_free
-from brandla_kernels.gram import gram_gradient, slab, sum_of_slabs
+from brandla_kernels.gram import gram_gradient, slab_rows, sum_of_slabs
 
 
 def cost(n: int, r: int, k: int, itemsize: int = 4) -> Cost:
@@ -40,23 +40,23 @@ def cross_gram(root: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cross_gram.listed
-def _of_list(one_by_one: Callable[..., Any], roots: list[Tensor], columns: list[Tensor]) -> Any:
-    """Compute products of float32 matrices of one width each, and look at them and convert them together."""
-    first, widths = columns[0], {(root.shape[-1], own.shape[-1]) for root, own in zip(roots, columns, strict=True)}
-    are_single = {matrix.dtype for matrix in (*roots, *columns)} == {torch.float32} and reads_are_free(first)
+def _list_form(one_by_one: Callable[..., Any], roots: list[Tensor], columns: list[Tensor]) -> Any:
+    """Stack the products of float32 matrices of equal widths, to check and convert them together."""
+    first, pairs = columns[0], list(zip(roots, columns, strict=True))
+    same_widths = len({(root.shape[-1], panel.shape[-1]) for root, panel in pairs}) == 1
+    are_float32 = {matrix.dtype for matrix in (*roots, *columns)} == {torch.float32}
     most = tall.rows(columns)
-    if are_single and len(widths) == 1 and most <= slab(roots[0], first):
-        inner = torch.stack([own.mT @ own for own in columns])
+    if same_widths and are_float32 and reads_are_free(first) and most <= slab_rows(roots[0], first):
+        inner = torch.stack([panel.mT @ panel for panel in columns])
         if _keeps_precision(inner, most):
-            cross = torch.stack([root.mT @ own for root, own in zip(roots, columns, strict=True)])
-            return cross.double(), inner.double()
+            return torch.stack([root.mT @ panel for root, panel in pairs]).double(), inner.double()
     return one_by_one(roots, columns)
 
 
 def _keeps_precision(inner: Tensor, n: int) -> bool:
-    """Say whether float32 squares neither overflowed nor vanished: n of them may lose a denormal number each.
+    """Say whether sums of n float32 squares neither overflowed nor vanished: each square may lose a denormal number.
 
-    Products with a root whose own squares are in range then are so too.
+    Then products with a root are in range too, if the root's own squares are.
     """
     if inner.numel() == 0:
         return True

@@ -1,7 +1,7 @@
 """``damped_apply``: Y = β (V + U Z UᵀV), a shifted low-rank operator applied to a block of vectors.
 
-U is (..., n, r), V and Y are (..., n, m), β is a scalar a batch entry (...,). Z is diagonal, given as (..., r), or a
-small symmetric matrix (..., r, r).
+U is (..., n, r), V and Y are (..., n, m), β (...,) is one number per batch entry. Z is diagonal, given as (..., r), or
+a small symmetric matrix (..., r, r).
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ def damped_apply(basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor) -> T
 
 
 def scaled_sum(scale: Tensor, added: Tensor, tall: Tensor, small: Tensor) -> Tensor:
-    """Return β (A + X Y); of matrices on a CPU in the passes of the product alone."""
+    """Return β (A + X Y). For matrices on a CPU, only the product passes over memory."""
     is_matrix = added.ndim == tall.ndim == small.ndim == 2
-    # With β = 0 a product leaves out A, and NaN in it.
+    # With β = 0, addmm would not read A, and would lose NaN in it.
     if is_matrix and reads_are_free(scale) and not scale.requires_grad and (number := scale.item()) != 0:
         return torch.addmm(added, tall, small, beta=number, alpha=number)
     return (added + tall @ small).mul_(scale[..., None, None])
 
 
 def apply_middle(basis: Tensor, middle: Tensor, coefficients: Tensor) -> Tensor:
-    """Multiply ``coefficients`` (..., r, m) by Z, diagonal when it has one dimension less than ``basis``."""
+    """Multiply ``coefficients`` (..., r, m) by Z, which is diagonal if it has one dimension less than ``basis``."""
     if middle.ndim < basis.ndim:
         return middle[..., None] * coefficients
     return middle @ coefficients
 
 
 def transposed_middle(basis: Tensor, middle: Tensor) -> Tensor:
-    """Return Zᵀ, of a diagonal Z itself."""
+    """Return Zᵀ, which is Z itself if Z is diagonal."""
     return middle if middle.ndim < basis.ndim else middle.mT
 
 
 def damped_apply_gradient(
     basis: Tensor, middle: Tensor, scale: Tensor, rhs: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to U, Z, β and V, from that with respect to Y."""
+    """Return the gradients with respect to U, Z, β and V, given the one with respect to Y."""
     scaled = scale[..., None, None] * gradient
     coefficients, pulled = inner_product(basis, rhs), inner_product(basis, gradient)
     turned = apply_middle(basis, middle, coefficients)

@@ -1,14 +1,14 @@
-"""``damped_inverse``: Y = (M̂ + τ(I − P) + λI)⁻¹ V, with all that is small computed on the device beside the projection.
+"""``damped_inverse``: Y = (M̂ + τ(I − P) + λI)⁻¹ V. Z and β are computed on the device, beside the projection.
 
-M̂ is U diag(d) Uᵀ, given by d (..., r), or F Fᵀ, given by S = FᵀF (..., r, r) and then with τ = 0; P is the projector on
-its range. U is (..., n, r), V and Y are (..., n, m), λ and τ are one number a batch entry.
+M̂ is U diag(d) Uᵀ, given by d (..., r), or F Fᵀ, given by S = FᵀF (..., r, r), with τ = 0 and F in the place of U. P is
+the projector on its range. U is (..., n, r), V and Y are (..., n, m), λ and τ are one number per batch entry.
 
     Y = β (V + U Z UᵀV),    β = 1/(τ + λ),    Z = diag((τ − d)/(d + λ)), or −(S + λI)⁻¹
 
-β stays outside, so no square of an eigenvalue is formed. Where rounding left S + λI not positive definite, Y is NaN.
+β stays outside, so no square of an eigenvalue is formed. If rounding left S + λI not positive definite, Y is NaN.
 
-``pair_damped_inverse`` applies two of them, each to its block, with the projections of both in one launch, and
-``kron_damped_inverse`` one from the left of W (..., p, q) and one from its right, as ``kron_damped_apply``.
+``pair_damped_inverse`` applies two damped inverses, each to its own block, with both projections in one launch.
+``kron_damped_inverse`` applies one from the left and one from the right of W (..., p, q), as ``kron_damped_apply``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pair_cost(p: int, q: int, left_rank: int, right_rank: int, k: int, itemsize:
     "damped.damped",
 )
 def damped_inverse(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor, rhs: Tensor) -> Tensor:
-    """Return the damped inverse, applied; ``small`` is d or S."""
+    """Return the damped inverse times ``rhs``; ``small`` is d or S."""
     return damped_apply.torch_form(basis, *coefficients(basis, small, damping, tail), rhs)
 
 
@@ -80,12 +80,12 @@ def coefficients(basis: Tensor, small: Tensor, damping: Tensor, tail: Tensor) ->
 
 
 def damped_gram_inverse(gram: Tensor, damping: float | Tensor) -> Tensor:
-    """(S + λI)⁻¹; where rounding left S + λI not positive definite, NaN and never a wrong number."""
+    """Return (S + λI)⁻¹, or NaN, never a wrong number, if rounding left S + λI not positive definite."""
     return torch.cholesky_inverse(damped_cholesky(gram, damping))
 
 
 def damped_cholesky(gram: Tensor, damping: float | Tensor) -> Tensor:
-    """Return the Cholesky factor of S + λI, or NaN."""
+    """Return the Cholesky factor of S + λI, or NaN if there is none."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     damping = damping[..., None, None] if isinstance(damping, Tensor) else damping
     lower, info = torch.linalg.cholesky_ex((gram + gram.mT) / 2 + damping * identity)
@@ -95,9 +95,9 @@ def damped_cholesky(gram: Tensor, damping: float | Tensor) -> Tensor:
 @damped_inverse.gradient
 def _gradient(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
     *side, rhs = inputs
-    given = coefficients(*side)
-    *found, of_rhs = damped_apply_gradient(side[0], *given, rhs, gradients[0])
-    return *_of_side(side, given, found), of_rhs
+    applied = coefficients(*side)
+    *of_side, of_rhs = damped_apply_gradient(side[0], *applied, rhs, gradients[0])
+    return *_gradients_of(side, applied, of_side), of_rhs
 
 
 @pair_damped_inverse.gradient
@@ -110,15 +110,15 @@ def _pair_gradient(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tup
 @kron_damped_inverse.gradient
 def _kron_gradient(inputs: Sequence[Tensor], gradients: tuple[Tensor]) -> tuple[Tensor, ...]:
     left, right, matrix = inputs[:4], inputs[4:8], inputs[8]
-    of_left, of_right = coefficients(*left), coefficients(*right)
-    found = kron_damped_apply_gradient((left[0], *of_left, right[0], *of_right, matrix), gradients[0])
-    return *_of_side(left, of_left, found[:3]), *_of_side(right, of_right, found[3:6]), found[6]
+    on_left, on_right = coefficients(*left), coefficients(*right)
+    found = kron_damped_apply_gradient((left[0], *on_left, right[0], *on_right, matrix), gradients[0])
+    return *_gradients_of(left, on_left, found[:3]), *_gradients_of(right, on_right, found[3:6]), found[6]
 
 
-def _of_side(side: Sequence[Tensor], given: tuple[Tensor, Tensor], found: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return gradients with respect to U, d or S, λ and τ from those with respect to U, Z and β."""
+def _gradients_of(side: Sequence[Tensor], applied: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients with respect to U, d or S, λ and τ, given those with respect to U, Z and β."""
     basis, small, damping, _ = side
-    (middle, scale), (of_basis, of_middle, of_scale) = given, found
+    (middle, scale), (of_basis, of_middle, of_scale) = applied, gradients
     of_shift = -(of_scale * scale) * scale
     if small.ndim == basis.ndim:
         # d(A⁻¹) = −A⁻¹ dA A⁻¹

@@ -1,7 +1,7 @@
-"""``gram`` and ``rounded_gram``: G = PᵀP, in float64, of exact products or of products rounded to the dtype of P.
+"""``gram`` and ``rounded_gram``: G = PᵀP in float64, from exact products or from products rounded to the dtype of P.
 
-P is (..., n, k), G is (..., k, k). P is read once. Rounded products, summed in slabs of rows with float64 between them,
-leave an error of some ε at any n: as good for columns that are nearly orthonormal, at twice the speed.
+P is (..., n, k), G is (..., k, k). P is read once. Rounded products are summed within slabs of rows, and in float64
+between slabs. The error is some ε at any n: as good for columns that are nearly orthonormal, at twice the speed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from brandla_kernels._op import Cost, op
 
 # Rows converted to float64 at a time: the copy stays small and in cache.
 _ROWS = 2048
-# From this width on, the products left out outweigh the calls added.
+# From this width on, blocks of one triangle save more products than their calls cost.
 _WIDE = 128
 _BLOCKS = 4
-# Rows whose products are summed in the dtype of the data. BLAS sums few columns with one accumulator an entry, and a
-# sum of 4096 products is then wrong by 20 ε; for more columns it sums in blocks, and is wrong by 3 ε at most.
+# Rows of a slab, whose products are summed in the dtype of the data. For few columns, BLAS has one accumulator per
+# entry, and a sum of 4096 products is wrong by 20 ε. For more columns it sums in blocks, and is wrong by 3 ε at most.
 _SLAB_OF_FEW = 1024
 _SLAB = 4096
 _FEW = 16
@@ -41,9 +41,9 @@ def gram(panel: Tensor) -> Tensor:
 def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``left.mT @ right`` in float64: products in ``dtype`` within a slab of rows, float64 sums between slabs.
 
-    A float32 product of few columns with an inner dimension of 10⁶ is wrong by 4·10⁻⁴; this is by some ε.
+    A float32 product of few columns with an inner dimension of 10⁶ is wrong by 4·10⁻⁴, this sum by some ε.
     """
-    rows = slab(left, right)
+    rows = slab_rows(left, right)
     if left.shape[-2] <= rows:
         return (left.to(dtype).mT @ right.to(dtype)).double()
     slabs = zip(left.split(rows, dim=-2), right.split(rows, dim=-2), strict=True)
@@ -55,14 +55,14 @@ def sum_of_slabs(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def inner_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left.mT @ right`` in the dtype of both, by `sum_of_slabs` where there is more than one slab."""
-    if left.shape[-2] <= slab(left, right):
+    """Return ``left.mT @ right`` in the dtype of both, by `sum_of_slabs` if there is more than one slab."""
+    if left.shape[-2] <= slab_rows(left, right):
         return left.mT @ right
     return sum_of_slabs(left, right, left.dtype).to(left.dtype)
 
 
-def slab(left: Tensor, right: Tensor) -> int:
-    """Return the rows whose products are summed in the dtype of the data."""
+def slab_rows(left: Tensor, right: Tensor) -> int:
+    """Return the number of rows of a slab, whose products are summed in the dtype of the data."""
     if left.dtype == right.dtype == torch.float64:
         return left.shape[-2]
     return _SLAB if min(left.shape[-1], right.shape[-1]) >= _FEW else _SLAB_OF_FEW
@@ -84,13 +84,13 @@ def _gram_of_slab(slab: Tensor) -> Tensor:
 
 
 def gram_gradient(panel: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient with respect to P of a function whose gradient with respect to PᵀP is given."""
+    """Return the gradient with respect to P, given the one with respect to PᵀP."""
     return panel @ (gradient + gradient.mT).to(panel.dtype)
 
 
 @op("rounded_gram(Tall[n,k] panel) -> Small[k,k]", cost, "inner_product.rounded_gram")
 def rounded_gram(panel: Tensor) -> Tensor:
-    """Return ``panel.mT @ panel`` in float64, of products in the dtype of the panel."""
+    """Return ``panel.mT @ panel`` in float64, from products in the dtype of the panel."""
     return sum_of_slabs(panel, panel, panel.dtype)
 
 

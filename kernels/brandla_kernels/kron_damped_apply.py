@@ -1,7 +1,7 @@
 """``kron_damped_apply``: Y = β_L (I + U_L Z_L U_Lᵀ) W (I + U_R Z_R U_Rᵀ) β_R.
 
 W and Y are (..., p, q), U_L is (..., p, r_L), U_R is (..., q, r_R); Z is diagonal (..., r) or symmetric (..., r, r).
-W is needed for the two projections U_LᵀW and W U_R, which one pass can share, and once more for the sum; the term with
+The two projections U_LᵀW and W U_R read W, in one pass if they share it, and the sum reads W once more. The term with
 both bases is folded into the left one:
 
 Y = β_L β_R (W + U_L Z_L (U_LᵀW + (U_LᵀW U_R) Z_R U_Rᵀ) + (W U_R) Z_R U_Rᵀ)
@@ -23,7 +23,7 @@ from brandla_kernels.damped_apply import (
 
 
 def cost(p: int, q: int, left_rank: int, right_rank: int, itemsize: int = 4) -> Cost:
-    """Work of one call with diagonal Z, leaving out terms without the factor p·q."""
+    """Work of one call with diagonal Z, without the terms that lack the factor p·q."""
     return Cost(flops=4 * p * q * (left_rank + right_rank), bytes=itemsize * 3 * p * q)
 
 
@@ -45,7 +45,7 @@ def kron_damped_apply(
     left_inner = left_projection + _times_middle(right_basis, right_middle, both) @ right_basis.mT
     left_inner = apply_middle(left_basis, left_middle, left_inner)
     right_inner = _times_middle(right_basis, right_middle, right_projection)
-    # Both terms in one pass over Y.
+    # One product adds both terms in one pass over Y.
     columns, rows = torch.cat([left_basis, right_inner], -1), torch.cat([left_inner, right_basis.mT], -2)
     return scaled_sum(left_scale * right_scale, matrix, columns, rows)
 
@@ -55,7 +55,7 @@ def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
 
 
 def kron_damped_apply_gradient(inputs: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
-    """Gradients with respect to all arguments, from that with respect to Y."""
+    """Return the gradients with respect to all arguments, given the one with respect to Y."""
     left, right, matrix = (inputs[0], inputs[1], inputs[2]), (inputs[3], inputs[4], inputs[5]), inputs[6]
     apply = damped_apply.torch_form
     from_right = apply(*right, matrix.mT).mT

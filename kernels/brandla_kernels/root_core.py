@@ -1,17 +1,17 @@
-"""``root_core``: all that is small in the update of a square root, between the two passes over the tall matrices.
+"""``root_core``: the small problem in the update of a square root, between the two passes over the tall matrices.
 
 From S = FᵀF (..., r, r), C = FᵀA (..., r, k) and G = AᵀA (..., k, k), the Gram matrix of B = [√ρ F, √w A] is
 
     K = [ ρS, √(ρw) C; √(ρw) Cᵀ, wG ].
 
-The op finds W (..., r + k, s) with orthonormal, or zero, columns near the leading eigenvectors of K, and returns
-S⁺ = WᵀK W, √ρ W₁ and √w W₂ for the rows W₁, W₂ of W, of which F⁺ = F (√ρ W₁) + A (√w W₂), the Frobenius norm of what is
-left out, (I − W Wᵀ) K (I − W Wᵀ), and the trace that A adds, w tr G.
+The op finds W (..., r + k, s), with orthonormal or zero columns near the leading eigenvectors of K. It returns
+S⁺ = WᵀK W; √ρ W₁ and √w W₂ with the rows W₁ and W₂ of W, so that F⁺ = F (√ρ W₁) + A (√w W₂); the Frobenius norm of the
+part left out, (I − W Wᵀ) K (I − W Wᵀ); and the trace that A adds, w tr G.
 
 W comes from two steps of the LR algorithm: no eigendecomposition, no branch on data, nothing waits for the device.
-K + σI = RᵀR, and L = R Rᵀ is the same matrix in orthonormal coordinates and nearer to diagonal. With its diagonal in
-descending order, ΠᵀLΠ = R₂ᵀR₂ in the same way; Z are the unit vectors of the longest rows of R₂, and
-W = orth(RᵀLΠR₂ᵀZ). A K that is not finite makes all results NaN but the trace. Derivation: ``docs/updates.md``.
+K + σI = RᵀR, and L = R Rᵀ is the same matrix in orthonormal coordinates and nearer to diagonal. The second step sorts
+the diagonal of L in descending order: ΠᵀLΠ = R₂ᵀR₂. Z are the unit vectors of the longest rows of R₂, and
+W = orth(RᵀLΠR₂ᵀZ). If K is not finite, all results are NaN. Derivation: ``docs/updates.md``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from brandla_kernels import tall
-from brandla_kernels._op import Cost, op, recomputed
+from brandla_kernels._op import Cost, op, recomputed_gradient
 from brandla_kernels.cholesky_inverse_core import cholesky_inverse_core
 from brandla_kernels.eigh_core import assembled
 
@@ -43,7 +43,7 @@ def cost(r: int, k: int, s: int, itemsize: int = 4) -> Cost:
 def root_core(
     gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return S⁺, √ρ W₁, √w W₂, the norm of what is left out, and w tr G, in the dtype of S.
+    """Return S⁺, √ρ W₁, √w W₂, the norm of the part left out, and w tr G, in the dtype of S.
 
     Parameters
     ----------
@@ -52,13 +52,13 @@ def root_core(
     cross, own
         C (..., r, k) and G (..., k, k), float64.
     decay, weight
-        ρ and w of each problem, >= 0, float64: the product of a weight and a square may be in range where neither is.
+        ρ and w of each problem, >= 0, float64: the product of a weight and a square may be in range if neither is.
     rank
         s, columns of W, at most r + k.
     tol
-        Columns whose entry on the diagonal of S⁺ is up to ``tol`` times the largest become zero.
+        A column becomes zero if its entry on the diagonal of S⁺ is at most ``tol`` times the largest.
     measure
-        Whether to measure what is left out; 0 otherwise.
+        Whether to compute the norm of the part left out; it is 0 otherwise.
     """
     r, dtype = gram.shape[-1], gram.dtype
     core, rows = assembled(gram, cross, own, decay, weight)
@@ -71,17 +71,17 @@ def root_core(
 
 
 class Compressed(NamedTuple):
-    """A core K compressed to the range of W: S = WᵀK W, and a bound of the norm of (I − W Wᵀ) K (I − W Wᵀ)."""
+    """A core K compressed to the range of W: S = WᵀK W, W, and the norm of (I − W Wᵀ) K (I − W Wᵀ)."""
 
     gram: Tensor  # (..., rank, rank)
     rotation: Tensor  # (..., m, rank), orthonormal or zero columns
-    left_out: Tensor  # (...,): the Frobenius norm, or 0 where it is not asked for
+    left_out: Tensor  # (...,): the Frobenius norm, or 0 if it is not asked for
 
 
 def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure: bool) -> Compressed:
     """Compress K (..., m, m), float64, to ``rank`` columns as the module says; σ is 32 ε of ``dtype`` times ‖K‖.
 
-    That is the dtype of the factor that K was made from: K is no more definite than it.
+    ``dtype`` is that of the factor behind K, which is no more definite than the rounding of the factor allows.
     """
     m = core.shape[-1]
     finite = torch.isfinite(core.sum((-2, -1)))[..., None, None]
@@ -117,7 +117,7 @@ def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure:
 
 
 def _upper_factor(matrix: Tensor) -> Tensor:
-    """Return R with M = RᵀR; where rounding left M not definite, the root of its diagonal, which still serves."""
+    """Return R with M = RᵀR; if rounding left M not definite, the root of its diagonal, which still serves."""
     factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
     plain = torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
     return torch.where((info == 0)[..., None, None], factor, plain)
@@ -140,9 +140,9 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 
 def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
-    """Zero the values of a factor (the last ``dims`` dimensions) once the largest is no normal number any more.
+    """Zero the values of a factor (the last ``dims`` dimensions) once the largest is no longer a normal number.
 
-    A stream that dies out would otherwise slow every product down with denormals, for good.
+    Otherwise a stream that dies out would slow down every later product with denormals.
     """
     if values.numel() == 0:
         return values
@@ -150,4 +150,4 @@ def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
     return torch.where(largest < torch.finfo(values.dtype).tiny, 0, values)
 
 
-root_core.gradient(recomputed(root_core, 5))
+root_core.gradient(recomputed_gradient(root_core, 5))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from brandla_kernels._op import Cost, is_mapped, op
 
-# Rows rotated at a time in place, where there is a temporary: it stays small.
+# Rows rotated at a time in place, so that the temporary stays small.
 ROWS_AT_A_TIME = 1024
 
 

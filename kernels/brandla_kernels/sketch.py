@@ -25,12 +25,12 @@ from torch import Tensor
 
 from brandla_kernels._op import Cost, op, reads_are_free
 
-# Up to so many calls of Philox, Python's integers take less time than the hundred operations of torch.
+# Up to this many calls of Philox, Python's integers take less time than the hundred operations of torch.
 _FEW = 1024
-# What one call of Philox draws of Ω: the bits of four words.
+# The block of Ω that one call of Philox draws: the bits of four words.
 ROWS_PER_CALL = 32
 COLUMNS_PER_CALL = 4
-# A counter word that torch's own Philox streams leave at 0: what torch draws from the same seed shares no bits with Ω.
+# Torch's own Philox streams leave this word of the counter at 0: torch's draws from one seed share no bits with Ω.
 STREAM = 0x736B6574
 
 _MASK = 0xFFFFFFFF
@@ -60,15 +60,15 @@ def signs(
     Parameters
     ----------
     seed
-        One number in int64, on the device that Ω is wanted on.
+        One number in int64, on the device of Ω.
     rows, width
-        Size of Ω. The leading rows and columns of a larger Ω are those of a smaller one.
+        Size of Ω. A smaller Ω is the leading part of a larger one.
     batch_shape
         Leading dimensions: one Ω for each problem of a batch.
     problem
         Index of the problem, or of the first of a batch.
     dtype
-        Floating-point dtype of Ω, which holds the same signs in each.
+        Floating-point dtype of Ω. The signs are the same in every dtype.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def signs(
     _check("signs", seed, rows=rows, width=width, problem=problem)
     blocks, quads = -(-rows // ROWS_PER_CALL), -(-width // COLUMNS_PER_CALL)
     few = math.prod(batch_shape) * blocks * quads <= _FEW
-    draw = _drawn_on_host if few and reads_are_free(seed) else _drawn
+    draw = _draw_words_on_host if few and reads_are_free(seed) else _draw_words
     words = draw(seed, tuple(batch_shape), problem, blocks, quads)
     words = words if words.shape[-1] == width else words[..., :width]
     # Bit b of a word becomes the sign of the float32 number 1 at row b: [..., blocks, 32, width].
@@ -93,7 +93,7 @@ def signs(
     return (numbers if numbers.shape[-2] == rows else numbers[..., :rows, :]).to(dtype)
 
 
-def _drawn(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:
+def _draw_words(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:
     """Return the words of all counters, (*batch, blocks, 1, 4 quads) in int32."""
 
     def count(*shape: int) -> Tensor:
@@ -104,35 +104,35 @@ def _drawn(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quad
     return torch.stack(philox(counter, (key, key >> 32)), -1).to(torch.int32).flatten(-2)
 
 
-def _drawn_on_host(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:
-    """Do the same with Python's integers: one holds a word of every counter, 64 bits apart, so that products fit."""
+def _draw_words_on_host(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:
+    """Return the same words. A Python integer holds one word of every counter, 64 bits apart, so products fit."""
     problems, key = math.prod(batch), int(seed.item())
-    every = problems * blocks * quads
-    if not every:
+    total = problems * blocks * quads
+    if not total:
         return seed.new_empty((*batch, blocks, 1, 4 * quads), dtype=torch.int32)
-    ones, mask = _joined([1] * every), _joined([_MASK] * every)
-    first = _joined(range(quads), blocks * problems)
-    second = _joined(sorted([*range(blocks)] * quads), problems)
-    third = _joined(sorted([*range(problem, problem + problems)] * (blocks * quads)))
+    ones, mask = _packed([1] * total), _packed([_MASK] * total)
+    first = _packed(range(quads), blocks * problems)
+    second = _packed(sorted([*range(blocks)] * quads), problems)
+    third = _packed(sorted([*range(problem, problem + problems)] * (blocks * quads)))
     fourth = STREAM * ones
     for step in range(_ROUNDS):
-        keys = [(word + step * own & _MASK) * ones for word, own in zip((key, key >> 32), _KEY_STEPS, strict=True)]
+        keys = [(word + step * gap & _MASK) * ones for word, gap in zip((key, key >> 32), _KEY_STEPS, strict=True)]
         lower, upper = first * _MULTIPLIERS[0], third * _MULTIPLIERS[1]
         first, second = (upper >> 32 & mask) ^ second ^ keys[0], upper & mask
         third, fourth = (lower >> 32 & mask) ^ fourth ^ keys[1], lower & mask
     pairs = (first | second << 32, third | fourth << 32)
-    halves = [torch.frombuffer(bytearray(pair.to_bytes(8 * every, "little")), dtype=torch.int32) for pair in pairs]
+    halves = [torch.frombuffer(bytearray(pair.to_bytes(8 * total, "little")), dtype=torch.int32) for pair in pairs]
     return torch.stack([half.view(-1, 2) for half in halves], 1).view(*batch, blocks, 1, 4 * quads)
 
 
-def _joined(words: Iterable[int], times: int = 1) -> int:
+def _packed(words: Iterable[int], times: int = 1) -> int:
     return int.from_bytes(array("Q", words).tobytes() * times, "little")
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4×32-10: four random words for four counter words and two key words.
 
-    Words are int64 tensors, which are broadcast; what is taken in may have any upper half, what is returned is in
+    Words are int64 tensors, which are broadcast. The upper half of a given word does not matter; a returned word is in
     [0, 2³²).
     """
     words = torch.broadcast_tensors(*counter)
@@ -176,12 +176,12 @@ def _gradient(inputs: tuple[Tensor, Tensor, int, int], gradients: tuple[Tensor])
 
 
 def _signs_of(matrix: Tensor, seed: Tensor, width: int, problem: int, dtype: torch.dtype) -> Tensor:
-    """Ω for X, a batch of problems."""
+    """Return Ω for X, a matrix or a batch."""
     return signs(seed, matrix.shape[-1], width, batch_shape=matrix.shape[:-2], problem=problem, dtype=dtype)
 
 
 def check_call(matrix: Tensor, seed: Tensor, width: int, problem: int) -> None:
-    """Check what the signature does not say of a call."""
+    """Check the rules that the signature does not express."""
     _check("brandla::sketch", seed, width=width, problem=problem)
     if seed.device != matrix.device:
         message = f"brandla::sketch: seed must be on the device of matrix, {matrix.device}; got {seed.device}"

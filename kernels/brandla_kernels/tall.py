@@ -1,4 +1,4 @@
-"""What tall matrices are: one (n, r), a batch (..., n, r), or a list of them with different n."""
+"""Tall matrices: one (n, r), a batch (..., n, r), or a list of matrices with different n."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla_kernels._signature import Matrices
 
-# `Matrices` for code that works on either kind: what comes out is of the kind that went in, which no alias can say.
+# `Matrices` for code that returns the kind it was given, a tensor or a list, which no alias can say.
 Tall: TypeAlias = Any
 
 
@@ -35,14 +35,14 @@ def device_of(matrices: Matrices) -> torch.device:
 
 
 def each(function: Callable[..., Tensor], matrices: Tall, *others: Tall | Tensor) -> Tall:
-    """Return ``function`` of a matrix, or of each in a list and what belongs to it."""
+    """Apply ``function`` to a matrix, or to each one of a list with its entries of the other lists."""
     if isinstance(matrices, Tensor):
         return function(matrices, *others)
     return [function(*members) for members in zip(matrices, *others, strict=True)]
 
 
 def stacked(small: Tall) -> Tensor:
-    """Return a small matrix as it is, those of a list stacked."""
+    """Return a small matrix as it is, or stack a list of them."""
     return small if isinstance(small, Tensor) else torch.stack(small)
 
 

@@ -1,4 +1,4 @@
-"""What a launch does beside running its kernel: it goes by a plan, to its device, and tells flops and bytes."""
+"""Launches beside their kernels: the flops and bytes that they report, their device, and their plans."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -44,21 +44,21 @@ def flops_of(launches):
 
 def sizes_in_bytes(launch):
     """Bytes of each distinct tensor that a launch reads or writes, by address; twice those that it overwrites."""
-    given = {name: one for name, one in launch.arguments.items() if isinstance(one, Tensor)}
+    tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
     if launch.name == "symmetric_product_kernel" and launch.arguments["SPLITS"] > 1:
-        del given["m_ptr"]
+        del tensors["m_ptr"]
     overwritten = {"m_ptr"}
-    if launch.name == "tall_product_kernel" and given["x1_ptr"].data_ptr() == given["out_ptr"].data_ptr():
+    if launch.name == "tall_product_kernel" and tensors["x1_ptr"].data_ptr() == tensors["out_ptr"].data_ptr():
         overwritten = {"x1_ptr"}
-    return {one.data_ptr(): (1 + (name in overwritten)) * one.numel() * one.itemsize for name, one in given.items()}
+    return {tensor.data_ptr(): (1 + (name in overwritten)) * tensor.nbytes for name, tensor in tensors.items()}
 
 
 def matrices_in_bytes(launches):
-    """Bytes of what launches read and write, less workspaces, the sums over them, and a seed."""
-    own = [launch for launch in launches if launch.name != "sum_parts_kernel"]
+    """Bytes that launches read and write, without workspaces, the sums over them, and a seed."""
+    counted = [launch for launch in launches if launch.name != "sum_parts_kernel"]
     names = ("parts_ptr", "parts1_ptr", "parts2_ptr", "seed_ptr")
-    parts = (launch.arguments.get(name) for launch in own for name in names)
-    return sum(launch.work.bytes for launch in own) - sum(one.nbytes for one in parts if one is not None)
+    parts = (launch.arguments.get(name) for launch in counted for name in names)
+    return sum(launch.work.bytes for launch in counted) - sum(part.nbytes for part in parts if part is not None)
 
 
 @of_every_size
@@ -124,8 +124,8 @@ def test_half_precision_products_are_told_apart():
 
 def test_proton_is_told_name_flops_and_bytes():
     launch = recorded(case_of("cross_gram"))[0]
-    told = metadata(launch.kernel.count, launch.grid, SimpleNamespace(name=launch.name), launch.arguments)
-    assert told == {
+    reported = metadata(launch.kernel.count, launch.grid, SimpleNamespace(name=launch.name), launch.arguments)
+    assert reported == {
         "name": "cross_gram_kernel [n=1200, r=40, k=24]",
         "flops32": 2 * 1200 * (40 + 24) * 24,
         "bytes": launch.work.bytes,
@@ -133,7 +133,7 @@ def test_proton_is_told_name_flops_and_bytes():
 
 
 class Kernel:
-    """Stands in for a kernel, and notes each launch; it returns what stands in for its compiled form."""
+    """Stands in for a kernel, and notes each launch, which returns ``compiled``."""
 
     launch_metadata = None
     count = staticmethod(inner_product.sum_parts_kernel.count)
@@ -146,7 +146,7 @@ class Kernel:
 
 
 def test_a_launch_runs_under_the_device_of_its_tensors(monkeypatch):
-    """Triton takes the current device."""
+    """Triton launches on the current device."""
     kernel = Kernel(lambda absent_ptr, panel_ptr, n: None)
 
     @contextmanager
@@ -169,11 +169,11 @@ def test_nothing_is_counted_unless_a_profiler_listens(monkeypatch):
     assert kernel.launch_metadata is None
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
     launching.start(kernel, launch.grid, launch.arguments, launch.config)
-    told = kernel.launch_metadata(launch.grid, SimpleNamespace(name="sum_parts_kernel"), launch.arguments)
-    assert told["bytes"] == launch.work.bytes
+    reported = kernel.launch_metadata(launch.grid, SimpleNamespace(name="sum_parts_kernel"), launch.arguments)
+    assert reported["bytes"] == launch.work.bytes
 
 
-# --- Plans: the second call of a layout starts what the launcher itself would start, on the tensors of that call
+# --- Plans: the second call of a layout starts the launches of the launcher itself, on the tensors of that call
 
 
 def started(call, arguments):
@@ -183,7 +183,7 @@ def started(call, arguments):
 
 
 def described(launches, arguments, results):
-    """All that launches are given, tensors as places: of an argument, or in the order of what is allocated."""
+    """Describe launches with tensors as places: first arguments and results, then memory in its order."""
     places = {}
 
     def place(address):
@@ -194,15 +194,15 @@ def described(launches, arguments, results):
             return value
         if value.dtype != torch.int64 or value.ndim != 3:
             return place(value.data_ptr()), value.dtype
-        return [
-            place(number) if index % 5 == 0 and number else number
-            for index, number in enumerate(value.flatten().tolist())
-        ]
+        # The table of a list: each row begins with an address.
+        return [(place(row[0]) if row[0] else 0, *row[1:]) for row in value.flatten(0, 1).tolist()]
 
     for tensor in tree_leaves((arguments, results)):
         if isinstance(tensor, Tensor):
             place(tensor.data_ptr())
-    return [(one.name, one.grid, one.config, one.work, list(map(of_value, one.given.values()))) for one in launches]
+    values = [list(map(of_value, launch.all_arguments.values())) for launch in launches]
+    facts = [(launch.name, launch.grid, launch.config, launch.work) for launch in launches]
+    return facts, values
 
 
 PLANNED = [name for name, op in OPS.items() if not op.signature.writes]
@@ -219,15 +219,15 @@ def test_a_plan_starts_what_the_launcher_would_and_tells_the_same_work(name, lis
         problems = [cases.operands(case_of(name, size), Stub()) for size in (NARROW, NARROW._replace(n=500))]
         return cases.grouped(name, problems) if listed else problems[0]
 
-    arguments, kept = new(), new()
-    started(op, kept)
-    expected, own = started(op.launch, arguments)
-    # From now on there is none to ask.
+    arguments, earlier = new(), new()
+    started(op, earlier)
+    expected, outputs = started(op.launch, arguments)
+    # From here on, the launcher must not be asked.
     monkeypatch.setattr(op, "launch", lambda *_: pytest.fail("there is no plan"))
     launches, results = started(op, arguments)
     assert launches
-    assert described(launches, arguments, results) == described(expected, arguments, own)
-    assert [one.shape for one in tree_leaves(results)] == [one.shape for one in tree_leaves(own)]
+    assert described(launches, arguments, results) == described(expected, arguments, outputs)
+    assert [part.shape for part in tree_leaves(results)] == [part.shape for part in tree_leaves(outputs)]
 
 
 def test_one_tensor_given_twice_is_no_pattern_for_two():
@@ -261,7 +261,7 @@ def test_what_triton_compiled_is_started_again_without_a_look(monkeypatch):
         assert len(looked_up) == len(again) == 2
         assert [len(arguments) for _, arguments in looked_up] == [len(arguments) for _, arguments in again]
         assert [arguments[2] for _, arguments in (looked_up[1], again[1])] == results
-        # A profiler is told at each launch, as Triton does it.
+        # A profiler listens: Triton itself starts each launch and reports it.
         monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
         OPS["gram"](torch.empty(700, 24))
     assert (len(looked_up), len(again)) == (4, 2)

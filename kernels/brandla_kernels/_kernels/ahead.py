@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of recorded launches, and what the machine code shows: no GPU is needed.
 
-`recording` collects what a call of an op would start on a target; `compile_for` compiles each such launch for it with
-the specialisation Triton would choose at run time, and reads registers, spills and instructions off the result;
-`faults` says what must not be.
+`recording` collects the launches of a call of an op on a target. `compile_for` compiles such a launch with the
+specialisation Triton would choose at run time, and reads registers, spills and instructions off the result. `faults`
+lists what must not be.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGETS: dict[str, GPUTarget] = {
 
 
 class Limits(NamedTuple):
-    """What the programs on one multiprocessor (compute unit) share, and what one program may take."""
+    """Resources that programs share on one multiprocessor (compute unit), and the most that one program may take."""
 
     warps: int
     programs: int
@@ -59,15 +59,15 @@ LIMITS = {
 
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*|v_mfma_\w+|v_smfmac_\w+)")
 _DOT = re.compile(r"= tt\.dot .*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+x(\w+)>")
-# How the names of matrix instructions end for products of matrices of a type.
-_MULTIPLIES = {
+# Patterns in the names of matrix instructions, by the type of the matrices.
+_INSTRUCTIONS_OF = {
     "f64": re.compile(r"f64"),
     "f32": re.compile(r"tf32|_f32$|x\d+f32$"),
     "bf16": re.compile(r"bf16|kind::f16"),
     "f16": re.compile(r"\.f16\.|kind::f16|[x_]\d*_?f16$"),
 }
-# Triton 3.7 gives a float64 tl.dot matrix instructions on sm_80 and sm_90 alone of NVIDIA's, and the tcgen05 of sm_100
-# has no float64 either: elsewhere it is fused multiply-adds, at the rate of the float64 units.
+# On NVIDIA, Triton 3.7 gives a float64 tl.dot matrix instructions on sm_80 and sm_90 only; the tcgen05 of sm_100 has no
+# float64 either. Elsewhere tl.dot becomes fused multiply-adds, at the rate of the float64 units.
 _WITHOUT_MATRIX_INSTRUCTIONS = {(name, "f64") for name in ("sm_86", "sm_89", "sm_100", "sm_120")}
 
 
@@ -80,7 +80,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one launch compiled to."""
+    """The result of compiling one launch."""
 
     launch: Launch
     target: str
@@ -110,12 +110,12 @@ class Compiled:
 
     @property
     def occupancy(self) -> float:
-        """Warps that are resident, as a fraction of those that could be."""
+        """Resident warps, as a fraction of the most that could be."""
         return self.programs * self.launch.config.num_warps / LIMITS[self.target].warps
 
 
 def faults(compiled: Compiled) -> list[str]:
-    """Say in words what no kernel may show: spills, TF32, products off the matrix units, too much shared memory."""
+    """List in words what no kernel may show: spills, TF32, products off the matrix units, too much shared memory."""
     found = []
     if compiled.spills:
         found.append(f"{compiled.spills} bytes of registers spilled")
@@ -129,7 +129,7 @@ def faults(compiled: Compiled) -> list[str]:
     for dtype, precision in sorted(set(compiled.products)):
         if dtype == "f32" and precision not in accurate:
             found.append(f"float32 products in {precision}")
-        pattern = _MULTIPLIES["bf16" if precision.startswith("bf16") else dtype]
+        pattern = _INSTRUCTIONS_OF["bf16" if precision.startswith("bf16") else dtype]
         on_matrix_units = any(pattern.search(name) for name in compiled.matrix_instructions)
         if not on_matrix_units and (compiled.target, dtype) not in _WITHOUT_MATRIX_INSTRUCTIONS:
             found.append(f"no matrix instruction for {dtype} products")
@@ -163,29 +163,29 @@ def compile_for(target: str, launch: Launch) -> Compiled:
 
 
 def specialization(target: str, launch: Launch) -> tuple[Any, Any, Any]:
-    """Return what Triton compiles a launch for: types of the arguments, constants, and what is known of pointers."""
+    """Return what Triton specialises a launch on: types of the arguments, constants, and facts about pointers."""
     kernel, backend = launch.kernel, make_backend(TARGETS[target])
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialized, options = bind(**launch.given, **launch.config.options)
+    bound, specialized, options = bind(**launch.all_arguments, **launch.config.options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialized, options)
     return signature, constants, attributes
 
 
 def _registers(compiled: Any, text: str) -> tuple[int, int]:
-    """Return registers of a thread, and bytes of its own memory: what registers were spilled to."""
+    """Return the registers of a thread, and the bytes of its own memory, which holds spilled registers."""
     if "cubin" not in compiled.asm:
-        spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-        private = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
-        return _number(r"\.vgpr_count:\s+(\d+)", text), max(spilled, private)
+        spilled = 4 * _number_in(r"\.vgpr_spill_count:\s+(\d+)", text)
+        private = _number_in(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        return _number_in(r"\.vgpr_count:\s+(\d+)", text), max(spilled, private)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         command = [str(cuobjdump), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+    return _number_in(r"REG:(\d+)", usage), _number_in(r"STACK:(\d+)", usage) + _number_in(r"LOCAL:(\d+)", usage)
 
 
-def _number(pattern: str, text: str) -> int:
+def _number_in(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
         message = f"the compiler's output has no {pattern!r}"

@@ -13,11 +13,11 @@ from brandla_kernels._targets import WEAK_FLOAT64
 
 # Programs that keep a large GPU busy: two for each of the 132 multiprocessors of an H100 or H200.
 _PROGRAMS = 264
-# Matrix units that read registers alone: beside a sum, its operands take registers too.
-_OF_REGISTERS = ("sm_80", *WEAK_FLOAT64)
-# Products of float64 that are fused multiply-adds: small tiles of many threads.
-_UNROLLED = ("sm_100", *WEAK_FLOAT64)
-# Most rows whose products are summed in float32 where the sum is then one in float64.
+# Targets whose matrix units read operands from registers only: the operands take registers beside the sum.
+_REGISTER_OPERANDS = ("sm_80", *WEAK_FLOAT64)
+# Targets whose float64 products are fused multiply-adds: they get small tiles of many threads.
+_FMA_FLOAT64 = ("sm_100", *WEAK_FLOAT64)
+# The most rows whose products are summed in float32, in a sum that goes on in float64.
 STRETCH = 4096
 
 
@@ -38,7 +38,7 @@ def bucket(size: int, smallest: int, largest: int) -> int:
 
 
 def splits(target: Target, steps: int, programs: int) -> int:
-    """Into how many stretches to split ``steps`` blocks of rows beside ``programs`` programs, a power of two."""
+    """Return the number of stretches, a power of two, for ``steps`` blocks of rows and ``programs`` programs each."""
     if target.backend == "interpreter":
         return max(1, min(3, steps))
     wanted = max(1, _PROGRAMS // max(programs, 1))
@@ -46,80 +46,80 @@ def splits(target: Target, steps: int, programs: int) -> int:
 
 
 def long_splits(target: Target, rows: int, block_n: int, programs: int, dtype: torch.dtype) -> int:
-    """Do the same for a sum in float64 of sums in ``dtype``, of which those in float32 are short."""
+    """Return the number of stretches of a float64 sum. Each is summed in ``dtype``, and is short in float32."""
     least = tiles(rows, STRETCH) if dtype == torch.float32 else 1
     return max(splits(target, tiles(rows, block_n), programs), _power_of_two(least))
 
 
-def _registers(target: Target, *spilling: str) -> int | None:
-    """Where the assembler's own limit on registers makes products spill, the most that a thread can have."""
-    return 255 if target.arch in (*_UNROLLED, *spilling) else None
+def _register_limit(target: Target, *spilling: str) -> int | None:
+    """Return the most registers that a thread can have, on targets where the assembler's own limit makes it spill."""
+    return 255 if target.arch in (*_FMA_FLOAT64, *spilling) else None
 
 
 def tall_product(target: Target, dtype: torch.dtype, columns: int, aligned: bool, scales: int) -> Config:
     """Tiles of `tall_product_kernel`."""
-    unrolled = dtype == torch.float64 and target.arch in _UNROLLED
+    fma = dtype == torch.float64 and target.arch in _FMA_FLOAT64
     if dtype == torch.float64:
-        block_n, most, block_r, stages = 32 if unrolled else 64, 32, 16, 3
+        block_n, most, block_r, stages = 32 if fma else 64, 32, 16, 3
     elif not aligned:
         block_n, most, block_r, stages = 64, 64, 16, 2
-    elif target.arch in _OF_REGISTERS:
+    elif target.arch in _REGISTER_OPERANDS:
         block_n, most, block_r, stages = 128, 64, 16, 2
     else:
         # A second scale takes the registers of a third stage.
         block_n, most, block_r, stages = 128, 128, 32, 3 if scales < 2 else 2
     block_s = bucket(columns, 16, most)
-    warps = 8 if block_s > (16 if unrolled else 32) else 4
-    registers = _registers(target, *_OF_REGISTERS, *(["sm_90"] if dtype == torch.float64 else []))
+    warps = 8 if block_s > (16 if fma else 32) else 4
+    registers = _register_limit(target, *_REGISTER_OPERANDS, *(["sm_90"] if dtype == torch.float64 else []))
     return Config({"BLOCK_N": block_n, "BLOCK_S": block_s, "BLOCK_R": block_r}, warps, stages, registers)
 
 
 def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `inner_product_kernel`; ``dtype`` is that of the sum."""
     wide = dtype == torch.float64
-    # Off alignment each element of a tile has an address of its own, of two registers: beside a larger sum they spill
-    # where a thread has no more than 255.
+    # Without alignment, each element of a tile has an address of its own, in two registers. Beside a larger sum these
+    # spill if a thread has no more than 255 registers.
     roomy = aligned or target.backend == "hip"
     most, largest_of_four = (128, 4096) if roomy and not wide else (64, 2048)
     block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
     warps = 8 if block_r * block_k > largest_of_four else 4
-    long = not wide and (warps == 4 or (aligned and target.arch not in _OF_REGISTERS))
-    registers = _registers(target) if aligned else _registers(target, *_OF_REGISTERS, "sm_90")
+    long = not wide and (warps == 4 or (aligned and target.arch not in _REGISTER_OPERANDS))
+    registers = _register_limit(target) if aligned else _register_limit(target, *_REGISTER_OPERANDS, "sm_90")
     if target.arch == "sm_120" and aligned and not wide:
-        # The assembler's own limit, of 138 registers here, spills nothing, and 255 does.
+        # The assembler's own limit, here 138 registers, spills nothing, and 255 does.
         registers = None
     return Config({"BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_N": 32 if long else 16}, warps, 3, registers)
 
 
 def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool, of_one: bool) -> Config:
-    """Tiles of `damped_project_kernel`; those of one W are multiplied once more, in the program that has them."""
+    """Tiles of `damped_project_kernel`; for both sides of one W, a program multiplies its tile a second time."""
     most = max(r, k)
     if of_one:
-        # The tile passes through the shared memory, of which gfx942 has 64 KiB; unrolled, a wider product spills.
-        small = target.backend == "hip" or target.arch in _UNROLLED
+        # The tile goes through shared memory, and gfx942 has 64 KiB of it. As multiply-adds, a wider product spills.
+        small = target.backend == "hip" or target.arch in _FMA_FLOAT64
         most = 32 if small and dtype == torch.float64 else 64
-    if target.arch in _OF_REGISTERS:
-        # Of matrices in columns, tiles of 128 × 128 spill 8 to 32 bytes.
+    if target.arch in _REGISTER_OPERANDS:
+        # For matrices in columns, tiles of 128 × 128 spill 8 to 32 bytes.
         k = min(k, 64)
     config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
     # The programs that invert a small matrix take more than the assembler's own limit.
-    return config._replace(registers=_registers(target, "sm_80", "sm_90"))
+    return config._replace(registers=_register_limit(target, "sm_80", "sm_90"))
 
 
 def damped_middle(target: Target, r: int, k: int) -> Config:
     """Tiles of `damped_middle_kernel`; beside the sums of four warps, the addresses of ragged matrices spill."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
-    return Config(blocks, 8, 1, _registers(target, "sm_80", "sm_90"))
+    return Config(blocks, 8, 1, _register_limit(target, "sm_80", "sm_90"))
 
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
-    # On these the second look at a tile spills beside the widest.
-    narrow = target.arch in (*_OF_REGISTERS, "sm_100")
+    # On these targets the second look at a tile spills beside the widest tiles.
+    narrow = target.arch in (*_REGISTER_OPERANDS, "sm_100")
     config = inner_product(target, dtype, max(r, k), k, aligned and not narrow)
     blocks = dict(config.blocks) | {"BLOCK_R": min(config.blocks["BLOCK_R"], bucket(r, 16, 128))}
     if target.arch == "sm_90" and blocks["BLOCK_R"] * blocks["BLOCK_K"] == 128**2:
-        # Of a list the assembler's own limit spills 16 bytes.
+        # For a list, the assembler's own limit spills 16 bytes.
         config = config._replace(registers=255)
     return config._replace(blocks=blocks)
 
@@ -130,23 +130,23 @@ def sum_parts() -> Config:
 
 
 def symmetric_product(target: Target, dtype: torch.dtype, n: int, aligned: bool) -> Config:
-    """Tiles of `symmetric_product_kernel`; ``dtype`` is that of what is multiplied."""
+    """Tiles of `symmetric_product_kernel`; ``dtype`` is that of the multiplied tiles."""
     # A third stage of a ragged list spills 8 bytes on sm_86.
-    stages = 2 if target.backend == "hip" or (target.arch in _OF_REGISTERS and not aligned) else 3
+    stages = 2 if target.backend == "hip" or (target.arch in _REGISTER_OPERANDS and not aligned) else 3
     if dtype == torch.float64 or not aligned:
-        # Unrolled products of float64 on sm_100 spill least within the assembler's own limit.
-        own = dtype == torch.float64 and target.arch == "sm_100"
-        registers = None if own else _registers(target, *_OF_REGISTERS, "sm_90")
+        # The multiply-adds of float64 on sm_100 spill least within the assembler's own limit.
+        own_limit = dtype == torch.float64 and target.arch == "sm_100"
+        registers = None if own_limit else _register_limit(target, *_REGISTER_OPERANDS, "sm_90")
         return Config({"BLOCK_N": bucket(n, 16, 64), "BLOCK_K": 16}, 8 if n > 32 else 4, stages, registers)
-    # Three TF32 terms take the registers of a larger tile where the matrix units read registers alone.
-    most = 64 if dtype == torch.float32 and target.arch in _OF_REGISTERS else 128
+    # Three TF32 terms take the registers of a larger tile if the matrix units read operands from registers.
+    most = 64 if dtype == torch.float32 and target.arch in _REGISTER_OPERANDS else 128
     block_n = bucket(n, 16, most)
     return Config({"BLOCK_N": block_n, "BLOCK_K": 32}, 8 if block_n > 64 else 4, stages)
 
 
 def symmetric_update(target: Target, block_n: int) -> Config:
-    """Tiles of `symmetric_update_kernel`: those that the product was summed in."""
-    # Elsewhere the assembler's own limit spills least.
+    """Tiles of `symmetric_update_kernel`: the tiles in which the product was summed."""
+    # On other targets the assembler's own limit spills least.
     registers = 255 if target.arch in WEAK_FLOAT64 else None
     return Config({"BLOCK_N": block_n}, 8 if block_n > 64 else 4, 1, registers)
 
@@ -155,17 +155,17 @@ def sketch(target: Target, dtype: torch.dtype, width: int, aligned: bool) -> Con
     """Tiles of `sketch_kernel`; ``dtype`` is that of the data."""
     stages = 2 if target.backend == "hip" else 3
     if dtype == torch.float64:
-        # Without a limit of our own the assembler stops at 80 or 96 registers, and spills two.
-        registers = 255 if target.arch == "sm_90" or (target.arch in _UNROLLED and aligned) else None
+        # Without a limit given here, the assembler stops at 80 or 96 registers, and spills two.
+        registers = 255 if target.arch == "sm_90" or (target.arch in _FMA_FLOAT64 and aligned) else None
         return Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_W": bucket(width, 16, 64)}, 4, stages, registers)
     if not aligned:
         block_w = bucket(width, 16, 32 if target.arch == "sm_100" else 64)
         return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": block_w}, 4, stages)
-    block_w = bucket(width, 16, 64 if dtype == torch.float32 and target.arch in _OF_REGISTERS else 128)
+    block_w = bucket(width, 16, 64 if dtype == torch.float32 and target.arch in _REGISTER_OPERANDS else 128)
     if dtype == torch.float32:
-        # Three programs on a multiprocessor: one cuts its X and draws its Ω while another multiplies.
+        # Three programs fit on a multiprocessor: one splits its X and draws its Ω while another multiplies.
         return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_W": block_w}, 4, stages)
-    # To draw Ω takes as long as to multiply: more rows share it.
+    # Drawing Ω takes as long as multiplying, so more rows share it.
     return Config({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_W": block_w}, 8 if block_w > 64 else 4, stages)
 
 
@@ -175,14 +175,14 @@ def small_spd(target: Target, k: int) -> Config:
     Larger tiles spill on one target or another, with some of the layouts.
     """
     warps = 2 if k <= 32 else 8
-    registers = _registers(target, "sm_90") if warps == 2 else None
+    registers = _register_limit(target, "sm_90") if warps == 2 else None
     return Config({"BLOCK": 16, "BLOCK_ROWS": 16 * warps, "BLOCK_INNER": 16}, warps, 1, registers)
 
 
 def root_core(target: Target, m: int) -> Config:
     """Tiles of `root_core_kernel`: the column loop waits for all warps, and larger tiles spill on sm_80 or sm_90."""
     warps = 4 if m <= 64 else 8
-    registers = _registers(target, *_OF_REGISTERS, "sm_90") if warps == 4 else None
+    registers = _register_limit(target, *_REGISTER_OPERANDS, "sm_90") if warps == 4 else None
     return Config({"BLOCK": 16, "BLOCK_ROWS": 8 * warps, "BLOCK_COLS": 32, "BLOCK_INNER": 16}, warps, 1, registers)
 
 

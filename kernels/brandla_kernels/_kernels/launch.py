@@ -1,7 +1,7 @@
-"""One way to start a kernel: on the device, in Triton's interpreter, or as a record of what would be started.
+"""Start kernels on the device or in Triton's interpreter, or record what would be started.
 
-A kernel says by `counted` how much it does. Where a profiler listens to launches (Proton with ``hook="triton"``), it is
-told: the kernel's name with its sizes, flops by the width of the numbers, and bytes. Otherwise nothing is counted.
+A kernel counts its work (`counted`) only if a profiler listens to launches (Proton with ``hook="triton"``). The
+profiler gets the kernel's name with its sizes, flops by the width of the numbers, and bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from brandla_kernels.tall import device_of
 class Config(NamedTuple):
     """Tile sizes (the kernel's BLOCK_ constants), warps of a program, and stages of its software pipeline.
 
-    ``registers`` of a thread, where given, takes the place of the limit that NVIDIA's assembler sets itself to fit more
-    programs on a multiprocessor, and for which it may spill.
+    ``registers`` of a thread, if given, replaces the limit that NVIDIA's assembler chooses to fit more programs on a
+    multiprocessor, and that may make it spill.
     """
 
     blocks: Mapping[str, int]
@@ -38,24 +38,24 @@ class Config(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton takes beside the kernel's arguments."""
+        """Triton's options, beside the kernel's arguments."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
 
 class Target(NamedTuple):
-    """What the choice of precision and of tiles depends on: the backend ("cuda", "hip") and an architecture listed."""
+    """A backend ("cuda", "hip") and a listed architecture: precision and tiles depend on them."""
 
     backend: str
     arch: str
 
 
 class Work(NamedTuple):
-    """What a launch does.
+    """The work of a launch.
 
-    ``flops`` are those of the ops' own `brandla_kernels.Cost`, by the bits of the numbers (16, 32, 64). ``bytes``
-    counts each matrix that the launch reads or writes once, workspaces among them, and twice where it is overwritten.
-    ``sizes`` are the kernel's letters, for its name.
+    ``flops`` are counted as in `brandla_kernels.Cost`, by the bits of the numbers (16, 32, 64). ``bytes`` counts each
+    matrix or workspace that the launch reads or writes once, and twice if it is overwritten. ``sizes`` are the kernel's
+    letters, for its name.
     """
 
     flops: Mapping[int, int]
@@ -68,7 +68,7 @@ Kernel = TypeVar("Kernel")
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it would have been started with."""
+    """A kernel with its grid, its arguments and its tiles."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -81,33 +81,33 @@ class Launch(NamedTuple):
         return str(self.kernel.__name__)
 
     @property
-    def given(self) -> dict[str, Any]:
+    def all_arguments(self) -> dict[str, Any]:
         """All arguments of the kernel in its order, tiles and defaults among them."""
         return {**_defaults(self.kernel.fn), **self.arguments, **self.config.blocks}
 
     @property
     def work(self) -> Work:
-        """What the kernel says of itself."""
+        """The work of the launch, as its kernel counts it."""
         counted: Work = self.kernel.count(self.arguments)
         return counted
 
 
 _record: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("brandla_launch_record", default=None)
-# Returns the target and the list of what is recorded, or None where launches are started.
-record_of = _record.get
+# Returns the target and the list of recorded launches, or None while launches are started.
+active_record = _record.get
 
 
 def start(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config) -> None:
-    """Start ``kernel`` on ``grid``; an empty grid starts nothing."""
+    """Start ``kernel`` on ``grid``, or record it; an empty grid starts nothing."""
     if 0 in grid:
         return
     launch = Launch(kernel, grid, arguments, config)
-    if (record := record_of()) is not None:
+    if (record := active_record()) is not None:
         record[1].append(launch)
         return
     # Triton launches on the current device, whatever device its tensors are on.
     with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
-        begin(launch, launch.given)
+        run_kernel(launch, launch.all_arguments)
 
 
 @cache
@@ -116,28 +116,28 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def is_profiled() -> bool:
-    """Say whether somebody asks what launches do."""
+    """Say whether a profiler listens to launches."""
     hook = triton.knobs.runtime.launch_enter_hook
-    # A chain of hooks, which is never None and has no truth value of its own.
+    # The hook may be a chain of hooks, which is never None and has no truth value of its own.
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-def begin(launch: Launch, given: dict[str, Any], compiled: Any = None) -> Any:
-    """Start a kernel with all its arguments, and return what Triton compiled, so that it need not be looked up again.
+def run_kernel(launch: Launch, arguments: dict[str, Any], compiled: Any = None) -> Any:
+    """Start a kernel with all its arguments. Return what Triton compiled, to save looking it up again.
 
-    ``compiled`` is what came of arguments that Triton does not tell from these.
+    ``compiled`` is an earlier return value, for arguments that Triton does not tell from these.
     """
-    if (table := given.get("table_ptr")) is not None:
-        given["table_ptr"] = uploaded(table, next(iter(given.values())).device)
+    if (table := arguments.get("table_ptr")) is not None:
+        arguments["table_ptr"] = uploaded(table, next(iter(arguments.values())).device)
     kernel, grid = launch.kernel, launch.grid
     if is_profiled():
-        # Not by triton.jit: a kernel that has this pays for a dictionary of its arguments at every launch.
+        # Not set by triton.jit: a kernel with metadata pays for a dictionary of its arguments at every launch.
         kernel.launch_metadata = partial(metadata, kernel.count)
     elif compiled is not None:
-        compiled[(*grid, 1, 1)](*given.values())
+        compiled[(*grid, 1, 1)](*arguments.values())
         return compiled
-    found = kernel[grid](*given.values(), **launch.config.options)
-    return found if isinstance(found, triton.compiler.CompiledKernel) else None
+    result = kernel[grid](*arguments.values(), **launch.config.options)
+    return result if isinstance(result, triton.compiler.CompiledKernel) else None
 
 
 def counted(
@@ -147,14 +147,15 @@ def counted(
 ) -> Callable[[Kernel], Kernel]:
     """Attach to a kernel the count of its work, a function of its arguments.
 
-    ``letters`` are the arguments that are its sizes. ``flops`` are those of a problem, from the arguments and rows and
-    columns of each matrix. ``times`` says how often a tensor is moved, if not once.
+    ``letters`` name the arguments that are sizes. ``flops`` returns the flops of one problem, from the arguments and
+    the rows and columns of each matrix. ``times`` says how often a tensor is moved, if not once.
     """
 
     def count(given: Mapping[str, Any]) -> Work:
         problems = shapes(given) if "table_ptr" in given else []
-        number, compute = sum(flops(given, *matrices) for matrices in problems), given.get("COMPUTE", tl.float64)
-        # A dtype may be wrapped as a constant.
+        number = sum(flops(given, *matrices) for matrices in problems)
+        compute = given.get("COMPUTE", tl.float64)
+        # Triton may wrap the dtype as a constant.
         bits = int(getattr(compute, "value", compute).primitive_bitwidth)
         sizes = {letter.lower(): given[letter] for letter in letters.split()}
         return Work({bits: number} if number else {}, bytes_of(given, problems, times(given)), sizes)
@@ -168,9 +169,9 @@ def counted(
 
 
 def metadata(count: Count, grid: tuple[int, ...], compiled: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a profiler is told of a launch, as Triton's ``launch_metadata`` does.
+    """Return the name, flops and bytes of a launch for a profiler, as Triton's ``launch_metadata`` does.
 
-    The sizes of a list lie on the device, and are read from there; not while a graph is captured.
+    The sizes of a list are read from the device, but not while a graph is captured.
     """
     table = arguments.get("table_ptr")
     if table is not None and table.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -196,8 +197,8 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 
 def target_of(matrices: Matrices) -> Target:
-    """Name the target that kernels on a tensor, or on a list of them, run on."""
-    record = record_of()
+    """Return the target of kernels on a tensor or on a list of tensors."""
+    record = active_record()
     return _target(device_of(matrices)) if record is None else record[0]
 
 
@@ -215,17 +216,17 @@ def interpreted() -> bool:
 
 
 def product_precision(target: Target, dtype: torch.dtype) -> str:
-    """Return ``input_precision`` for products in ``dtype`` that lose none of its accuracy.
+    """Return the ``input_precision`` of tl.dot that keeps the accuracy of ``dtype``.
 
-    On NVIDIA's matrix units float32 takes three products in TF32. The default of tl.dot would be one.
+    On NVIDIA's matrix units, a float32 product takes three products in TF32. The default of tl.dot would be one.
     """
     return "tf32x3" if target.backend == "cuda" and dtype == torch.float32 else "ieee"
 
 
 def core_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
-    """Return what `root_core` and a damped inverse of factors in ``dtype`` compute in: that, where float64 is slow.
+    """Return the dtype of `root_core` and of damped inverses: float64, or ``dtype``, the factors' own, if that is slow.
 
-    Why these two: "Weak float64" in ``docs/kernels.md``.
+    "Weak float64" in ``docs/kernels.md`` says why these two alone.
     """
     return dtype if target.arch in WEAK_FLOAT64 else torch.float64
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from brandla_kernels._signature import Matrices
 
-# How a kernel finds a matrix. The last two promise what lets a thread load 16 bytes at once: pointer and outer stride
-# aligned, inner stride 1, and an inner size that no such load crosses. These are words, and no constants for kernels:
-# Triton compares each of those at every launch, for a microsecond.
+# How a kernel finds a matrix. The last two promise that a thread can load 16 bytes at once: pointer and outer stride
+# are aligned, the inner stride is 1, and no such load crosses the inner size. Layouts are words, not global constants:
+# Triton compares every constant that a kernel reads at every launch, for a microsecond each.
 Layout: TypeAlias = Literal["batch", "list", "list_rows", "list_columns"]
 _ALIGNED = 16
 
@@ -35,7 +35,7 @@ class Operands(NamedTuple):
     """The matrices of a launch."""
 
     problems: int
-    # NAME_ptr, NAME_strides and NAME_LAYOUT of each, and table_ptr. Of a list the pointer is that of its first matrix.
+    # NAME_ptr, NAME_strides and NAME_LAYOUT of each, and table_ptr. The pointer of a list is that of its first matrix.
     arguments: dict[str, Any]
     # Whether all lie in aligned rows, so that a tile of them takes few registers for addresses.
     aligned: bool
@@ -44,21 +44,21 @@ class Operands(NamedTuple):
 def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
     """Arrange the matrices of a launch, in the order of the kernel's table: lists, stacked tensors, or None for absent.
 
-    Without a list the tensors (..., a, b) are problems of one batch shape; one that is the same for all may have no
-    batch dimensions. Where the strides of a batch are irregular, it is addressed as a list: nothing is copied.
+    Without a list the tensors (..., a, b) have one batch shape; a matrix shared by all problems may have no batch
+    dimensions. A batch with irregular strides is addressed as a list: nothing is copied.
     """
     given = {name: matrix for name, matrix in matrices.items() if matrix is not None}
     strides = {name: _strides(matrix) for name, matrix in given.items() if isinstance(matrix, Tensor)}
     listed = len(strides) < len(given)
     if not listed and None in strides.values():
         return arrange(_as_lists(matrices))
-    counts = {name: len(one) if isinstance(one, list) else math.prod(one.shape[:-2]) for name, one in given.items()}
+    counts = {name: len(m) if isinstance(m, list) else math.prod(m.shape[:-2]) for name, m in given.items()}
     count = max(counts.values(), default=1)
     entries = {name: _entries(matrix) for name, matrix in given.items()}
     layouts = {name: _layout(own) for name, own in entries.items()}
     table: Tensor | None = None
     if listed:
-        # What is no list has a blank entry.
+        # A matrix that is no list has a blank entry.
         blank = [(0,) * 5] * count
         places = [entries[name] if isinstance(matrix, list) else blank for name, matrix in matrices.items()]
         table = torch.tensor(list(zip(*places, strict=True)), dtype=torch.int64, device="cpu")
@@ -74,9 +74,9 @@ def arrange(matrices: Mapping[str, Matrices | None]) -> Operands:
 
 
 def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
-    """Return rows and columns of the matrices of each problem, from a kernel's arguments; (0, 0) of none.
+    """Return rows and columns of the matrices of each problem, from a kernel's arguments; (0, 0) for an absent one.
 
-    Those of a list are read from its table.
+    The sizes of a list are read from its table.
     """
     matrices = [arguments[name] for name in _pointer_names(arguments)]
     whole = tuple((0, 0) if matrix is None else (matrix.shape[-2], matrix.shape[-1]) for matrix in matrices)
@@ -91,18 +91,18 @@ def shapes(arguments: Mapping[str, Any]) -> list[tuple[tuple[int, int], ...]]:
 
 def bytes_of(arguments: Mapping[str, Any], problems: Sequence[Any], times: Mapping[str, int]) -> int:
     """Return the bytes that a launch moves: each tensor once, or as often as ``times`` says."""
-    own = dict(zip(_pointer_names(arguments), zip(*problems, strict=True), strict=True)) if problems else {}
-    found: dict[int, int] = {}
+    sizes = dict(zip(_pointer_names(arguments), zip(*problems, strict=True), strict=True)) if problems else {}
+    moved: dict[int, int] = {}
     for name, tensor in arguments.items():
         if name.endswith("_ptr") and name != "table_ptr" and tensor is not None:
             if arguments.get(f"{name.removesuffix('_ptr').upper()}_LAYOUT", "batch") == "batch":
-                # What is expanded is there once.
+                # An expanded dimension is in memory once.
                 strided = zip(tensor.shape, tensor.stride(), strict=True)
                 count = math.prod(size for size, stride in strided if stride)
             else:
-                count = sum(rows * columns for rows, columns in own[name])
-            found[tensor.data_ptr()] = count * tensor.itemsize * times.get(name, 1)
-    return sum(found.values())
+                count = sum(rows * columns for rows, columns in sizes[name])
+            moved[tensor.data_ptr()] = count * tensor.itemsize * times.get(name, 1)
+    return sum(moved.values())
 
 
 def _pointer_names(arguments: Mapping[str, Any]) -> list[str]:
@@ -117,7 +117,7 @@ def aligned(matrices: Matrices) -> bool:
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return the strides of (..., a, b) seen as (B, a, b), or None where that would need a copy."""
+    """Return the strides of (..., a, b) seen as (B, a, b), or None if that would need a copy."""
     if tensor.ndim == 2:
         row, column = tensor.stride()
         return tensor.shape[0] * row, row, column
@@ -128,7 +128,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | None]:
-    """Take batches apart into lists of matrices; a matrix that is one for all is repeated."""
+    """Split batches into lists of matrices; repeat a matrix shared by all problems."""
     lists = {
         name: [batch[index] for index in product(*map(range, batch.shape[:-2]))]
         for name, batch in matrices.items()
@@ -145,7 +145,7 @@ def _entries(matrices: Matrices) -> list[tuple[int, ...]]:
 
 
 def uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """Return a table on the device."""
+    """Return a copy of a table on the device."""
     if device.type == "cpu":
         return table
     pinned = table.pin_memory()
@@ -155,7 +155,7 @@ def uploaded(table: Tensor, device: torch.device) -> Tensor:
 
 
 def _layout(entries: list[tuple[int, ...]]) -> Layout:
-    """Return how matrices of a list lie: all in aligned rows, all in aligned columns, or anyhow."""
+    """Return how matrices of a list lie: all in aligned rows, all in aligned columns, or neither."""
     in_rows = in_columns = True
     for pointer, row_stride, column_stride, rows, columns in entries:
         in_rows = in_rows and column_stride == 1 and not (pointer | row_stride | columns) % _ALIGNED
@@ -171,7 +171,7 @@ def matrix_of(
     table_ptr, problem, ptr, strides, rows, columns,
     LAYOUT: tl.constexpr, PLACE: tl.constexpr, MATRICES: tl.constexpr,
 ):  # fmt: skip
-    """Return a matrix of this problem: of a list it is the one at this place in the table, or rows and columns say."""
+    """Return a matrix of this problem. PLACE is that of a list in the table; rows and columns are those of a batch."""
     if LAYOUT == "batch":
         return ptr + problem * strides[0], strides[1], strides[2], rows, columns
     else:
@@ -209,7 +209,7 @@ def store_tile(matrix, row, column, tile):
 
 @triton.jit
 def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: tl.constexpr, order=None):
-    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype; of X[row, order[p]] by an order."""
+    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype. An order takes X[row, order[p]]."""
     x = (x[0], x[1], x[2], x[3], last)
     y = (y[0], y[1], y[2], last, y[4])
     for start in range(0, last, BLOCK):
@@ -225,9 +225,9 @@ def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: 
 
 @triton.jit
 def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr, first=0):
-    """Return problem, stretch of the sum, row and column of the tile: programs of one stretch are neighbours.
+    """Return the problem and the stretch of the sum of this program, and the row and column of its tile.
 
-    The first of them is program ``first`` of the grid.
+    Programs of one stretch are neighbours in the grid, from program ``first`` on.
     """
     program, tiles = tl.program_id(0) - first, tiles_down * tiles_across
     problem = (program // (tiles * SPLITS)).to(tl.int64)
@@ -236,6 +236,6 @@ def place_of(tiles_down, tiles_across, SPLITS: tl.constexpr, first=0):
 
 @triton.jit
 def stretch_of(length, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return where a stretch of a sum begins and ends: not past its end, where the next program takes it up."""
+    """Return where a stretch of a sum begins and ends. The next program goes on from the end."""
     stretch = tl.cdiv(tl.cdiv(length, BLOCK), SPLITS) * BLOCK
     return split * stretch, tl.minimum((split + 1) * stretch, length)

@@ -1,12 +1,12 @@
-"""The specialisations of every kernel that the ops start: what has to compile well before it ships.
+"""The specialisations of every kernel that the ops start. All of them have to compile well before a release.
 
-Calls of each op are recorded, not run, over its dtypes, over widths that reach each bucket of `configs`, and over ways
-for the matrices to lie in memory. What costs registers is listed in full, and the rest once:
+Calls of each op are recorded, not run, over its dtypes, over widths that reach each bucket of `configs`, and over the
+layouts of matrices in memory. Variants that cost registers are listed in full, the others once:
 
-- at full width and in rows, all that Triton tells apart, but not the number of stretches where it is more than one;
-- at full width, where the matrices lie otherwise, each tile and each way through a kernel, with the most operands that
-  any op gives it; float16, which takes the registers of bfloat16, in rows alone;
-- at other widths, each tile that is not listed yet, for each type of products.
+- at full width, in rows: all that Triton tells apart, but one number of stretches stands for all above one;
+- at full width, in other layouts: each tile and each path through a kernel, with the most operands that any op gives
+  it; float16, which takes the registers of bfloat16, in rows only;
+- at other widths: each tile that is not listed yet, for each type of products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from brandla_kernels._kernels.launch import Launch, recording
 from brandla_kernels._op import OPS, AnyOp
 
 WIDTHS = (16, 32, 64, 128)
-# Of the factor, and of the data beside it.
+# Dtypes of the factor and of the data beside it.
 DTYPES = (
     (torch.float32, torch.float32),
     (torch.float64, torch.float64),
@@ -32,7 +32,7 @@ DTYPES = (
 )
 _ROWS = 4096
 _LONG_SUM = 1024
-# What is added to the sizes of a ragged matrix: no pointer but the first is then aligned.
+# Added to the sizes of a ragged matrix, so that no pointer but the first is aligned.
 _RAGGED = 3
 
 
@@ -74,7 +74,7 @@ def specializations(
     layouts: Iterable[Layout] = LAYOUTS,
     dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = DTYPES,
 ) -> list[Specialization]:
-    """List what the ops start on ``target``, a key of `brandla_kernels._kernels.ahead.TARGETS`."""
+    """List the specialisations that the ops start on ``target``, a key of `brandla_kernels._kernels.ahead.TARGETS`."""
     found: dict[str, Specialization] = {}
     tiles: set[str] = set()
     for full, name, layout, (dtype, data) in product((True, False), ops or OPS, list(layouts), list(dtypes)):
@@ -92,33 +92,34 @@ def specializations(
             if tile in tiles and not full:
                 continue
             tiles.add(tile)
-            alike = launch._replace(arguments=dict(launch.arguments) | _way(launch))
-            key = repr((launch.name, launch.config, specialization(target, alike)))
+            path = _path_constants(launch)
+            same_path = launch._replace(arguments=dict(launch.arguments) | path)
+            key = repr((launch.name, launch.config, specialization(target, same_path)))
             if not in_rows and key not in found:
-                key = repr((tile, layout.name, data, _way(launch)))
+                key = repr((tile, layout.name, data, path))
             entry = found.setdefault(key, Specialization(launch, data, layout))
-            if _operands(launch) > _operands(entry.launch):
+            if _tensor_count(launch) > _tensor_count(entry.launch):
                 entry.launch = launch
             if name not in entry.ops:
                 entry.ops.append(name)
     return list(found.values())
 
 
-def _way(launch: Launch) -> dict[str, Any]:
-    """Return the constants that choose a way through the kernel: it counts stretches, and unrolls nothing by them."""
+def _path_constants(launch: Launch) -> dict[str, Any]:
+    """Return the constants that choose a path through the kernel. It unrolls no loop by stretches: 2 stand for more."""
     given = launch.arguments.items()
     constants = {name: value for name, value in given if name.isupper() and not name.endswith("_LAYOUT")}
     return {name: min(value, 2) if name.startswith("SPLITS") else value for name, value in constants.items()}
 
 
-def _operands(launch: Launch) -> int:
+def _tensor_count(launch: Launch) -> int:
     return sum(isinstance(value, torch.Tensor) for value in launch.arguments.values())
 
 
 def _sizes(op: AnyOp, layout: Layout, *, full: bool) -> Iterator[dict[str, int]]:
-    """Sizes by letter: what counts rows of a tall matrix is long, and the others are as wide as the layout is taken.
+    """Yield sizes by letter: long for the rows of tall matrices, and the largest width of the layout for the others.
 
-    If not ``full``, they are narrower, and in rows one is wider than the others.
+    If not ``full``, the others are narrower, and in rows one of them is wider than the rest.
     """
     extra = _RAGGED if layout.ragged else 0
     operands = op.signature.operands
@@ -132,8 +133,8 @@ def _sizes(op: AnyOp, layout: Layout, *, full: bool) -> Iterator[dict[str, int]]
             yield rows | dict.fromkeys(narrow, others) | {letter: width}
         return
     yield rows | dict.fromkeys(narrow, widest)
-    if all(each.listed for each in (*operands, *op.signature.results)) and layout.widths[-1] == WIDTHS[-1]:
-        # The sum is not over what is long: few tiles and a long sum, which is then split.
+    if all(operand.listed for operand in (*operands, *op.signature.results)) and layout.widths[-1] == WIDTHS[-1]:
+        # Here the sum is over a narrow letter: few tiles and a long sum, which is then split.
         yield dict.fromkeys(long, widest) | dict.fromkeys(narrow, _LONG_SUM + extra)
 
 
@@ -154,9 +155,9 @@ def _arguments(
             kind = torch.float64
         if layout.listed and not operand.listed:
             shape = [2, *shape]
-        # Unwritten matrices: pages that nothing touches take no memory.
+        # Unwritten matrices take no memory, since nothing touches their pages.
         transposed = layout.transposed and operand.listed and len(shape) == 2
-        two = [torch.empty(shape[::-1] if transposed else shape, dtype=kind) for _ in range(2)]
-        two = [one.mT if transposed else one for one in two]
-        arguments.append(two if layout.listed and operand.listed else two[0])
+        pair = [torch.empty(shape[::-1] if transposed else shape, dtype=kind) for _ in range(2)]
+        pair = [matrix.mT if transposed else matrix for matrix in pair]
+        arguments.append(pair if layout.listed and operand.listed else pair[0])
     return arguments

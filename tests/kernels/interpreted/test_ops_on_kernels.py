@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brandla_kernels import OPS
-from brandla_kernels._grouped import _own_arguments
+from brandla_kernels._grouped import _arguments_of
 from builders import unchanged
 from op_cases import CASES, LAYOUTS, assert_computes, exact, grouped, op_of, operands, run
 
@@ -213,9 +213,9 @@ def test_grouped_kernel_computes_the_formula_of_each_problem(case, lists, device
     with unchanged(arguments[op.name.endswith("_") :]):
         results = run(op, arguments)
     for index, own_sizes in enumerate(op.signature.grouped_sizes(given)):
-        own, found = _own_arguments(op.signature, given, index, own_sizes), []
+        own, found = _arguments_of(op.signature, given, index, own_sizes), []
         # Problems of a sketch are counted.
-        assert op.signature.counter is None or own[-1] == index
+        assert op.signature.index_position is None or own[-1] == index
         for result, part in zip(results, exact(case, own), strict=True):
             whole, corner = result[index].clone(), tuple(map(slice, part.shape))
             found.append(whole[corner].clone())
