@@ -17,7 +17,7 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
     "plain": lambda normal, m, n: normal(m, n),
     "transposed": lambda normal, m, n: normal(n, m).mT,
     "strided": lambda normal, m, n: normal(2 * m, 3 * n)[::2, ::3],
-    # What lies around it must not be read.
+    # The NaN around the matrix must not be read.
     "embedded": lambda normal, m, n: torch.nn.functional.pad(normal(m, n), [1] * 4, value=torch.nan)[1:-1, 1:-1],
     "repeated row": lambda normal, m, n: normal(1, n).expand(m, n),
     "batched": lambda normal, m, n: normal(2, 2, m, n),
@@ -38,7 +38,7 @@ def matrix(rows: int, columns: int, layout: str, dtype: torch.dtype, seed: int, 
     return LAYOUTS[layout](normal, rows, columns)
 
 
-def written(layout: str) -> str:
+def writable(layout: str) -> str:
     """Return a layout like ``layout`` in which no two entries share memory: one that can be written to."""
     if layout.startswith("repeated"):
         return "plain"
@@ -59,7 +59,7 @@ def op_of(case: str) -> str:
 def operands(
     case: str, n: int, r: int, k: int, layout: str, dtype: torch.dtype, device: Device = "cpu", half: Any = None
 ) -> tuple[Any, ...]:
-    """Return arguments for the op of a case, new at every call: with data in half precision, where it takes any."""
+    """Return new arguments for the op of a case; ``half`` is the dtype of its data, if it takes any."""
 
     def new(rows: int, columns: int, seed: int, layout: str = layout) -> Tensor:
         return matrix(rows, columns, layout, dtype, seed, device)
@@ -75,14 +75,14 @@ def operands(
 
     q = min(2, k)
     basis, columns, other, block = new(n, r, 0), new(n, k, 1), new(k, q, 8), new(n, k, 11)
-    table: dict[str, Callable[[], tuple[Any, ...]]] = {
+    makers: dict[str, Callable[[], tuple[Any, ...]]] = {
         "project": lambda: (basis, columns),
         "gram": lambda: (columns,),
         "rounded_gram": lambda: (columns,),
         "cross_gram": lambda: (basis, columns),
         "rotate": lambda: (basis, columns, new(r, r + 1, 3), new(k, r + 1, 4)),
-        "rotate_": lambda: (new(n, r, 0, written(layout)), columns, new(r, r, 3), new(k, r, 4)),
-        "gram_ema_": lambda: (symmetrised(new(n, n, 5, written(layout))), columns, 0.9, 0.25),
+        "rotate_": lambda: (new(n, r, 0, writable(layout)), columns, new(r, r, 3), new(k, r, 4)),
+        "gram_ema_": lambda: (symmetrised(new(n, n, 5, writable(layout))), columns, 0.9, 0.25),
         "damped_apply": lambda: (basis, vector(r, 6), number(7), columns),
         "damped_apply, matrix": lambda: (basis, symmetrised(new(r, r, 6)), number(7), columns),
         "kron_damped_apply": lambda: (
@@ -111,17 +111,17 @@ def operands(
         "sketch": lambda: (columns, torch.tensor(7, device=device), r + 1),
     }
     data = {operand.position for operand in OPS[op_of(case)].signature.operands if operand.kind == "Data"}
-    return tuple(part.to(half) if half and place in data else part for place, part in enumerate(table[case]()))
+    return tuple(part.to(half) if half and place in data else part for place, part in enumerate(makers[case]()))
 
 
 def eigh_core_operands(root: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-    """Return what `eigh_core` takes of F and A, for ρ = .9 and w = .25."""
+    """Return arguments of `eigh_core` from F and A, with ρ = .9 and w = .25."""
     gram, cross, own, decay, weight, *_ = root_core_operands(root, columns)
     return cross, own, gram, decay, weight
 
 
 def _rotation_operands(columns: Tensor) -> tuple[Any, ...]:
-    """Return what `eigh_rotation` takes of a definite core, for all columns but one, of unit length."""
+    """Return arguments of `eigh_rotation` from a definite core, for all columns but one, of unit length."""
     k = columns.shape[-1]
     core = columns.mT @ columns + torch.eye(k, dtype=columns.dtype, device=columns.device)
     levels, vectors = torch.linalg.eigh(core)
@@ -129,7 +129,7 @@ def _rotation_operands(columns: Tensor) -> tuple[Any, ...]:
 
 
 def root_core_operands(root: Tensor, columns: Tensor) -> tuple[Any, ...]:
-    """Return what `root_core` takes of F and A, for ρ = .9, w = .25, the rank of F, no tolerance and all measured."""
+    """Return arguments of `root_core` from F and A: ρ = .9, w = .25, the rank of F, no tolerance, all measured."""
     wide, new = root.double(), columns.double()
     r, batch = root.shape[-1], root.shape[:-2]
     decay, weight = (torch.full(batch, number, dtype=torch.float64, device=root.device) for number in (0.9, 0.25))
@@ -139,11 +139,11 @@ def root_core_operands(root: Tensor, columns: Tensor) -> tuple[Any, ...]:
 
 def grouped(case: str, problems: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     """Return the arguments of the grouped op: lists, and stacks padded with zeros."""
-    together: list[Any] = list(problems[0])
+    gathered: list[Any] = list(problems[0])
     for operand in OPS[op_of(case)].signature.operands:
         parts = [arguments[operand.position] for arguments in problems]
-        together[operand.position] = parts if operand.listed else _padded(parts)
-    return tuple(together)
+        gathered[operand.position] = parts if operand.listed else _padded(parts)
+    return tuple(gathered)
 
 
 def shifted(basis: Tensor, middle: Tensor, scale: Tensor) -> Tensor:
@@ -164,10 +164,10 @@ def inverse_coefficients(basis: Tensor, small: Tensor, damping: Tensor, tail: Te
 
 
 def with_coefficients(case: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments with Z and β, in float64, in place of what they are computed from."""
+    """Return the arguments of a damped inverse with Z and β, in float64, in place of d or S, λ and τ."""
     sides = {"damped_inverse": 1, "pair_damped_inverse": 2, "kron_damped_inverse": 2}.get(op_of(case), 0)
-    given = [part for side in range(sides) for part in inverse_coefficients(*arguments[4 * side : 4 * side + 4])]
-    return (*given, *arguments[4 * sides :])
+    applied = [part for side in range(sides) for part in inverse_coefficients(*arguments[4 * side : 4 * side + 4])]
+    return (*applied, *arguments[4 * sides :])
 
 
 FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -188,7 +188,7 @@ FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     ),
 }
 VARIANTS = ("damped_apply, matrix", "kron_damped_apply, diagonals", "damped_inverse, matrix")
-CASES = tuple(case for name in FORMULAS for case in (name, *(one for one in VARIANTS if op_of(one) == name)))
+CASES = tuple(case for name in FORMULAS for case in (name, *(case for case in VARIANTS if op_of(case) == name)))
 
 
 def exact(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -198,7 +198,7 @@ def exact(case: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Call an op and return its results; for one that returns nothing, what it overwrote."""
+    """Call an op and return its results, or the tensor that it overwrote."""
     result = call(*arguments)
     if result is None:
         return (arguments[0],)
@@ -220,9 +220,9 @@ def assert_computes(case: str, results: Any, arguments: Any) -> None:
     lengths = sum({size for part in tensors for size in part.shape[-2:]}) + 8
     given = with_coefficients(case, arguments)
     positive = [part.double().abs() if isinstance(part, Tensor) else part for part in given]
-    # Signs are no terms.
+    # The signs of a sketch are no terms: a row sum bounds all of them.
     sizes = (positive[0].sum(-1, keepdim=True),) if case == "sketch" else FORMULAS[op_of(case)](*positive)
     for got, wanted, terms in zip(results, exact(case, arguments), sizes, strict=True):
         assert got.shape == wanted.shape
-        # A NaN is no small error.
+        # A NaN fails the comparison.
         assert ((got.double() - wanted).abs() <= 3 * lengths * precision * terms).all()

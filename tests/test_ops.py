@@ -1,4 +1,4 @@
-"""brandla_kernels: what its ops promise beside their formulas, through the dispatcher, and by PyTorch's own checks."""
+"""The ops of brandla_kernels: values beside the formulas, the dispatcher, gradients, and PyTorch's own checks."""
 
 import importlib
 import math
@@ -25,18 +25,13 @@ BOTH_FORMS = [(name, False) for name in OPS] + [(name, True) for name in GROUPED
 PROBLEMS = [(13, 4, 3), (9, 2, 5), (6, 0, 2), (7, 3, 0)]
 
 
-def single(name):
-    """The registered op."""
-    return getattr(torch.ops.brandla, name).default
+def registered(name, *, is_list=False):
+    """The registered op, or the one over lists."""
+    return getattr(torch.ops.brandla, OPS[name].signature.grouped_name if is_list else name).default
 
 
-def several(name):
-    """The registered op over lists."""
-    return getattr(torch.ops.brandla, OPS[name].signature.grouped_name).default
-
-
-def listed(case, dtype=torch.float64):
-    return grouped(case, [operands(case, *size, "plain", dtype) for size in PROBLEMS])
+def lists_of_operands(case):
+    return grouped(case, [operands(case, *size, "plain", torch.float64) for size in PROBLEMS])
 
 
 def is_varied(leaf):
@@ -93,13 +88,13 @@ def test_cross_gram_of_an_empty_root_takes_no_second_look():
 # --- As torch ops
 
 
-# torch 2.14 looks at .grad of what is no leaf while it traces.
+# While it traces, torch 2.14 reads .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize(("name", "is_list"), BOTH_FORMS)
 def test_op_passes_the_check_of_torch(name, is_list):
-    arguments = listed(name) if is_list else operands(name, 13, 4, 3, "plain", torch.float64)
-    op = several(name) if is_list else single(name)
-    # Lists go one way through AOTAutograd: two ops stand for all.
+    arguments = lists_of_operands(name) if is_list else operands(name, 13, 4, 3, "plain", torch.float64)
+    op = registered(name, is_list=is_list)
+    # All lists go the same way through AOTAutograd: two ops stand for all.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     checks = checks[:3] if is_list and name not in ("project", "rotate_") else checks
     torch.library.opcheck(op, requiring_grad(arguments) if name in DIFFERENTIABLE else arguments, test_utils=checks)
@@ -108,7 +103,7 @@ def test_op_passes_the_check_of_torch(name, is_list):
 @pytest.mark.parametrize("name", OPS)
 def test_forced_torch_backend_gives_the_same_bits(name):
     first, second = (operands(name, 13, 4, 3, "plain", torch.float64) for _ in range(2))
-    dispatched = run(single(name), first)
+    dispatched = run(registered(name), first)
     with brandla.backend("torch"):
         forced = run(OPS[name], second)
         assert OPS[name].implementation("cpu") == ("torch", "forced by brandla.backend('torch')")
@@ -125,7 +120,7 @@ def test_op_takes_its_arguments_by_name():
 # --- Gradients
 
 
-# What small cores take, of panels in the place of their Gram matrices, and of ρ and w.
+# Arguments of the ops on small cores, from panels in place of their Gram matrices, ρ and w.
 CORES = {
     "root_core": lambda F, A, *numbers: (*root_core_operands(F, A)[:3], *numbers, *root_core_operands(F, A)[5:]),
     "eigh_core": lambda F, A, *numbers: (*eigh_core_operands(F, A)[:3], *numbers),
@@ -141,19 +136,19 @@ CORES = {
 )
 def test_gradient_is_that_of_finite_differences(case, layout):
     name = op_of(case)
-    op = (several if layout == "list" else single)(name)
-    build = CORES[name] if layout == "core" else lambda *own: own
+    op = registered(name, is_list=layout == "list")
+    build = CORES[name] if layout == "core" else lambda *given: given
     if layout == "core":
         panels = (matrix(8, width, "plain", torch.float64, width) for width in (3, 2))
         arguments = [*panels, *torch.tensor([0.9, 0.25], dtype=torch.float64)]
     else:
-        arguments = listed(name) if layout == "list" else operands(case, 6, 3, 2, layout, torch.float64)
+        arguments = lists_of_operands(name) if layout == "list" else operands(case, 6, 3, 2, layout, torch.float64)
     leaves, structure = tree_flatten(list(arguments))
 
     def call(*inputs):
-        given = iter(inputs)
-        own = tree_unflatten([next(given) if is_varied(leaf) else leaf for leaf in leaves], structure)
-        return tuple(part for part in tree_leaves(op(*build(*own))) if part.is_floating_point())
+        varied = iter(inputs)
+        given = tree_unflatten([next(varied) if is_varied(leaf) else leaf for leaf in leaves], structure)
+        return tuple(part for part in tree_leaves(op(*build(*given))) if part.is_floating_point())
 
     torch.autograd.gradcheck(call, [*filter(is_varied, tree_leaves(requiring_grad(arguments)))], fast_mode=True)
 
@@ -161,13 +156,13 @@ def test_gradient_is_that_of_finite_differences(case, layout):
 @pytest.mark.parametrize("case", ["project", "cross_gram"])
 def test_gradient_of_half_precision_data_is_in_half_precision(case):
     inputs = requiring_grad(operands(case, 9, 3, 2, "plain", torch.float32, half=torch.bfloat16))
-    sum(part.sum() for part in run(single(case), inputs)).backward()
+    sum(part.sum() for part in run(registered(case), inputs)).backward()
     assert [part.grad.dtype for part in inputs] == [part.dtype for part in inputs]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad):
-    """A parameter comes by the dispatcher on a CPU too."""
+    """A call with a parameter goes through the dispatcher on a CPU too."""
     basis, columns = torch.nn.Parameter(torch.randn(9, 3), requires_grad), torch.randn(9, 2)
     assert brandla_kernels.project(basis, columns).requires_grad == requires_grad
     with torch.no_grad():
@@ -175,13 +170,13 @@ def test_no_gradient_is_lost_where_autograd_is_passed_over(requires_grad):
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_what_overwrites_refuses_to_lose_a_gradient(name):
+def test_an_op_that_overwrites_refuses_to_lose_a_gradient(name):
     arguments = requiring_grad(operands(name, 9, 3, 2, "plain", torch.float32))
-    for call in (single(name), OPS[name]):
+    for call in (registered(name), OPS[name]):
         with unchanged(arguments), pytest.raises(RuntimeError, match=rf"brandla::{name}: .*no_grad"):
             call(*arguments)
     with torch.no_grad():
-        single(name)(*arguments)
+        registered(name)(*arguments)
 
 
 # --- Bad input
@@ -193,7 +188,7 @@ def floats(matrices):
     return [matrix.float() for matrix in matrices]
 
 
-# An op, what spoils its operands, the error, and what the message must hold, with ` … ` between.
+# Op, function that spoils its operands, error, and parts of its message, with ` … ` between.
 BAD_CALLS = {
     "rows": ("project", lambda U, A: (U, LONG), ValueError, "columns must … (n, k) with n = 9; got (10, 2)"),
     "vector": ("project", lambda U, A: (U, A[:, 0]), ValueError, "columns must … (n, k) with n = 9; got (9,)"),
@@ -246,14 +241,14 @@ BAD_LISTS |= BAD_SKETCHES
 )
 def test_bad_input_is_refused_before_anything_is_written(is_list, bad):
     name, spoil, kind, words = (BAD_LISTS if is_list else BAD_CALLS)[bad]
-    arguments = spoil(*(listed(name) if is_list else operands(name, 9, 3, 2, "plain", torch.float32)))
-    op = (several if is_list else single)(name)
+    arguments = spoil(*(lists_of_operands(name) if is_list else operands(name, 9, 3, 2, "plain", torch.float32)))
+    op = registered(name, is_list=is_list)
     calls = [op]
     if bad == "device":
-        # The implementation of a CPU, although some tensors are elsewhere.
+        # Call the implementation for a CPU, although some tensors are elsewhere.
         calls = [partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))]
     elif name in (*IN_PLACE, "sketch"):
-        # What overwrites or draws checks however it is called.
+        # An op that overwrites or draws checks its input however it is called.
         calls += [OPS[name], brandla.backend("torch")(OPS[name].__call__)]
     for call in calls:
         with unchanged(arguments[0]), pytest.raises(kind) as caught:
@@ -277,4 +272,4 @@ def test_what_is_no_tensor_is_refused():
 
 def test_bad_input_is_refused_while_tracing():
     with pytest.raises(ValueError, match=r"brandla::project: columns must have shape"):
-        single("project")(torch.empty(9, 3, device="meta"), torch.empty(8, 2, device="meta"))
+        registered("project")(torch.empty(9, 3, device="meta"), torch.empty(8, 2, device="meta"))

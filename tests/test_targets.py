@@ -12,7 +12,7 @@ from brandla.demo import info
 from brandla_kernels import OPS, _op, _targets
 from brandla_kernels._targets import AMD, NVIDIA, nearest
 
-# Tiles, or none, and whose they are besides.
+# Tiles, or None for torch forms, and the architectures that take them.
 TILES = {
     **{arch: [arch] for arch in NVIDIA + AMD},
     **{"sm_86": ["sm_86", "sm_87", "sm_88"], "sm_100": ["sm_100", "sm_103", "sm_110"], "sm_120": ["sm_120", "sm_121"]},
@@ -21,10 +21,10 @@ TILES = {
 
 
 @pytest.fixture
-def on(monkeypatch):
+def use_arch(monkeypatch):
     """Return a function that makes every GPU of this process one of an architecture."""
 
-    def be(arch):
+    def use(arch):
         for module in (_op, info):
             monkeypatch.setattr(module, "architecture", lambda index: arch)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
@@ -32,41 +32,39 @@ def on(monkeypatch):
         for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
             monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
 
-    return be
+    return use
 
 
 @pytest.mark.parametrize(("arch", "kernels"), [("sm_103", 1), ("gfx90a", 1), ("gfx1100", 0), ("gfx1201", 0)])
-def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(on, monkeypatch, arch, kernels):
+def test_tensors_of_a_gpu_without_kernels_take_the_torch_form(use_arch, monkeypatch, arch, kernels):
     pytest.importorskip("triton")
-    on(arch)
+    use_arch(arch)
     project, launched = OPS["project"], []
     basis, columns = torch.randn(9, 3), torch.randn(9, 2)
     expected = project.torch_form(basis, columns)
     monkeypatch.setattr(project, "launch", lambda *args: launched.append(args) or expected.clone())
-    # What the dispatcher calls for tensors of a GPU.
+    # The implementation that the dispatcher calls for tensors of a GPU.
     gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     assert torch.equal(project.registered.redispatch(gpu, basis, columns), expected)
     assert bool(launched) == bool(kernels)
 
 
-def test_kernels_cannot_be_forced_where_there_are_none(on):
+def test_kernels_cannot_be_forced_where_there_are_none(use_arch):
     for device in ("mps", "xpu"):
         assert OPS["project"].implementation(device) == ("torch", "the Triton kernels are for CUDA and ROCm")
-    on("gfx942")
+    use_arch("gfx942")
     assert OPS["project"].implementation("cuda") == ("triton", "GPU tensors run on the Triton kernels")
-    on("gfx1201")
+    use_arch("gfx1201")
     assert OPS["project"].implementation("cuda") == ("torch", "there are no kernels for gfx1201")
     with pytest.raises(RuntimeError, match="'triton' cannot run: there are no kernels for gfx1201"):
         brandla.backend("triton").__enter__()
 
 
 @pytest.mark.parametrize(("arch", "tiles"), [(arch, tiles) for tiles, archs in TILES.items() for arch in archs])
-def test_an_architecture_takes_the_nearest_tiles_and_info_says_whose(on, arch, tiles):
-    on(arch)
-    words = f"{arch}: " + (
-        "no kernels, torch forms" if tiles is None else f"tiles of {tiles}, the nearest compiled for"
-    )
-    words = f"{arch}: compiled for it" if tiles == arch else words
+def test_an_architecture_takes_the_nearest_tiles_and_info_says_whose(use_arch, arch, tiles):
+    use_arch(arch)
+    own = {None: "no kernels, torch forms", arch: "compiled for it"}
+    words = f"{arch}: {own.get(tiles, f'tiles of {tiles}, the nearest compiled for')}"
     assert nearest(arch) == tiles
     assert info.facts()["kernels"] == [words]
     assert f"kernels {words}" in info.as_text()
@@ -80,11 +78,11 @@ def test_info_names_what_the_kernels_are_for_without_a_gpu():
 def test_an_architecture_is_named_as_its_makers_do(monkeypatch):
     properties = SimpleNamespace(major=10, minor=3, gcnArchName="gfx90a:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    named = _targets.architecture.__wrapped__
+    architecture = _targets.architecture.__wrapped__
     monkeypatch.setattr(torch.version, "hip", None)
-    assert named(0) == "sm_103"
+    assert architecture(0) == "sm_103"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert named(0) == "gfx90a"
+    assert architecture(0) == "gfx90a"
 
 
 WITHOUT_FLOAT64 = (
@@ -96,14 +94,14 @@ WITHOUT_FLOAT64 = (
 
 
 @pytest.mark.parametrize("name", WITHOUT_FLOAT64)
-def test_what_an_apple_gpu_can_run_makes_no_tensor_of_float64(name):
+def test_functions_that_an_apple_gpu_can_run_make_no_tensor_of_float64(name):
     pytest.importorskip("triton")
     from bench.launches import Counter, call_of
     from brandla_kernels._kernels.ahead import target_named
     from brandla_kernels._kernels.launch import recording
 
     class Watcher(Counter):
-        """Takes the way of a GPU, as its base does, with torch forms in place of kernels."""
+        """Takes the way of a GPU, as its base class does, but with torch forms in place of kernels."""
 
         def _op(self, func, args):
             with self:

@@ -24,21 +24,21 @@ ROWS, LIST, RAGGED_LIST = (
 
 @pytest.fixture(scope="module", autouse=True)
 def _empty_cache(tmp_path_factory):
-    """What is looked at is compiled now."""
+    """Start from an empty cache, so that every kernel is compiled now."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
 
 
 def representative(target, layout, dtypes):
-    """One specialisation of each kernel, type of products and way through it: full tiles, and most operands."""
+    """Return one specialisation for each kernel, type of products and path: full tiles, and the most operands."""
     found = {}
     for case in specializations(target, layouts=(layout,), dtypes=dtypes):
         if case.launch.name == "root_core_kernel":
-            # The slowest to compile, and in the same tiles in the test of small problems.
+            # The slowest to compile. The test of small problems covers it, in the same tiles.
             continue
         given = case.launch.arguments
-        name = case.launch.name, *(given.get(way) for way in ("COMPUTE", "PRECISION", "TERMS", "SYMMETRIC"))
+        name = case.launch.name, *(given.get(constant) for constant in ("COMPUTE", "PRECISION", "TERMS", "SYMMETRIC"))
         tensors = sum(isinstance(value, torch.Tensor) for value in given.values())
         work = sum(case.launch.config.blocks.values()), tensors
         if name not in found or work > found[name][0]:
@@ -47,7 +47,7 @@ def representative(target, layout, dtypes):
 
 
 def launches(target, name, *arguments):
-    """Record what a call of an op would start."""
+    """Record the launches of a call of an op."""
     with recording(target_named(target)) as recorded:
         OPS[name].launch(*arguments)
     return recorded
@@ -92,7 +92,7 @@ def test_kernels_compile_without_fault(target, layout, dtypes):
             for target in TARGETS
             if target not in ("sm_90", "gfx942")
         ),
-        # What spills with the tiles of other targets.
+        # Products that spill with the tiles of other targets.
         ("sm_86", "gram_ema_", (DOUBLE[:128], torch.zeros(128, 1024).double(), 0.5, 0.5), "f64"),
         ("sm_86", "damped_apply", (DOUBLE, DOUBLE[0], DOUBLE[0, 0], DOUBLE), "f64"),
         ("sm_120", "project", (WIDE, WIDE.bfloat16()), "f32"),
@@ -141,11 +141,11 @@ def test_every_op_with_a_kernel_is_among_what_ships():
     assert listed == {name for name, op in OPS.items() if op.launch is not None and op.signature.lists}
 
 
-# --- What is wrong is seen
+# --- Faults are seen
 
 
 def product(target, **constants):
-    """Return a launch that ships, or that of a wrong kernel: with other constants."""
+    """Return a launch that ships; other constants make it a wrong kernel."""
     launch = launches(target, "project", tall(64), tall(64))[0]
     assert constants.keys() <= launch.arguments.keys()
     return launch._replace(arguments=dict(launch.arguments) | constants)
@@ -163,15 +163,15 @@ def test_tf32_and_products_off_the_matrix_units_are_seen():
 
 
 def test_three_products_of_tf32_are_three():
-    """What Triton's IR asks for is what the machine code does."""
-    right, wrong = (compile_for("sm_80", product("sm_80", PRECISION=one)) for one in ("tf32x3", "tf32"))
+    """The machine code does as many products as Triton's IR asks for."""
+    right, wrong = (compile_for("sm_80", product("sm_80", PRECISION=words)) for words in ("tf32x3", "tf32"))
     counts = [len(re.findall(r"mma\.sync\S*tf32", compiled.assembly)) for compiled in (right, wrong)]
     assert counts[0] == 3 * counts[1] > 0
 
 
 @pytest.mark.parametrize(("target", "rows", "warps"), [("sm_90", 128, 4), ("gfx942", 256, 2)])
 def test_spills_are_seen(target, rows, warps):
-    """A tile of sums takes all the registers that a thread can have: 256 of at most 255, and 512 of 512."""
+    """A tile of sums takes more registers than a thread can have, or all: 256 of at most 255, and 512 of 512."""
     config = Config({"BLOCK_R": rows, "BLOCK_K": 256, "BLOCK_N": 16}, warps, 1)
     assert any("spilled" in fault for fault in faults(compile_for(target, product(target)._replace(config=config))))
 
@@ -193,7 +193,7 @@ def test_too_much_memory_is_seen(target, memory, shipped):
 # --- Memory
 
 
-# A thread loads 16 bytes at once: what rows promise that are aligned.
+# Loads of 16 bytes at once by one thread, which aligned rows allow.
 LOADS_16_BYTES = re.compile(r"cp\.async\.cg\.\S+ .*0x10|ld\.global\S*\.v4\.|(?:global|buffer)_load_dwordx4")
 
 
@@ -213,7 +213,7 @@ def test_aligned_matrices_of_a_list_are_loaded_16_bytes_at_once(target, transpos
 
 
 def test_update_of_float32_holds_no_tile_in_float64():
-    """ρ and w are float64: a tile that they widen takes twice the registers, and spills with some Triton."""
+    """ρ and w are float64: a tile that they widen takes twice the registers, and spills with some Triton versions."""
     found = launches("sm_90", "gram_ema_", torch.zeros(128, 128), WIDE.mT.contiguous(), 0.9, 0.1)
     found += launches("sm_90", "gram_ema_", torch.zeros(4096, 4096), torch.zeros(4096, 64), 0.9, 0.1)
     # Two kernels of a split sum, and one of a sum in one piece.

@@ -24,7 +24,7 @@ from brandla_kernels._kernels.launch import recording
 def facts(tmp_path, tmp_path_factory, monkeypatch):
     """Return a function that runs the command on `gram` at one width and returns status, JSON and output."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
-    # What a test puts in place of a function is there in this process.
+    # A patched function exists in this process only.
     monkeypatch.setattr(kernels_table, "ProcessPoolExecutor", lambda processes: ThreadPoolExecutor(1))
     monkeypatch.setattr(kernels_table, "USUAL", TOY)
     layout = shipped.Layout("rows", widths=(32,))
@@ -48,7 +48,7 @@ def test_table_lists_every_kernel_of_every_target(facts):
     assert {(entry["target"], entry["kernel"]) for entry in found} == {
         (target, kernel) for target in ("sm_100", "gfx942") for kernel in ("inner_product_kernel", "sum_parts_kernel")
     }
-    # Float64 products of sm_100 have no matrix instruction, which is said and is no fault.
+    # Float64 products of sm_100 have no matrix instruction: the table says so, and it is no fault.
     assert "fused multiply-add" in printed
     assert "v_mfma_f64_16x16x4_f64" in printed
     assert "4 specialisations compiled, 0 with a fault" in printed
@@ -81,7 +81,7 @@ def test_an_estimate_is_the_cost_of_the_op_at_the_published_ceilings(name):
     assert parts["launch"] == kernels_table.LAUNCH
 
 
-def test_few_programs_have_their_multiprocessors_share_of_the_flops():
+def test_few_programs_get_only_their_multiprocessors_share_of_the_flops():
     gpu, (r, k) = kernels_table.GPUS["H200"], (32, 16)
     gram, cross, own = (torch.empty(2, *shape, dtype=torch.float64) for shape in ((r, r), (r, k), (k, k)))
     with recording(target_named(gpu.target)) as launches:
@@ -91,7 +91,7 @@ def test_few_programs_have_their_multiprocessors_share_of_the_flops():
 
 
 def test_every_row_of_the_estimates_adds_up_the_launches_of_a_kernel():
-    # The last two sizes give cores of one order, and each is a case of its own.
+    # The last two sizes give cores of one order, but each is a case of its own.
     sizes = replace(TOY, uneven=((48, 8, 5), (48, 5, 8)))
     rows = kernels_table.estimates(sizes).set_index(["op", "kernel"])
     assert set(rows.index.get_level_values("op")) == set(OPS)

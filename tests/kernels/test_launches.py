@@ -1,4 +1,4 @@
-"""How many kernels a call asks a GPU for: the budgets, and what is counted at all."""
+"""How many kernels a call asks a GPU for: the budgets, and the rules of counting."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ from calls import WITHOUT_WAITING, given  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has tests of its own")
 
-# What takes more than its budget at present, of Triton's kernels and of torch's. Whoever brings a count down lowers
-# it here, down to none where the budget is met.
+# Calls that take more than their budget at present, in kernels of Triton and of torch. If you bring a count down, lower
+# it here; if the budget is met, delete it.
 AT_PRESENT = {
     "root_update, cholesky, tracked": (4, 6),
-    # A launch of Triton's more than the budget, and for one factor one of torch's less.
+    # One launch of Triton more than the budget, and for one factor one kernel of torch less.
     "eigh_update": (9, 7),
 }
-# The same for functions of which a list takes turns, for one factor.
+# The same for one factor, for functions that take the factors of a list in turn.
 ALONE = {
     "damped_logdet, root": (0, 16),
     "damped_logdet, eigh": (0, 7),
@@ -32,7 +32,7 @@ ALONE = {
     "eigh_update_": (9, 7),
     "root_update": (5, 6),
 }
-# The same for a list of 8, whose wide matrices have n/2 columns: from 512 to 1023 all are taken together.
+# The same for a list of 8. Its wide matrices have n/2 columns; those with 512 to 1023 columns are taken together.
 LISTS = {"eigh_refresh": (24, 91), "kron_damped_power, eigh": (8, 33), "kron_damped_power, root": (14, 71)}
 # The same for a step of K-FAC: the sum of both kinds, by system and network.
 _NETWORKS = ("MLP, 1 layer", "MLP, 3 layers", "MLP, 12 layers", "transformer", "MLP, 48 layers")
@@ -42,17 +42,17 @@ STEPS_AT_PRESENT = {
     "Brand, orthonormal": dict(zip(_NETWORKS, (52, 58, 85, 153, 193), strict=True)),
 }
 
-# The most calls of Python's functions in a call, launches recorded: the host's time without what else the machine does.
-# A few are torch's own, whose number differs among its versions.
+# The most calls of Python functions in a call whose launches are recorded: the host's time, whatever else the machine
+# does. A few are torch's own, and their number differs among its versions.
 PYTHON_CALLS = {"project": 15, "damped_solve, root": 55, "damped_solve, eigh": 55, "root_update, cholesky": 72}
-# The same of each further factor of a list.
+# The same for each further factor of a list.
 FOR_EACH_FACTOR = {"damped_solve, root": 2, "damped_solve, eigh": 2, "root_update, cholesky": 3}
-# The same of each further layer of a K-FAC step.
+# The same for each further layer of a K-FAC step.
 FOR_EACH_LAYER = 105
 
 
 def limits():
-    """Yield calls and forms with the most kernels of Triton and of torch; what overwrites has no form for lists."""
+    """Yield calls and forms with the most kernels of Triton and torch; no call that overwrites takes lists."""
     for name, budget in BUDGETS.items():
         allowed = tuple(map(max, budget, AT_PRESENT.get(name, budget)))
         overwrites = name.partition(",")[0].endswith("_")
@@ -91,8 +91,8 @@ def test_each_factor_of_a_list_takes_no_more_calls_of_python_than_its_limit(name
 
 
 def test_each_layer_of_a_step_takes_no_more_calls_of_python_than_its_limit():
-    own = launches.STRATEGIES["Brand"]
-    few, many = (launches.step_times(launches.mlp(layers), own, rounds=0)["Python calls"] for layers in (4, 12))
+    brand = launches.STRATEGIES["Brand"]
+    few, many = (launches.step_times(launches.mlp(layers), brand, rounds=0)["Python calls"] for layers in (4, 12))
     assert many - few <= 8 * FOR_EACH_LAYER
 
 
@@ -122,7 +122,7 @@ def test_a_list_asks_for_as_many_kernels_whatever_its_length(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", WITHOUT_WAITING)
-def test_what_promises_never_to_wait_does_not(name):
+def test_a_call_that_promises_never_to_wait_does_not(name):
     x = given()
     assert counts_of(lambda: WITHOUT_WAITING[name](x)).waits == 0
 
@@ -146,7 +146,7 @@ def test_what_is_counted(call, counts):
 
 
 def test_values_are_those_of_the_torch_form():
-    """What a kernel would leave unwritten reaches no later branch, nor the factor that is overwritten."""
+    """Tensors that a recorded kernel leaves unwritten reach no later branch, nor the factor that is overwritten."""
     root, columns = launches.root(200, ()), launches.columns(200, ())
     found = []
     for way in (counts_of, lambda call: call()):
