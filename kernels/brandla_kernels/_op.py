@@ -72,7 +72,7 @@ class Op(Generic[Parameters, Result]):
         self.launch: Callable[..., Any] | None = partial(_launch, *launch.split(".")) if launch else None
         self.registered = self._register(signature.schema, torch_form, signature.sizes)
         if not signature.writes:
-            torch.library.register_vmap(f"brandla::{self.name}", self._mapped, lib=_library)
+            torch.library.register_vmap(f"brandla::{self.name}", self._vmap_rule, lib=_library)
         self.grouped_form = _grouped.looped(signature, torch_form)
         if signature.lists:
             grouped = (signature.grouped_schema, self.grouped_form, signature.grouped_sizes)
@@ -126,7 +126,7 @@ class Op(Generic[Parameters, Result]):
             return "torch", reason
         return "triton", "GPU tensors run on the Triton kernels"
 
-    def _mapped(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def _vmap_rule(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         """Compute a call under torch.func.vmap: the mapped dimension is one more leading dimension."""
         arguments = list(args)
         for operand in self.signature.operands:

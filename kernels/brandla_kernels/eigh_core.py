@@ -86,7 +86,7 @@ def assembled(
     of_old = _expanded_root(decay, cross.shape[:-1], own)
     old = gram
     if gram.ndim < own.ndim:
-        # √d √ρ and not √(ρd), which has no derivative with respect to ρ where d is 0.
+        # The root √d √ρ has a derivative with respect to ρ where d is 0; √(ρd) has none.
         old, of_old = torch.diag_embed(torch.ones_like(gram)), gram.double().sqrt() * of_old
     rows = torch.cat([of_old, of_new], -1)
     # torch.cat takes the wider dtype.

@@ -13,7 +13,7 @@ from brandla_kernels._op import Cost, op
 
 # Rows converted to float64 at a time: the copy stays small and in cache.
 _ROWS = 2048
-# From this width on, blocks of one triangle save more products than their calls cost.
+# From this width on, computing one triangle by blocks saves more than its calls cost.
 _WIDE = 128
 _BLOCKS = 4
 # Rows of a slab, whose products are summed in the dtype of the data. For few columns, BLAS has one accumulator per

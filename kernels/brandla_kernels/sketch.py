@@ -126,6 +126,7 @@ def _draw_words_on_host(seed: Tensor, batch: tuple[int, ...], problem: int, bloc
 
 
 def _packed(words: Iterable[int], times: int = 1) -> int:
+    """Return one integer with the words in 64 bits each, repeated so many times."""
     return int.from_bytes(array("Q", words).tobytes() * times, "little")
 
 

@@ -35,7 +35,7 @@ def device_of(matrices: Matrices) -> torch.device:
 
 
 def each(function: Callable[..., Tensor], matrices: Tall, *others: Tall | Tensor) -> Tall:
-    """Apply ``function`` to a matrix, or to each one of a list with its entries of the other lists."""
+    """Apply ``function`` to a matrix, or to each matrix of a list and its entries in ``others``."""
     if isinstance(matrices, Tensor):
         return function(matrices, *others)
     return [function(*members) for members in zip(matrices, *others, strict=True)]

@@ -131,7 +131,7 @@ def run_kernel(launch: Launch, arguments: dict[str, Any], compiled: Any = None) 
         arguments["table_ptr"] = uploaded(table, next(iter(arguments.values())).device)
     kernel, grid = launch.kernel, launch.grid
     if is_profiled():
-        # Not set by triton.jit: a kernel with metadata pays for a dictionary of its arguments at every launch.
+        # Set here, not in triton.jit: a kernel with metadata pays for a dictionary of its arguments at every launch.
         kernel.launch_metadata = partial(metadata, kernel.count)
     elif compiled is not None:
         compiled[(*grid, 1, 1)](*arguments.values())
@@ -224,7 +224,7 @@ def product_precision(target: Target, dtype: torch.dtype) -> str:
 
 
 def core_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of `root_core` and of damped inverses: float64, or ``dtype``, the factors' own, if that is slow.
+    """Return the dtype of `root_core` and damped inverses: float64, or the factors' ``dtype`` if float64 is slow.
 
     "Weak float64" in ``docs/kernels.md`` says why these two alone.
     """

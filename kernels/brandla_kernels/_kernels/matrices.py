@@ -1,10 +1,10 @@
 """Where the matrices of a launch lie: a batch at equal strides, or a list of matrices of different sizes.
 
-Every kernel takes a group of problems, one for each index of its last grid axis. In a *batch* all problems have one
-size, and one stride leads from each to the next: pointers, sizes and strides are launch arguments. For a *list* they
+Every kernel takes a group of problems; the index of a program tells its problem. In a *batch*, all problems have one
+size, and one stride leads from each to the next: pointers, sizes and strides are launch arguments. For a *list*, they
 come from a table on the device, int64 of shape (problems, matrices, 5): pointer, row stride, column stride, rows,
-columns. Small matrices beside a list are stacked in one tensor, which is padded with zeros to the largest, and stay
-launch arguments.
+columns. Small matrices beside a list stay launch arguments: they are stacked in one tensor, padded with zeros to the
+largest.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def _as_lists(matrices: Mapping[str, Matrices | None]) -> dict[str, Matrices | N
 
 def _entries(matrices: Matrices) -> list[tuple[int, ...]]:
     """Return pointer, row stride, column stride, rows and columns of the matrices of a list, or of a whole batch."""
-    each = [matrices] if isinstance(matrices, Tensor) else matrices
-    return [(one.data_ptr(), *one.stride()[-2:], *one.shape[-2:]) for one in each]
+    members = [matrices] if isinstance(matrices, Tensor) else matrices
+    return [(member.data_ptr(), *member.stride()[-2:], *member.shape[-2:]) for member in members]
 
 
 def uploaded(table: Tensor, device: torch.device) -> Tensor:

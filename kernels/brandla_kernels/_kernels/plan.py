@@ -1,8 +1,8 @@
 """Plans: the host's work that depends only on the layout of a call is done once.
 
 The first call of a layout is recorded, not started. Later calls differ from the record only in their tensors. So a plan
-keeps the launches and the place of each of their tensors, among the tensors of the call in their order and then the
-memory that the launcher allocated. A planned call allocates this memory and starts the launches.
+keeps the launches and the place of each tensor in one list: the tensors of the call in their order, then the memory
+that the launcher allocated. A planned call allocates this memory and starts the launches.
 
 Launches may differ in more if torch computes or copies something for them, if two arguments begin at one address, or
 if something is empty. Such calls have no plan, and go through the launcher each time.
@@ -83,7 +83,7 @@ class _Watch(TorchDispatchMode):
 
 @dataclass
 class _Step:
-    """A launch without its tensors, and the place of each one among all tensors of the call."""
+    """A launch without its tensors, and the place of each tensor among all tensors of the call."""
 
     launch: Launch
     places: dict[str, int]
@@ -92,7 +92,7 @@ class _Step:
     compiled: Any = None  # by Triton
 
     def all_arguments(self, tensors: Sequence[Tensor], addresses: Sequence[int], *, shaped: bool) -> dict[str, Any]:
-        """Return all arguments of the kernel. It reads addresses only; a count of its work needs ``shaped`` tensors."""
+        """Return all arguments of the kernel. It reads addresses only; a count of its work reads ``shaped`` tensors."""
         arguments = dict(self.launch.arguments)
         for name, place in self.places.items():
             arguments[name] = tensors[place]

@@ -75,7 +75,7 @@ def specializations(
     dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = DTYPES,
 ) -> list[Specialization]:
     """List the specialisations that the ops start on ``target``, a key of `brandla_kernels._kernels.ahead.TARGETS`."""
-    found: dict[str, Specialization] = {}
+    entries: dict[str, Specialization] = {}
     tiles: set[str] = set()
     for full, name, layout, (dtype, data) in product((True, False), ops or OPS, list(layouts), list(dtypes)):
         op, in_rows = OPS[name], layout.name == LAYOUTS[0].name
@@ -95,14 +95,14 @@ def specializations(
             path = _path_constants(launch)
             same_path = launch._replace(arguments=dict(launch.arguments) | path)
             key = repr((launch.name, launch.config, specialization(target, same_path)))
-            if not in_rows and key not in found:
+            if not in_rows and key not in entries:
                 key = repr((tile, layout.name, data, path))
-            entry = found.setdefault(key, Specialization(launch, data, layout))
+            entry = entries.setdefault(key, Specialization(launch, data, layout))
             if _tensor_count(launch) > _tensor_count(entry.launch):
                 entry.launch = launch
             if name not in entry.ops:
                 entry.ops.append(name)
-    return list(found.values())
+    return list(entries.values())
 
 
 def _path_constants(launch: Launch) -> dict[str, Any]:
