@@ -1,4 +1,4 @@
-"""Which GPU architecture takes whose tiles, and what runs where there are no kernels."""
+"""The tiles that each GPU architecture takes, and the torch forms of those without kernels."""
 
 from types import SimpleNamespace
 

@@ -149,6 +149,7 @@ class Op(Generic[Parameters, Result]):
             return run("torch" if nearest(architecture(device_of(args[0]).index)) is None else "triton", *args)
 
         def run(default: Backend | None, *args: Any) -> Any:
+            # Fake tensors have no default, and no backend can be forced on them.
             chosen = default and (_forced.get() or default)
             launch = self.launch if chosen == "triton" else None
             if chosen is None or self.signature.writes:

@@ -51,6 +51,7 @@ def kron_damped_apply(
 
 
 def _times_middle(basis: Tensor, middle: Tensor, rows: Tensor) -> Tensor:
+    """Multiply ``rows`` (..., k, r) by Z from the right."""
     return apply_middle(basis, middle, rows.mT).mT
 
 

@@ -104,7 +104,7 @@ def test_a_long_sum_is_split_and_its_parts_are_counted():
 
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.signature.lists])
 def test_a_list_is_counted_problem_by_problem(op):
-    """One rank and width, as stacks are padded to the largest; n as different as it gets."""
+    """The problems have one rank and width, since stacks are padded to the largest, and very different n."""
     chosen = [Case(op, n=n, r=24, k=16, width=40, cores=1) for n in (64, 1000, 250)]
     problems = [cases.operands(case, Stub()) for case in chosen]
     launches = recorded(chosen[0], cases.grouped(op, problems))

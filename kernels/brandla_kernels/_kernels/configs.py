@@ -80,9 +80,9 @@ def inner_product(target: Target, dtype: torch.dtype, r: int, k: int, aligned: b
     # Without alignment, each element of a tile has an address of its own, in two registers. Beside a larger sum these
     # spill if a thread has no more than 255 registers.
     roomy = aligned or target.backend == "hip"
-    most, largest_of_four = (128, 4096) if roomy and not wide else (64, 2048)
+    most, area_of_four_warps = (128, 4096) if roomy and not wide else (64, 2048)
     block_r, block_k = bucket(r, 16, most), bucket(k, 16, most)
-    warps = 8 if block_r * block_k > largest_of_four else 4
+    warps = 8 if block_r * block_k > area_of_four_warps else 4
     long = not wide and (warps == 4 or (aligned and target.arch not in _REGISTER_OPERANDS))
     registers = _register_limit(target) if aligned else _register_limit(target, *_REGISTER_OPERANDS, "sm_90")
     if target.arch == "sm_120" and aligned and not wide:
@@ -102,12 +102,12 @@ def damped_project(target: Target, dtype: torch.dtype, r: int, k: int, aligned: 
         # For matrices in columns, tiles of 128 × 128 spill 8 to 32 bytes.
         k = min(k, 64)
     config = inner_product(target, dtype, min(r, most), min(k, most), aligned)
-    # The programs that invert a small matrix take more than the assembler's own limit.
+    # The programs that invert a small matrix take more registers than the assembler's own limit.
     return config._replace(registers=_register_limit(target, "sm_80", "sm_90"))
 
 
 def damped_middle(target: Target, r: int, k: int) -> Config:
-    """Tiles of `damped_middle_kernel`; beside the sums of four warps, the addresses of ragged matrices spill."""
+    """Tiles of `damped_middle_kernel`: with four warps, the addresses of ragged matrices spill beside the sums."""
     blocks = {"BLOCK_R": bucket(r, 16, 64), "BLOCK_K": bucket(k, 16, 64), "BLOCK_P": 16}
     return Config(blocks, 8, 1, _register_limit(target, "sm_80", "sm_90"))
 
