@@ -262,28 +262,28 @@ def scalar(
 
 def eigh(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
     """Check a LowRankEigh, and return its eigenvalues and eigenvectors."""
-    values, vectors = _fields(function, name, factor, "LowRankEigh")
+    values, vectors = _parts_of(function, name, factor, "LowRankEigh")
     if _plain_match(values, vectors) and vectors.ndim > 1:
         *batch, n, r = vectors.shape
         if r <= n and values.shape == (*batch, r):
             return values, vectors
     basis(function, f"{name}.eigenvectors", vectors)
     because = "one value for each column of eigenvectors"
-    _companion(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors, vectors.shape[-1:], because)
+    _other_part(function, f"{name}.eigenvalues", values, f"{name}.eigenvectors", vectors, vectors.shape[-1:], because)
     _spectrum(function, f"{name}.eigenvectors", vectors, f"{name}.eigenvalues", values)
     return values, vectors
 
 
 def root(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
     """Check a LowRankRoot, and return its gram and root: the small part first."""
-    tall, gram = _fields(function, name, factor, "LowRankRoot")
+    tall, gram = _parts_of(function, name, factor, "LowRankRoot")
     if _plain_match(tall, gram) and tall.ndim > 1:
         *batch, _, r = tall.shape
         if gram.shape == (*batch, r, r):
             return gram, tall
     basis(function, f"{name}.root", tall, wide=True)
     because = "one row and column for each column of root"
-    _companion(function, f"{name}.gram", gram, f"{name}.root", tall, 2 * tall.shape[-1:], because)
+    _other_part(function, f"{name}.gram", gram, f"{name}.root", tall, 2 * tall.shape[-1:], because)
     if _is_checked(tall):
         given = _full_double(gram)
         error = (_gram(tall) - given).abs().amax((-2, -1)) / given.diagonal(dim1=-2, dim2=-1).amax(-1)
@@ -293,26 +293,26 @@ def root(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
 
 
 def svd(function: str, name: str, factor: object) -> None:
-    left, values, right = _fields(function, name, factor, "LowRankSVD")
+    left, values, right = _parts_of(function, name, factor, "LowRankSVD")
     of_name, r = f"{name}.U", left.shape[-1:]
     basis(function, of_name, left)
-    _companion(function, f"{name}.S", values, of_name, left, r, "one value for each column of U")
+    _other_part(function, f"{name}.S", values, of_name, left, r, "one value for each column of U")
     remedy = "; if it is V, as torch.svd_lowrank returns, pass its .mT" if right.shape[-1:] == r else ""
     sizes, because = (*r, *right.shape[-1:]), f"one row for each column of U{remedy}"
-    _companion(function, f"{name}.Vh", right, of_name, left, sizes, because)
+    _other_part(function, f"{name}.Vh", right, of_name, left, sizes, because)
     _spectrum(function, of_name, left, f"{name}.S", values)
 
 
-def _companion(
+def _other_part(
     function: str, name: str, tensor: Tensor, of_name: str, of: Tensor, sizes: tuple[int, ...], because: str
 ) -> None:
-    """Check a part of a factor against the tall matrix ``of``: its batch shape, then ``sizes``."""
+    """Check another part of a factor against its tall matrix ``of``: shape (batch, *sizes), dtype and device."""
     part(function, name, tensor)
     shape(function, name, tensor, (*of.shape[:-2], *sizes), because)
     same_dtype_and_device(function, name, tensor, of_name, of)
 
 
-def _fields(function: str, name: str, factor: object, kind: str) -> list[Any]:
+def _parts_of(function: str, name: str, factor: object, kind: str) -> list[Any]:
     parts: list[Any] = []
     for field in _FIELDS[kind]:
         parts.append(getattr(factor, field, None))
@@ -370,7 +370,7 @@ def semidefinite(function: str, name: str, inner: Tensor, dtype: torch.dtype) ->
 def tracked(function: str, name: str, tensor: Tensor, of_name: str, of: Tensor) -> None:
     if _plain_match(tensor, of) and tensor.shape == of.shape[:-2]:
         return
-    _companion(function, name, tensor, of_name, of, (), f"the batch shape of {of_name}")
+    _other_part(function, name, tensor, of_name, of, (), f"the batch shape of {of_name}")
 
 
 def without_gradient(function: str, name: str, tensor: Tensor) -> None:
@@ -393,7 +393,7 @@ def overwritable(function: str, name: str, tensor: Tensor) -> None:
 
 
 def centred(function: str, name: str, state: object) -> None:
-    factor, *sums = _fields(function, name, state, "Centred")
+    factor, *sums = _parts_of(function, name, state, "Centred")
     svd(function, f"{name}.svd", factor)
     batch, m = tuple(factor.U.shape[:-2]), factor.U.shape[-2]
     for field, value, expected in zip(SUMS, sums, ((*batch, m), batch, batch), strict=True):

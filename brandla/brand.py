@@ -123,7 +123,7 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -
     removed = cross @ cross.mT * add_dims(update.weight, 2)
     # diag(d) − w CCᵀ may be indefinite. A shift by tr(w CCᵀ) makes it positive semi-definite, as safe_eigh requires.
     shift = removed.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    values, rotation = safe_eigh(torch.diag_embed(update.with_nonfinite(update.small) + shift) - removed)
+    values, rotation = safe_eigh(torch.diag_embed(update.small_or_nonfinite() + shift) - removed)
     values = (values - shift).to(update.dtype)
     vanishes = values <= noise_level(update.dtype, values.shape[-1]) * (update.small[..., :1] + shift)
     values, rotation = torch.where(vanishes, 0, values), torch.where(vanishes[..., None, :], 0, rotation)

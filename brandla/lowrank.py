@@ -137,7 +137,7 @@ class LowRankEigh(_Symmetric, _EighParts):
 
     __slots__ = ()
     _values_name = "eigenvalues"
-    _remedy = "brandla.eigh_update adds columns (F, for a matrix F Fᵀ), and its decay= and weight= scale"
+    _remedy = "brandla.eigh_update adds columns (F, for a matrix F Fᵀ); its decay= and weight= scale both terms"
 
     def largest_eigenvalue(self) -> Tensor:
         """Return d₁, of batch shape; 0 at rank 0."""
@@ -170,7 +170,7 @@ class LowRankRoot(_Symmetric, _RootParts):
 
     __slots__ = ()
     _values_name = "diagonal of gram"
-    _remedy = "brandla.root_update adds columns (F, for a matrix F Fᵀ), and its decay= and weight= scale"
+    _remedy = "brandla.root_update adds columns (F, for a matrix F Fᵀ); its decay= and weight= scale both terms"
 
     @classmethod
     @without_autocast
@@ -241,9 +241,7 @@ class LowRankSVD(_Matrix, _SVDParts):
     __slots__ = ()
     _size_names = "mn"
     _values_name = "values"
-    _remedy = (
-        "brandla.svd_update adds L Rᵀ (L = U * S[..., None, :] and R = Vh.mT, for another SVD), and its decay= scales"
-    )
+    _remedy = "brandla.svd_update adds L Rᵀ (for an SVD L = U * S[..., None, :] and R = Vh.mT); its decay= scales"
 
     @classmethod
     def zeros(
@@ -370,7 +368,7 @@ class Tracked(Value, _TrackedParts[Factor]):
     """
 
     __slots__ = ()
-    _remedy = "the update functions add columns, and their decay= and weight= scale"
+    _remedy = "the update functions add columns; their decay= and weight= scale both terms"
 
     @property
     def shape(self) -> torch.Size:
@@ -531,11 +529,6 @@ class Rank:
         _check.tolerance("Rank", self.tol)
 
 
-def max_rank(rank: int | Rank | None) -> int | None:
-    """Return the largest rank that a number or a rule allows."""
-    return rank.max if isinstance(rank, Rank) else rank
-
-
-def tolerance_of(rank: int | Rank | None) -> float:
-    """Return the tolerance of a rule, or 0 for a number."""
-    return rank.tol if isinstance(rank, Rank) else 0.0
+def max_and_tol(rank: int | Rank | None) -> tuple[int | None, float]:
+    """Return the largest rank that a number or a rule allows, and its tolerance, 0 for a number."""
+    return (rank.max, rank.tol) if isinstance(rank, Rank) else (rank, 0.0)

@@ -22,10 +22,9 @@ from brandla.lowrank import (
     Rank,
     Tracked,
     from_parts,
-    max_rank,
+    max_and_tol,
     stack_numbers,
     stacked,
-    tolerance_of,
     two_numbers,
 )
 from brandla_kernels import Tall, cross_gram, eigh_core, project, reads_are_free, root_core, rotate, rotate_, tall
@@ -184,15 +183,15 @@ class Update(NamedTuple):
         if self.compress == "cholesky" or not is_free or any(isinstance(number, Tensor) for number in numbers):
             # Kernels take tensors of the batch shape.
             numbers = two_numbers(*numbers, torch.float64, cross.device, cross.shape[:-2])
-        small, measure, r = self.with_nonfinite(self.small), self.tracked is not None, cross.shape[-2]
+        small, needs_trace, r = self.small_or_nonfinite(), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
-            return root_core(small, cross, inner, *numbers, self.rank, self.tol, measure)
+            return root_core(small, cross, inner, *numbers, self.rank, self.tol, needs_trace)
         # On a CPU the core stays in float64, since its decomposition may be in float64.
         core, rows, scale = eigh_core(cross, inner, small, *numbers, rounded=not is_free)
         n = tall.rows(self.tall)
         values, rotation, left_out = truncate_core(core, rows, scale, self.rank, self.dtype, self.tol, unit, n)
         added = None
-        if measure:
+        if needs_trace:
             # An empty coordinate has no positive entry, and the scale is NaN if the core is not finite.
             added = core.diagonal(dim1=-2, dim2=-1)[..., r:].clamp_min(0).sum(-1) * scale
         return values, rotation[..., :r, :], rotation[..., r:, :], left_out, added
@@ -204,12 +203,12 @@ class Update(NamedTuple):
         transposed: Tensor = self.columns.double().mT @ self.tall.double()
         return transposed.mT
 
-    def with_nonfinite(self, small: Tensor) -> Tensor:
+    def small_or_nonfinite(self) -> Tensor:
         """Return S or d, made non-finite if the tall matrix is; products with dense columns show that by themselves."""
         if tall.columns(self.columns) and not self.sparse:
-            return small
+            return self.small
         sums: Tensor = self.rows.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
-        return small + (0 * sums).view(*sums.shape, *[1] * (small.ndim - sums.ndim))
+        return self.small + (0 * sums).view(*sums.shape, *[1] * (self.small.ndim - sums.ndim))
 
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
         """Return F W₁ + A W₂, or write it over the tall matrix, in one more pass."""
@@ -304,7 +303,8 @@ def check_update(
         most, tol = min(n, r), 0.0
     else:
         because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
-        most, tol = _check.rank(function, max_rank(rank), r, min(n, r + k), because), tolerance_of(rank)
+        requested, tol = max_and_tol(rank)
+        most = _check.rank(function, requested, r, min(n, r + k), because)
     if rows is not WHOLE:
         basis, columns = rows.local(function, name, basis), rows.local(function, "columns", columns)
     return Update(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
 from brandla._small import leading_eigh, safe_svd, signs_of
-from brandla.lowrank import Centred, LowRankSVD, Number, Rank, add_dims, max_rank, subtract_mean, tolerance_of
+from brandla.lowrank import Centred, LowRankSVD, Number, Rank, add_dims, max_and_tol, subtract_mean
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
 from brandla_kernels import gram, without_denormals
@@ -62,22 +62,22 @@ def svd_update(
     if left.shape[-1] != right.shape[-1]:
         rule = "left and right must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {left.shape[-1]} and {right.shape[-1]}")
-    small = left_rows if right_rows is WHOLE else right_rows
-    decay = _check.scalar(function, "decay", small.local_small(function, "decay", decay), "svd.U", svd.U)
+    rows = left_rows if right_rows is WHOLE else right_rows
+    decay = _check.scalar(function, "decay", rows.local_small(function, "decay", decay), "svd.U", svd.U)
     (m, r), n, k = svd.U.shape[-2:], svd.Vh.shape[-1], left.shape[-1]
-    most = min(m, n, r + k)
+    requested, tol = max_and_tol(rank)
     because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
-    tol, rank = tolerance_of(rank), _check.rank(function, max_rank(rank), r, most, because)
-    values = small.local_small(function, "svd.S", svd.S)
+    most = _check.rank(function, requested, r, min(m, n, r + k), because)
+    values = rows.local_small(function, "svd.S", svd.S)
     left_panel = torch.cat([left_vectors * (values * add_dims(decay))[..., None, :], left], dim=-1)
     times_left, left_triangle = _panel_factors(left_panel, left_rows)
     times_right, right_triangle = _panel_factors(torch.cat([right_vectors, right], dim=-1), right_rows)
-    rotation, spectrum, right_rotation = _truncated_svd(left_triangle @ right_triangle.mT, rank, tol, values.dtype)
+    rotation, spectrum, right_rotation = _truncated_svd(left_triangle @ right_triangle.mT, most, tol, values.dtype)
     # The left panel Q T starts with the old vectors, so these sums are products of old and new vectors of one index.
-    signs = signs_of((left_triangle[..., :rank] * rotation).sum(-2))[..., None, :]
+    signs = signs_of((left_triangle[..., :most] * rotation).sum(-2))[..., None, :]
     return LowRankSVD(
         left_rows.tall_result(times_left(rotation * signs)),
-        small.small_result(spectrum),
+        rows.small_result(spectrum),
         right_rows.tall_result(times_right(right_rotation * signs)).mT,
     )
 
@@ -127,19 +127,18 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     rows, vectors, columns = _local_side(function, ("svd.U", "columns"), factor.U, columns, factor.S)
     decay = _check.scalar(function, "decay", rows.local_small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
+    requested, tol = max_and_tol(rank)
     because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
-    most = _check.rank(function, max_rank(rank), r, min(m, r + k), because)
+    most = _check.rank(function, requested, r, min(m, r + k), because)
     old, right = rows.local_small(function, "svd.S", factor.S), rows.local_small(function, "svd.Vh", factor.Vh)
     sums: tuple[Tensor, ...] = ()
     if is_centred:
         columns, sums = _recentred(state, columns, decay, rows)
     panel = torch.cat([vectors * (old * add_dims(decay))[..., None, :], columns], dim=-1)
-    left, values, rotation = _leading_triplets(panel, most, tolerance_of(rank), rows)
+    left, values, rotation = _leading_triplets(panel, most, tol, rows)
     right = rotation[..., :0, :] if sums else torch.cat([right.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
     joined = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
-    result: Any = Centred(joined, *sums) if sums else joined
-    updated: SVD = result
-    return updated
+    return cast(SVD, Centred(joined, *sums) if sums else joined)
 
 
 @ranged("m,r,n", "m,r,n")
@@ -193,7 +192,7 @@ def _local_side(
 
 
 def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V of a panel: in float64 by QR, in float32 by a float64 Gram matrix, which resolves them all."""
+    """Return U, S and V of a panel: float64 by QR, float32 by a float64 Gram matrix, which resolves all its values."""
     dtype = panel.dtype
     if dtype == torch.float64:
         times_basis, triangle = _panel_factors(panel, rows)
@@ -259,7 +258,7 @@ def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> t
     """Return the leading U, S and V of a core, without values up to ``tol`` times the largest."""
     rotation, spectrum, right_rotation = safe_svd(core, dtype)
     kept = spectrum[..., :rank]
-    # NaN counts as alive, so it stays.
+    # NaN compares as false, so it stays.
     alive = ~(kept <= tol * kept[..., :1])
     return (
         rotation[..., :rank] * alive[..., None, :],

@@ -208,9 +208,8 @@ def test_a_value_prints_in_one_line():
     assert repr(eigh.to("meta")) == "LowRankEigh(n=512, rank=2, float32, meta)"
     assert repr(make_svd(20, 14, 5, batch_shape=(3,))) == "LowRankSVD(batch (3,), m=20, n=14, rank=5, float64, cpu)"
     assert repr(brandla.track(eigh)) == f"Tracked({eigh!r}, error bound 0, trace 8.15)"
-    assert repr(brandla.centre(brandla.LowRankSVD.zeros(3, 0, 0))).endswith(
-        "m=3, n=0, rank=0, float32, cpu), weight 0)"
-    )
+    stream = brandla.centre(brandla.LowRankSVD.zeros(3, 0, 0))
+    assert repr(stream).endswith("m=3, n=0, rank=0, float32, cpu), weight 0)")
     assert repr(brandla.LowRankRoot.zeros(3, 1)) == "LowRankRoot(n=3, rank=1, float32, cpu, diagonal of gram 0 … 0)"
     assert repr(brandla.LowRankEigh(torch.ones(1), torch.ones(1))).endswith("eigenvectors=tensor([1.]))")
     assert repr(brandla.LowRankEigh(0, None)) == "LowRankEigh(eigenvalues=0, eigenvectors=None)"
