@@ -9,7 +9,7 @@ from builders import assert_equals, assert_factor, dense, make_columns, make_eig
 
 
 def fail(monkeypatch, failure, *dtypes):
-    """Make torch.linalg.eigh fail, by an exception or by NaN as on some finite cores; return the failed matrices."""
+    """Make torch.linalg.eigh fail as on some finite float32 cores, by an exception or NaN; return those matrices."""
     genuine, failures = torch.linalg.eigh, []
 
     def eigh(matrix, *arguments, **options):

@@ -66,7 +66,7 @@ def test_truncation_is_the_best_approximation(update, rank, spectrum, dtype):
         assert oracles.spectral_norm(whole - dense(new)) <= best + slack
     if update.is_exact and rank:
         assert (values_of(new) - values[:rank]).abs().max() <= slack
-        # A perturbation moves a truncation the more, the smaller the gap between kept and cut values (Davis and Kahan).
+        # The smaller the gap between kept and cut values, the further rounding moves a truncation (Davis and Kahan).
         gap = float(values[rank - 1] - values[rank]) / scale
         if gap > 1e-2:
             assert oracles.difference_ratio(dense(new), truncation, dtype, scale / gap) <= THRESHOLD
@@ -208,11 +208,11 @@ def test_sparse_columns_stay_sparse(update, layout, dtype, monkeypatch):
     expected, at_old_rank = update(old, columns, decay=0.9, weight=0.3, rank=8), update(old, columns)
     genuine = Tensor.to_dense
 
-    def small(tensor):
+    def small_to_dense(tensor):
         assert tensor.shape == (k, k)
         return genuine(tensor)
 
-    monkeypatch.setattr(Tensor, "to_dense", small)
+    monkeypatch.setattr(Tensor, "to_dense", small_to_dense)
     single = update(old, sparse, decay=0.9, weight=0.3, rank=8)
     listed = update.grouped([old, old], [sparse, columns], decay=0.9, weight=0.3, rank=8)
     written = update.in_place(tree_map(Tensor.clone, old), sparse)
@@ -300,7 +300,7 @@ def test_shared_memory_and_gradients_are_refused_before_anything_is_overwritten(
         written(parts)
 
 
-# --- Derivatives where eigenvalues of the core coincide: from zeros, of dependent columns
+# --- Derivatives if eigenvalues of the core coincide: from zeros, by dependent columns
 
 
 @pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)
