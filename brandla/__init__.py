@@ -1,8 +1,8 @@
 """Low-rank eigen- and singular value decompositions that keep up with a stream, and their damped inverses.
 
-The updates and the decompositions return new tensors, which share no memory with their arguments. Those whose names end
-in an underscore write over their first argument. Arguments that do not fit raise a ValueError, for shapes and values,
-or a TypeError, for dtypes and kinds, before anything is computed.
+The updates and the decompositions return new tensors, which share no memory with their arguments. Functions whose names
+end in an underscore write over their first argument. Wrong shapes and values raise a ValueError, and wrong dtypes and
+types a TypeError, before anything is computed.
 """
 
 from brandla import grouped

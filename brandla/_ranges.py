@@ -1,7 +1,7 @@
 """Named ranges: a profiler shows a call of a public function as ``brandla::eigh_update n=4096 r=128 k=64``.
 
-With no profiler on, two flags are read; under torch.compile there is nothing. What is called so also computes as
-outside ``torch.autocast``.
+Without a profiler a call only reads two flags, and torch.compile leaves the range out. The decorated functions also
+compute outside ``torch.autocast``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Result = TypeVar("Result")
 
 
 def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Make the calls of the decorated function named ranges.
+    """Make every call of the decorated function a named range.
 
-    ``sizes`` are, for each of the first arguments, the letters of its shape, such as ``"n,r"``: the shape of a tensor,
-    of the basis of a symmetric factor, (m, r, n) of an SVD, or one letter for a number. Dimensions before them are
-    those of a batch. Of a list of arguments, the largest sizes are shown.
+    ``sizes`` holds the letters for the shape of each leading argument, such as ``"n,r"``: the shape of a tensor or of
+    the basis of a symmetric factor, (m, r, n) of an SVD, or one letter for a number. Dimensions before these are batch
+    dimensions. For a list of arguments, the range shows the largest sizes.
     """
-    letters = [each.split(",") for each in sizes]
+    letters = [group.split(",") for group in sizes]
 
     def decorate(public: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         function = without_autocast(public)
@@ -39,13 +39,13 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
 
         @wraps(function)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-            # The compiler must not come to depend on whether a profiler is on.
+            # A compiled graph must not depend on whether a profiler is on.
             if torch.compiler.is_dynamo_compiling() or not profiler._is_profiler_enabled:
                 return function(*args, **kwargs)
-            # A call that does not fit the signature is left to the function.
-            found = sizes_of(letters, [*args, *(kwargs.get(each) for each in names[len(args) :])])
-            shown = (f"{letter}={size}" for letter, size in found.items())
-            with profiler.record_function(" ".join([name, *shown])):
+            # If the arguments do not fit the signature, the function raises the error.
+            values = [*args, *(kwargs.get(parameter) for parameter in names[len(args) :])]
+            labels = (f"{letter}={size}" for letter, size in sizes_of(letters, values).items())
+            with profiler.record_function(" ".join([name, *labels])):
                 return function(*args, **kwargs)
 
         return call
@@ -54,24 +54,24 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
 
 
 def sizes_of(letters: Sequence[Sequence[str]], values: Sequence[Any]) -> dict[str, int]:
-    """Return the size that each letter stands for in the shapes; the number of problems, or of a batch, first."""
+    """Return the number of problems or the batch size, if any, and then the size that each letter stands for."""
     leading: dict[str, int] = {}
-    found: dict[str, int] = {}
-    for own, value in zip(letters, values, strict=False):
-        # A factor is a tuple as well, and so is the pair (P, Q) of a matrix P Qᵀ.
+    sizes: dict[str, int] = {}
+    for group, value in zip(letters, values, strict=False):
+        # Only a list holds several problems: a factor is a tuple, and so is the pair (P, Q) of a matrix P Qᵀ.
         if isinstance(value, list):
             leading["problems"] = len(value)
         for shape in map(_shape, value if isinstance(value, list) else [value]):
-            batch = shape[: -len(own)]
+            batch = shape[: -len(group)]
             if batch:
                 leading["batch"] = math.prod(batch)
-            for letter, size in zip(own, shape[-len(own) :], strict=False):
-                found[letter] = max(found.get(letter, 0), size)
-    return leading | found
+            for letter, size in zip(group, shape[-len(group) :], strict=False):
+                sizes[letter] = max(sizes.get(letter, 0), size)
+    return leading | sizes
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """Return the shape of an argument as the letters name it; () of what has none, which the function may refuse."""
+    """Return the shape of an argument in the order of its letters, or () for a value without a shape."""
     if isinstance(value, int):
         return (value,)
     if not isinstance(value, Tensor):

@@ -1,7 +1,7 @@
-"""Which rows of a tall matrix this process holds: all of them or, of a DTensor sharded on its rows, some.
+"""Which rows of a tall matrix this process holds: all rows, or its shard of a DTensor sharded on its rows.
 
-An inner product of tall matrices is the sum of those of their parts: one all-reduce of something small. Tall matrices
-never travel. ``docs/sharded.md`` lists what does.
+An inner product of tall matrices is the sum of the products of their shards: one all-reduce of a small matrix. Tall
+matrices never travel. ``docs/sharded.md`` lists what does.
 """
 
 from __future__ import annotations
@@ -23,60 +23,60 @@ Small = TypeVar("Small", bound=float | Tensor | None)
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a tall matrix are here: all or, with a mesh, those of a DTensor's shard, perhaps none."""
+    """Which rows of a tall matrix this process holds: all or, with a mesh, a DTensor's shard of them, perhaps none."""
 
     mesh: DeviceMesh | None = None
-    n: int = 0  # rows in all, with a mesh
-    replicates: bool = False  # Small results are replicated DTensors, and not plain tensors.
+    n: int = 0  # rows of all shards, with a mesh
+    replicates: bool = False  # Small results are replicated DTensors, not plain tensors.
 
-    def admit(self, function: str, name: str, tensor: Tensor) -> None:
+    def check_kind(self, function: str, name: str, tensor: Tensor) -> None:
         """Check that a tall argument is a DTensor if the factor's tall matrix is one, and only then."""
         if is_dtensor(tensor) is (self.mesh is None):
-            _check.mixture(function, name, tensor, as_dtensor=self.mesh is not None)
+            _check.fail_kind(function, name, tensor, as_dtensor=self.mesh is not None)
 
     def local(self, function: str, name: str, tensor: Tensor, dim: int = -2) -> Tensor:
-        """Return what is here of a tall argument, whose rows are dimension ``dim``, sharded as the factor's."""
+        """Return the local rows, dimension ``dim``, of a tall argument, which must be sharded as the factor is."""
         if self.mesh is None:
             return tensor
-        _check.placed(function, name, tensor, dim, self.mesh)
-        local: Tensor = here(tensor)
+        _check.placements(function, name, tensor, dim, self.mesh)
+        local: Tensor = local_tensor(tensor)
         start, stop = _span(self.mesh, self.n, self.mesh.get_local_rank())
         if local.shape[dim] != stop - start:
-            rule = f"{name} must have its rows {start} to {stop} here, as distribute_tensor lays {self.n} rows out"
+            rule = f"{name} must hold rows {start} to {stop} in this process, as distribute_tensor splits {self.n} rows"
             _check.fail_value(function, f"{rule}; got {local.shape[dim]} rows; distribute it again")
         return local
 
-    def small(self, function: str, name: str, value: Small) -> Small:
-        """Return a number, a plain tensor, or beside a sharded factor the local copy of a replicated DTensor."""
+    def local_small(self, function: str, name: str, value: Small) -> Small:
+        """Return a small argument, or the local copy of one that is a replicated DTensor beside a sharded factor."""
         if not (isinstance(value, Tensor) and is_dtensor(value)):
             return value
-        self.admit(function, name, value)
-        _check.placed(function, name, value, None, self.mesh)
-        copy: Small = here(value)
+        self.check_kind(function, name, value)
+        _check.placements(function, name, value, None, self.mesh)
+        copy: Small = local_tensor(value)
         return copy
 
     def count(self, local: Tensor) -> int:
-        """Return n, of a tall matrix of which ``local`` is here."""
+        """Return n of the tall matrix whose local rows these are."""
         return local.shape[-2] if self.mesh is None else self.n
 
     def total(self, part: Tensor) -> Tensor:
-        """Return an inner product over all rows, the same everywhere, from one over those here, which may be lost."""
+        """Return an inner product over all rows, in every process, from the local product, which it may overwrite."""
         if self.mesh is None:
             return part
         if part.requires_grad:
-            # The gradient of a sum over the processes is the sum of theirs.
+            # The gradient of a sum over the processes is the sum of their gradients.
             part = self.shared(part).clone(memory_format=torch.contiguous_format)
         with torch.no_grad():
             return self._summed(part)
 
     def totals(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Return `total` of each, of one dtype, in one message."""
+        """Return the `total` of each part in one message. All parts have one dtype."""
         joined = self.total(torch.cat([part.flatten() for part in parts]))
         pieces = joined.split([part.numel() for part in parts])
         return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
 
     def shared(self, small: Tensor) -> Tensor:
-        """Return what every process computed for itself; its gradient is summed over them."""
+        """Return a result that every process computed for itself, with a gradient summed over the processes."""
         if self.mesh is None or not (small.requires_grad and torch.is_grad_enabled()):
             return small
         view = small.view_as(small)
@@ -90,22 +90,22 @@ class Rows:
         return part
 
     def qr(self, panel: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is here of Q, and R: from the QR of all processes' R, one below the other."""
+        """Return the local rows of Q, and R: from the QR of the R of all processes, stacked."""
         basis, triangle = torch.linalg.qr(panel)
         if self.mesh is None:
             return basis, triangle
-        # No more rows of a process than it holds, so that Q has no row that is nowhere.
+        # R of a process has no more rows than its shard: padding would give Q rows that no process holds.
         spans = (_span(self.mesh, self.n, rank) for rank in range(self.mesh.size()))
         heights = [min(stop - start, panel.shape[-1]) for start, stop in spans]
         rank = self.mesh.get_local_rank()
-        own = -2, sum(heights[:rank]), heights[rank]
+        local = -2, sum(heights[:rank]), heights[rank]
         stacked = triangle.new_zeros(*triangle.shape[:-2], sum(heights), panel.shape[-1])
-        stacked.narrow(*own).copy_(triangle)
+        stacked.narrow(*local).copy_(triangle)
         inner, triangle = torch.linalg.qr(self.total(stacked))
-        return basis @ inner.narrow(*own), triangle
+        return basis @ inner.narrow(*local), triangle
 
     def tall_result(self, local: Tensor, dim: int = -2) -> Tensor:
-        """Return a tall result, of which ``local`` is here, as its argument came in."""
+        """Return a tall result from its local rows, as a DTensor if the argument was one."""
         if self.mesh is None:
             return local
         from torch.distributed.tensor import DTensor, Shard
@@ -116,7 +116,7 @@ class Rows:
         return DTensor.from_local(local, self.mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
 
     def small_result(self, value: Tensor) -> Tensor:
-        """Return a small result as that of the factor came in."""
+        """Return a small result, as a DTensor if the small parts of the factor were DTensors."""
         if not self.replicates:
             return value
         from torch.distributed.tensor import DTensor, Replicate
@@ -125,27 +125,27 @@ class Rows:
 
 
 WHOLE = Rows()
-# Types of arguments of which `Rows.admit` and `Rows.small` have nothing to say.
+# Argument types that need no `Rows.check_kind` and no `Rows.local_small`.
 PLAIN = frozenset({Tensor, float, int})
 
 
-def kind_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
-    """Return what the rows of matrices that are computed together have in common."""
+def placement_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
+    """Return the mesh and the kind of small results: matrices computed together must share both."""
     return None if rows.mesh is None else (rows.mesh, rows.replicates)
 
 
 def rows_of(function: str, name: str, tall: Any, small: Tensor) -> Rows:
-    """Return how the rows of a factor's tall matrix are laid out; ``small`` shows what its small parts are."""
+    """Return the `Rows` of a factor's tall matrix. ``small`` shows whether the small parts are DTensors."""
     if type(tall) is Tensor or not is_dtensor(tall):
         return WHOLE
-    _check.placed(function, name, tall, -2)
+    _check.placements(function, name, tall, -2)
     return Rows(tall.device_mesh, tall.shape[-2], is_dtensor(small))
 
 
 def zero_rows(
     function: str, mesh: Any, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Tensor:
-    """Return a tall matrix (..., n, r) of zeros for a new factor, sharded on its rows over a mesh if there is one."""
+    """Return a tall matrix (..., n, r) of zeros for a new factor, sharded on its rows over a mesh, if given."""
     *_, n, rank = shape
     _check.part_dtype(function, "dtype", torch.get_default_dtype() if dtype is None else dtype)
     _check.count(function, "rank", rank, 0)
@@ -154,38 +154,38 @@ def zero_rows(
     if mesh is None:
         return torch.zeros(*shape, dtype=dtype, device=device)
     if device is not None:
-        _check.fail_value(function, f"device must be left out where a mesh is given, which has its own; got {device}")
+        _check.fail_value(function, f"device must be left out beside a mesh, which has its own; got {device}")
     from torch.distributed.tensor import Shard, zeros
 
-    _check.one_dimension(function, "mesh", mesh)
+    _check.mesh_1d(function, "mesh", mesh)
     return zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[Shard(len(shape) - 2)])
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Say whether a tensor is a DTensor, at no cost for others and without importing what it takes to make one."""
+    """Return whether a tensor is a DTensor. Plain tensors cost one look, and nothing imports torch.distributed."""
     if type(tensor) is Tensor or torch.compiler.is_compiling():
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def here(tensor: Any) -> Any:
+def local_tensor(tensor: Any) -> Any:
     """Return the part of a tensor that this process holds: the tensor itself unless it is a DTensor."""
     if not is_dtensor(tensor):
         return tensor
     local = tensor.to_local()
-    # What a redistribution is still bringing is a tensor that waits for it.
+    # An unfinished redistribution gives an AsyncCollectiveTensor.
     return local.wait() if hasattr(local, "wait") else local
 
 
-def everywhere(tensor: Any) -> Tensor:
-    """Return a whole tensor in every process, by gathering a DTensor: for tests and small cases."""
+def gathered(tensor: Any) -> Tensor:
+    """Return the whole tensor in every process; a DTensor is gathered. For tests and small cases."""
     whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return whole
 
 
 def _span(mesh: DeviceMesh, n: int, rank: int) -> tuple[int, int]:
-    """Return the first of n rows on a process, and the one after its last: of one size until rows run out."""
+    """Return the first row and one past the last row of a process. Shards have one size until the n rows run out."""
     size = -(-n // mesh.size())
     start = min(rank * size, n)
     return start, min(start + size, n)

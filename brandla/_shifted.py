@@ -12,8 +12,17 @@ from torch import Tensor
 import brandla_kernels as ops
 from brandla import _check
 from brandla._sharded import PLAIN, WHOLE, Rows, rows_of
-from brandla._small import Spectrum, safe_eigh, spectrum, unresolved
-from brandla.lowrank import LowRankEigh, LowRankRoot, Number, Tracked, check_symmetric, over, stack_numbers, two_numbers
+from brandla._small import Spectrum, noise_level, safe_eigh, spectrum
+from brandla.lowrank import (
+    LowRankEigh,
+    LowRankRoot,
+    Number,
+    Tracked,
+    add_dims,
+    check_factor,
+    stack_numbers,
+    two_numbers,
+)
 from brandla.orthonormal import times
 from brandla_kernels import Tall, tall
 
@@ -106,17 +115,17 @@ class Side(NamedTuple):
             return Shifted(self.basis, -ops.damped_gram_inverse(self.small, damping), self._filled(1 / damping))
 
         def middle(values: Tensor) -> Tensor:
-            above = values + over(damping)
+            above = values + add_dims(damping)
             if exponent == -1:
                 return self._missing(values, tail) / above
-            shift = over(tail + damping)
+            shift = add_dims(tail + damping)
             if not self.is_root:
                 return (above / shift) ** exponent - 1
             # Divided by d, however small.
-            part = torch.expm1(exponent * torch.log1p((_at_least(values, tail) - over(tail)) / shift))
+            part = torch.expm1(exponent * torch.log1p((_at_least(values, tail) - add_dims(tail)) / shift))
             return part / torch.where(values > 0, values, 1)
 
-        inner, shift = levels.of(middle), tail + damping
+        inner, shift = levels.apply(middle), tail + damping
         scale = self._filled(1 / shift) if exponent == -1 else self._filled(shift) ** exponent
         return Shifted(self.basis, inner, scale)
 
@@ -130,7 +139,7 @@ class Side(NamedTuple):
         if values is None:
             held = 2 * ops.damped_cholesky(self.small, self.damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
         else:
-            held = (values + over(self.damping)).log().sum(-1)
+            held = (values + add_dims(self.damping)).log().sum(-1)
         return self.rows.small_result(held + self.unheld() * self._filled(tail + self.damping).log())
 
     def unheld(self) -> Number:
@@ -144,7 +153,7 @@ class Side(NamedTuple):
     def data(self, function: str, name: str, tensor: Tensor, of_name: str) -> Tensor:
         """Check that a tall argument is of the kind, the dtype and the device of the factor, and return it in those."""
         if self.rows is not WHOLE or type(tensor) is not Tensor:
-            self.rows.admit(function, name, tensor)
+            self.rows.check_kind(function, name, tensor)
         return _check.matching_data(function, name, tensor, of_name, self.basis)
 
     def here(self, function: str, name: str, block: Tensor) -> Tensor:
@@ -163,7 +172,7 @@ class Side(NamedTuple):
             return levels.values, tail
         lengths = tall.each(lambda basis: basis.detach().square().sum(-2), self.basis)
         missing = self.rows.total(tall.stacked(lengths)) == 0
-        return torch.where(missing, over(tail), levels.values), tail
+        return torch.where(missing, add_dims(tail), levels.values), tail
 
     def spanned(self) -> tuple[Tall, tuple[Tensor, Number]]:
         """Return eigenvectors, and what `counted` does; of a root by one more pass, with τ for what is not resolved."""
@@ -172,10 +181,10 @@ class Side(NamedTuple):
         gram = self.small
         values, turn = safe_eigh((gram + gram.mT) / 2)
         tail = _smallest(values) if self.tail is None else self.tail
-        noise = unresolved(gram.dtype, gram.shape[-1]) * values[..., :1]
-        gone = (values <= noise) | (values <= over(tail))
+        noise = noise_level(gram.dtype, gram.shape[-1]) * values[..., :1]
+        gone = (values <= noise) | (values <= add_dims(tail))
         turn = torch.where(gone[..., None, :], 0, turn * torch.where(gone, 1, values).rsqrt()[..., None, :])
-        return times(self.basis, turn), (torch.where(gone, over(tail), values), tail)
+        return times(self.basis, turn), (torch.where(gone, add_dims(tail), values), tail)
 
     def solve_beside(self, diagonal: Tensor, rhs: Tensor) -> Tensor:
         """Return (M̂ + τ(I − P) + λI + diag(δ))⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
@@ -195,9 +204,9 @@ class Side(NamedTuple):
         if levels is None:
             weights = torch.ones_like(self.small[..., 0])
         else:
-            weights = -levels.of(lambda values: self._missing(values, tail))
+            weights = -levels.apply(lambda values: self._missing(values, tail))
         weights = weights if weights.ndim == basis.ndim else torch.diag_embed(weights)
-        whole = over(tail + self.damping) + diagonal
+        whole = add_dims(tail + self.damping) + diagonal
         scaled = whole.rsqrt()[..., None] * basis
         identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
         return whole, scaled, weights, identity + ops.project(scaled, scaled) @ weights
@@ -205,8 +214,8 @@ class Side(NamedTuple):
     def _missing(self, values: Tensor, tail: Number) -> Tensor:
         """Return τ − d; of a root min(τ − d, 0)/d."""
         if not self.is_root:
-            return over(tail) - values
-        return (over(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
+            return add_dims(tail) - values
+        return (add_dims(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
     def _levels(self, needed: bool = False) -> tuple[Spectrum | Any, Number]:
         """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ.
@@ -243,7 +252,7 @@ def join(sides: Sequence[Side]) -> Side:
 
 def _at_least(values: Tensor, tail: Number) -> Tensor:
     """Return max(d, τ), whose derivative at d = τ is that of τ; NaN stays."""
-    return torch.where(values <= over(tail), over(tail), values)
+    return torch.where(values <= add_dims(tail), add_dims(tail), values)
 
 
 def _is_zero(tail: Number | None) -> bool:
@@ -262,13 +271,13 @@ def check_side(
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     name, prefix = (side, f"{side}_") if side else ("lowrank", "")
     damping_name, tail_name = f"{prefix}damping", f"{prefix}tail"
-    small, basis = check_symmetric(function, name, factor)
+    small, basis = check_factor(function, name, factor)
     small_name, basis_name = factor._fields[::-1] if isinstance(factor, LowRankRoot) else factor._fields
     rows = WHOLE if type(basis) is Tensor else rows_of(function, f"{name}.{basis_name}", basis, small)
     if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
-        small = rows.small(function, f"{name}.{small_name}", small)
-        damping = rows.small(function, damping_name, damping)
-        tail = tail if isinstance(tail, str) else rows.small(function, tail_name, tail)
+        small = rows.local_small(function, f"{name}.{small_name}", small)
+        damping = rows.local_small(function, damping_name, damping)
+        tail = tail if isinstance(tail, str) else rows.local_small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
     if isinstance(tail, str):
         given = _named_tail(function, tail_name, tail, lowrank, basis, rows)
@@ -290,7 +299,7 @@ def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Te
         _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
     factor: Factor = lowrank.lowrank
     _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
-    trace, held = (rows.small(function, "trace", each) for each in (lowrank.trace, factor.trace()))
+    trace, held = (rows.local_small(function, "trace", each) for each in (lowrank.trace, factor.trace()))
     # (tr M − tr M̂)/(n − r), the mean of the eigenvalues left out; 0, as its derivative, where the traces agree.
     left_out = torch.nn.functional.threshold(trace - held, 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)

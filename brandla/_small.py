@@ -1,4 +1,4 @@
-"""The small dense problems: eigen- and singular value decompositions that do not fail."""
+"""Eigen- and singular value decompositions of small dense matrices, which do not fail."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 import brandla_kernels as ops
 
-# A core of order m takes longer in float64 than in float32 by as much as a polish at n r² = m³ times this.
-_FLOAT64_COSTS = 16
-# Order up to which the difference is below the cost of the polish's calls.
-_SMALL = 64
+# For a core of order m, float64 costs as much more than float32 as a polish at n r² = m³ times this.
+_FLOAT64_COST_RATIO = 16
+# Up to this order, the extra cost of float64 is below that of the calls of the polish.
+_SMALL_ORDER = 64
 
 
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Return all eigenpairs of a small positive semi-definite matrix, by `leading`, in its own precision by default."""
+    """Return all eigenpairs of a small positive semi-definite matrix, by default in its own precision."""
     dtype = dtype or core.dtype
     if core.numel() and ops.reads_are_free(core) and not core.requires_grad:
         limits = torch.finfo(dtype)
         least, most = (extreme.item() for extreme in core.diagonal(dim1=-2, dim2=-1).aminmax())
         in_range = least * limits.eps >= limits.tiny and most <= limits.max * limits.eps
-        # It is finite and well in range, and no coordinate of it is empty.
+        # A finite matrix well in range, with no empty coordinate, needs none of the care of `leading_eigh`.
         if in_range and math.isfinite(core.sum().item()):
             values, vectors = _eigh_with_retry(core.to(dtype))
             return values.flip(-1).clamp_min(0), vectors.flip(-1)
-    return leading(core, core.shape[-1], dtype)
+    return leading_eigh(core, core.shape[-1], dtype)
 
 
 class Spectrum(NamedTuple):
-    """S = V diag(d) Vᵀ for functions of S whose derivative is right where eigenvalues coincide."""
+    """S = V diag(d) Vᵀ, for functions of S whose derivative is right even if eigenvalues coincide."""
 
     values: Tensor  # d, descending: (..., r)
-    vectors: Tensor | None = None  # V; None of a diagonal S
-    moved: Tensor | None = None  # VᵀSV − diag(d): 0, with the derivative of S
+    vectors: Tensor | None = None  # V; None for a diagonal S
+    perturbation: Tensor | None = None  # VᵀSV − diag(d): zeros that carry the derivative of S
 
-    def of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return f(S) for a function of the eigenvalues: V f(d) Vᵀ, or f(d) of a diagonal S."""
-        levels, vectors, moved = function(self.values), self.vectors, self.moved
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return f(S) for a function f of the eigenvalues: V f(d) Vᵀ, or f(d) for a diagonal S."""
+        levels, vectors, perturbation = function(self.values), self.vectors, self.perturbation
         if vectors is None:
             return levels
-        if moved is None:
+        if perturbation is None:
             return (vectors * levels[..., None, :]) @ vectors.mT
-        # To first order V moves f(S) by these slopes times the entries of VᵀSV (Daleckii and Krein).
+        # To first order f(S) changes, in the basis V, by these slopes times the entries of VᵀSV (Daleckii and Krein).
         slopes = _slopes(function, self.values.detach())
-        off_diagonal = moved - torch.diag_embed(moved.diagonal(dim1=-2, dim2=-1))
+        off_diagonal = perturbation - torch.diag_embed(perturbation.diagonal(dim1=-2, dim2=-1))
         return vectors @ (torch.diag_embed(levels) + slopes * off_diagonal) @ vectors.mT
 
 
 def spectrum(matrix: Tensor) -> Spectrum:
-    """Return the spectrum of a small symmetric positive semi-definite matrix. It can be differentiated once."""
+    """Return the spectrum of a small symmetric positive semi-definite matrix, differentiable once."""
     values, vectors = safe_eigh(matrix.detach())
     if not matrix.requires_grad:
         return Spectrum(values, vectors)
     # torch leaves Function.apply without annotations.
-    moved = _Once.apply(vectors.mT @ (matrix - matrix.detach()) @ vectors)  # type: ignore[no-untyped-call]
-    return Spectrum(values + moved.diagonal(dim1=-2, dim2=-1), vectors, moved)
+    perturbation = _DifferentiableOnce.apply(vectors.mT @ (matrix - matrix.detach()) @ vectors)  # type: ignore[no-untyped-call]
+    return Spectrum(values + perturbation.diagonal(dim1=-2, dim2=-1), vectors, perturbation)
 
 
 def _slopes(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Return (f(dᵢ) − f(dⱼ))/(dᵢ − dⱼ), and f′ where the two agree to √ε."""
+    """Return (f(dᵢ) − f(dⱼ))/(dᵢ − dⱼ), or f′ if dᵢ and dⱼ agree to √ε."""
     with torch.enable_grad():
         argument = values.clone().requires_grad_()
         levels = function(argument)
@@ -74,13 +74,12 @@ def _slopes(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     row, column = (..., slice(None), None), (..., None, slice(None))
     levels, gap = levels.detach(), values[row] - values[column]
     near = gap.abs() <= torch.finfo(values.dtype).eps ** 0.5 * (values[row] + values[column])
-    return torch.where(
-        near, (slope[row] + slope[column]) / 2, (levels[row] - levels[column]) / torch.where(near, 1, gap)
-    )
+    quotients = (levels[row] - levels[column]) / torch.where(near, 1, gap)
+    return torch.where(near, (slope[row] + slope[column]) / 2, quotients)
 
 
-class _Once(torch.autograd.Function):
-    """y = x, which a second derivative does not pass without an error."""
+class _DifferentiableOnce(torch.autograd.Function):
+    """y = x, whose second derivative raises an error."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -92,59 +91,61 @@ class _Once(torch.autograd.Function):
         return gradient
 
 
-def unresolved(dtype: torch.dtype, order: int) -> float:
-    """Return what eigenvalues of a core may be its rounding, relative to the largest: 8 ε, or √m ε of a large order."""
-    # Of a core of order 160 whose columns repeat, float32 `eigh` gave values of 8.4 ε for zeros.
+def noise_level(dtype: torch.dtype, order: int) -> float:
+    """Return the relative size up to which eigenvalues of a core may be rounding: 8 ε, or √m ε for a large order m."""
+    # For a core of order 160 with repeated columns, float32 `eigh` returned 8.4 ε in place of 0.
     return float(torch.finfo(dtype).eps * max(8, order**0.5))
 
 
-def leading(
+def leading_eigh(
     core: Tensor, rank: int, dtype: torch.dtype, tol: float = 0.0, *, unit: bool = False, n: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return the ``rank`` leading eigenpairs of a small positive semi-definite matrix, descending, in ``dtype``.
 
     Values up to ``tol`` times the largest become 0, with zero vectors, and count as left out. With ``unit`` the vectors
-    are V Σ⁻¹ for values Σ²: of a panel B with BᵀB = V Σ² Vᵀ, B V Σ⁻¹ is orthonormal. A coordinate whose diagonal entry
-    is 0 has a zero eigenvector. A matrix that is not finite, or beyond ``dtype``, gives NaN throughout.
+    are V Σ⁻¹ for values Σ²: if a panel B has BᵀB = V Σ² Vᵀ, then B V Σ⁻¹ is orthonormal. A coordinate whose diagonal
+    entry is 0 has a zero eigenvector. A matrix that is not finite, or out of the range of ``dtype``, gives NaN
+    throughout. ``n`` is the number of rows of B, by which `truncate_core` chooses a precision.
     """
-    own = core.double()
-    one = 1.0 if ops.reads_are_free(own) else own.new_ones(own.shape[:-2])
-    nothing = own.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
-    scaled = ops.eigh_core(own[..., :0, :], own, nothing, one, one, rounded=not ops.reads_are_free(own))
-    return leading_of(*scaled, rank, dtype, tol, unit, n)[:2]
+    core = core.double()
+    is_free = ops.reads_are_free(core)
+    one = 1.0 if is_free else core.new_ones(core.shape[:-2])
+    empty = core.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
+    scaled = ops.eigh_core(core[..., :0, :], core, empty, one, one, rounded=not is_free)
+    return truncate_core(*scaled, rank, dtype, tol, unit, n)[:2]
 
 
-def leading_of(
+def truncate_core(
     core: Tensor, rows: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, the rotation of tall matrices (..., n, m), and the value left out, of a core by `eigh_core`."""
+    """Return values, the rotation of tall matrices (..., n, m) and the value left out, from a core by `eigh_core`."""
     m = core.shape[-1]
-    # On a CPU float64 may take less than the polish that its nearly unit columns spare.
-    spares = m <= _SMALL or n * rank**2 > _FLOAT64_COSTS * m**3
-    wide = torch.float64 if unit and spares and ops.reads_are_free(core) else dtype
-    found = ops.eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
-    values, vectors, left_out = found if wide == dtype else (part.to(dtype) for part in found)
+    # On a CPU float64 may cost less than the polish, which its nearly unit columns make unnecessary.
+    is_cheap = m <= _SMALL_ORDER or n * rank**2 > _FLOAT64_COST_RATIO * m**3
+    wide = torch.float64 if unit and is_cheap and ops.reads_are_free(core) else dtype
+    parts = ops.eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
+    values, vectors, left_out = parts if wide == dtype else (part.to(dtype) for part in parts)
     if ops.reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
         values = ops.without_denormals(values)
     return values, vectors, left_out
 
 
 def signs_of(agreement: Tensor) -> Tensor:
-    """Return ±1 (..., s), by which new vectors are multiplied to agree with old ones: the signs of their products."""
+    """Return the factors ±1 (..., s) that turn new vectors towards old ones: the signs of their inner products."""
     return torch.ones_like(agreement).copysign(agreement.detach())
 
 
 def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V, in float64, of a small matrix whose empty rows and columns stay empty.
+    """Return U, S and V of a small matrix in float64. Empty rows and columns stay empty.
 
-    Values below 4·ε of ``dtype`` relative to the largest are rounding noise of the data and become 0, with zero
-    vectors. A core with a non-finite entry gives NaN throughout.
+    Values below 4·ε of ``dtype`` relative to the largest are rounding of the data and become 0, with zero vectors. A
+    core with a non-finite entry gives NaN throughout.
     """
     core = core.double()
     if core.numel() == 0:
         left, values, right = torch.linalg.svd(core, full_matrices=False)
         return left, values, right.mT
-    # NaN and infinity survive a sum in float64.
+    # A float64 sum keeps NaN and infinity.
     finite = torch.isfinite(core.sum((-2, -1)))
     clean = torch.where(finite[..., None, None], core, 0)
     scale = clean.abs().amax((-2, -1))
@@ -152,17 +153,17 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     left, values, right = torch.linalg.svd(clean / scale[..., None], full_matrices=False)
     left = left * (clean.abs().amax(-1) > 0)[..., :, None]
     right = right.mT * (clean.abs().amax(-2) > 0)[..., :, None]
-    # A vector of an empty coordinate has no value, even where rounding of the others is above the threshold.
+    # A vector along an empty coordinate belongs to no value, even if that value, as rounding, is above the threshold.
     alive = values > 4 * torch.finfo(dtype).eps * values[..., :1]
     alive = alive & (left.square().sum(-2) > 0.5) & (right.square().sum(-2) > 0.5)
     poison = torch.where(finite, 0, math.nan)[..., None]
 
     def orthonormal(vectors: Tensor) -> Tensor:
-        # They were unit vectors before the rows of empty coordinates were cleared.
+        # Clearing the rows of empty coordinates shortened vectors that were unit.
         kept = vectors * alive[..., None, :]
         transform, _ = ops.cholesky_inverse_core(kept.mT @ kept, alive.to(kept.dtype), 0.25)
-        turned: Tensor = kept @ transform
-        return turned + poison[..., None]
+        repaired: Tensor = kept @ transform
+        return repaired + poison[..., None]
 
     return orthonormal(left), values * scale * alive + poison, orthonormal(right)
 
@@ -174,7 +175,7 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
     tiny = torch.finfo(core.dtype).tiny
     most, chosen = core.diagonal(dim1=-2, dim2=-1).max(-1, keepdim=True)
     scale = most[..., None].clamp_min(tiny)
-    # Four power iterations, exact for a diagonal core. Lengths are relative, so that their squares stay in range.
+    # Four power iterations, exact for a diagonal core. Division by the scale keeps squared lengths in range.
     vector = ops.tall.columns_at(core, chosen) / scale
     for _ in range(4):
         vector = core @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)) / scale
@@ -183,14 +184,14 @@ def largest_eigenvalue(core: Tensor) -> Tensor:
 
 
 def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors, also where LAPACK fails in the dtype given."""
+    """Return eigenvalues, ascending, and eigenvectors; where LAPACK fails in the dtype given, from float64."""
     if matrix.requires_grad:
         # torch leaves Function.apply without annotations.
-        found: tuple[Tensor, Tensor] = _Eigh.apply(matrix)  # type: ignore[no-untyped-call]
-        return found
+        pairs: tuple[Tensor, Tensor] = _Eigh.apply(matrix)  # type: ignore[no-untyped-call]
+        return pairs
     try:
         values, vectors = torch.linalg.eigh(matrix)
-        # NaN and infinity survive a sum. Where LAPACK leaves them, they are among the values.
+        # A sum keeps NaN and infinity. If LAPACK returns any, some are among the values.
         if not (torch.compiler.is_compiling() or ops.has_values(values)) or math.isfinite(values.sum().item()):
             return values, vectors
     except LinAlgError:
@@ -201,14 +202,14 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
         order = matrix.shape[-1]
         message = (
             f"brandla: eigendecomposition of a finite core of order {order} failed in {matrix.dtype} and in float64;"
-            " use root_update with compress='cholesky', which needs none"
+            " use root_update with compress='cholesky', which needs no eigendecomposition"
         )
         raise RuntimeError(message) from error
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 class _Eigh(torch.autograd.Function):
-    """``torch.linalg.eigh`` whose derivative stays finite where eigenvectors that nothing depends on have one value."""
+    """``torch.linalg.eigh`` with a finite derivative if eigenvectors that nothing depends on share an eigenvalue."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,8 +220,8 @@ class _Eigh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_values: Tensor, of_vectors: Tensor) -> Tensor:
         values, vectors = ctx.saved_tensors
-        turned = vectors.mT @ of_vectors
-        inner = torch.where(turned == 0, 0, turned / (values[..., None, :] - values[..., :, None]))
+        in_basis = vectors.mT @ of_vectors
+        inner = torch.where(in_basis == 0, 0, in_basis / (values[..., None, :] - values[..., :, None]))
         inner.diagonal(dim1=-2, dim2=-1).copy_(of_values)
         of_matrix: Tensor = vectors @ inner @ vectors.mT
         return of_matrix

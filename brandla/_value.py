@@ -1,4 +1,4 @@
-"""What all values share: they print in one line, are saved and loaded, move, and refuse the arithmetic of tuples."""
+"""The base class of all values: they print in one line, save and load, move, and refuse the arithmetic of tuples."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from brandla import _check
-from brandla._sharded import here
+from brandla._sharded import local_tensor
 from brandla_kernels import has_values
 
 
 class Value:
-    """What is beside the NamedTuple of its parts, all of one dtype and device, in the bases of every value.
+    """A base of every value, beside the NamedTuple of its parts, which all have one dtype and device.
 
-    A value says what it is in ``_facts()``, and in ``_remedy`` what to call in place of a sum or a multiple.
+    ``_summary()`` describes a value in words. ``_remedy`` says which function to call in place of a sum or a multiple.
     """
 
     __slots__ = ()
@@ -34,7 +34,7 @@ class Value:
 
     @property
     def dtype(self: Any) -> torch.dtype:
-        """Dtype of the parts; what a `Centred` value sums is float64 beside them."""
+        """Dtype of the parts, except for the sums of a `Centred` value, which are float64."""
         return cast(torch.dtype, self[0].dtype)
 
     @property
@@ -44,28 +44,28 @@ class Value:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the value on another device or in another dtype, float32 or float64: arguments as in `Tensor.to`."""
-        own: Any = self
-        moved = {name: part.to(*args, **kwargs) for name, part in zip(own._fields, own, strict=True)}
+        parts: Any = self
+        moved = {name: part.to(*args, **kwargs) for name, part in zip(parts._fields, parts, strict=True)}
         for name, part in moved.items():
             _check.part_dtype(f"{type(self).__name__}.to", name, getattr(part, "dtype", None))
         return type(self)(**moved)
 
     def __repr__(self: Any) -> str:
-        # pytrees and torch.func put other things than tensors into these tuples.
+        # Pytrees and torch.func also put objects other than tensors into these tuples.
         if all(isinstance(part, (Tensor, Value)) for part in self):
-            with suppress(IndexError):  # of tensors that are no matrix
-                return f"{type(self).__name__}({', '.join(self._facts())})"
+            with suppress(IndexError):  # from tensors with too few dimensions
+                return f"{type(self).__name__}({', '.join(self._summary())})"
         return super().__repr__()
 
     def _refuse(self, other: object) -> NoReturn:
-        rule = "+ and * are not defined between its matrix and others"
-        _check.fail_type(type(self).__name__, f"{rule}; got {type(other).__name__} beside it; {self._remedy}")
+        rule, got = "+ and * are not defined for the matrix of this value", type(other).__name__
+        _check.fail_type(type(self).__name__, f"{rule}; got {got} as the other operand; {self._remedy}")
 
     __add__ = __radd__ = __mul__ = __rmul__ = _refuse
 
 
 def _make_loadable(parts: Any) -> None:
-    """Let a NamedTuple be built from one generator as well, as Optimizer.load_state_dict builds every container."""
+    """Let one generator build a NamedTuple too: Optimizer.load_state_dict builds every container from a generator."""
     new, count = parts.__new__, len(parts._fields)
 
     @wraps(new)
@@ -75,9 +75,10 @@ def _make_loadable(parts: Any) -> None:
         if len(given) == 1 and isinstance(given[0], Iterator):
             given = tuple(given[0])
             for name, part in zip(cls._fields, given, strict=False):
-                kept = (torch.float64,) if name in _check.SUMS else (torch.float32, torch.float64)
-                if isinstance(part, Tensor) and part.dtype not in kept:
-                    rule = f"{name} must be {' or '.join(map(_check.spelled, kept))}; got {_check.spelled(part.dtype)}"
+                allowed = (torch.float64,) if name in _check.SUMS else (torch.float32, torch.float64)
+                if isinstance(part, Tensor) and part.dtype not in allowed:
+                    names = " or ".join(map(_check.spelled, allowed))
+                    rule = f"{name} must be {names}; got {_check.spelled(part.dtype)}"
                     why = "Optimizer.load_state_dict casts to the dtype of the parameter"
                     _check.fail_type(cls.__name__, f"{rule}; {why}: call brandla.keep_dtype(optimizer) first")
         return new(cls, *given, **named)
@@ -85,20 +86,21 @@ def _make_loadable(parts: Any) -> None:
     parts.__new__ = construct
 
 
-def shown(name: str, value: Tensor, dims: int = 0) -> list[str]:
-    """Return a number, or the first and last of a vector, in words; nothing of a batch, or where there is none."""
-    value = here(value)
+def formatted(name: str, value: Tensor, dims: int = 0) -> list[str]:
+    """Return a number, or the first and last entry of a vector, in words; [] for a batch or a tensor without values."""
+    value = local_tensor(value)
     if value.ndim != dims or not value.numel() or not has_values(value):
         return []
-    return [f"{name} " + " … ".join(f"{part.item():.3g}" for part in (value[[0, -1]] if dims else [value]))]
+    entries = value[[0, -1]] if dims else [value]
+    return [f"{name} " + " … ".join(f"{entry.item():.3g}" for entry in entries)]
 
 
 def keep_dtype(optimizer: torch.optim.Optimizer) -> None:
-    """Let ``optimizer.load_state_dict`` leave the dtype of the values in its state as it is.
+    """Make ``optimizer.load_state_dict`` keep the dtype of the values in its state.
 
-    By default, it casts all state of a parameter to the parameter's dtype. A basis in bfloat16 is no basis any more,
-    and a float64 basis loses half its digits in float32. Call this once, in the constructor of the optimizer. The
-    values in its state, and in lists and dicts there, are then only moved to the parameter's device.
+    By default, it casts all state of a parameter to the parameter's dtype. A basis in bfloat16 is no longer
+    orthonormal, and a float64 basis loses half its digits in float32. Call this function once, in the constructor of
+    the optimizer. Values in its state, and in lists and dicts there, then only move to the parameter's device.
 
     Examples
     --------
@@ -114,17 +116,17 @@ def keep_dtype(optimizer: torch.optim.Optimizer) -> None:
 
     def hold(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = state_dict["state"]
-        held = tree_map_only(Value, lambda one: _Held(one.to), state, is_leaf=lambda part: isinstance(part, Value))
+        held = tree_map_only(Value, lambda value: _PendingMove(value.to), state, lambda part: isinstance(part, Value))
         return state_dict | {"state": held}
 
     def release(optimizer: torch.optim.Optimizer) -> None:
         for parameter, state in optimizer.state.items():
             released = methodcaller("__call__", getattr(parameter, "device", None))
-            optimizer.state[parameter] = tree_map_only(_Held, released, state)
+            optimizer.state[parameter] = tree_map_only(_PendingMove, released, state)
 
     optimizer.register_load_state_dict_pre_hook(hold)
     optimizer.register_load_state_dict_post_hook(release)
 
 
-class _Held(partial[Any]):
-    """A value that is still to move, which `Optimizer.load_state_dict` does not look into."""
+class _PendingMove(partial[Any]):
+    """The ``to`` of a value that has yet to move. `Optimizer.load_state_dict` does not look into it."""

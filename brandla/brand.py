@@ -1,4 +1,4 @@
-"""Brand's symmetric update in an orthonormal form, the root's step polished, and its inverse, the downdate."""
+"""Brand's symmetric update in an orthonormal form (the step of the root, polished), and its inverse, the downdate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._small import safe_eigh, signs_of, unresolved
-from brandla.lowrank import LowRankEigh, Number, Rank, Tracked, over
+from brandla._small import noise_level, safe_eigh, signs_of
+from brandla.lowrank import LowRankEigh, Number, Rank, Tracked, add_dims
 from brandla.orthonormal import polish
 from brandla.root import Update, check_update
 from brandla_kernels import tall
@@ -31,19 +31,19 @@ def eigh_update(
     Parameters
     ----------
     eigh
-        d (..., r) and U (..., n, r), or a `Tracked` factor: its error bound and trace are then updated too.
+        d (..., r) and U (..., n, r), or a `Tracked` factor, whose error bound and trace are then updated too.
     columns
-        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 beside a float32 factor. Or a sparse
-        tensor (n, k), COO or CSR, with no dense copy.
+        A, shape (..., n, k), in the dtype of the factor, or in bfloat16/float16 with a float32 factor. Or a sparse
+        tensor (n, k), COO or CSR, of which no dense copy is made.
     decay, weight
-        ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential average take ρ and 1 − ρ, and put the
-        normalisation of the data (such as 1/√k) into A.
+        ρ and w, >= 0: numbers, or tensors of batch shape. For an exponential moving average take ρ and 1 − ρ, and put
+        the normalisation of the data (such as 1/√k) into A.
     rank
         Rank of the result, a number or a `brandla.Rank` rule: at most min(n, r + k), by default the old rank r.
 
     Notes
     -----
-    0 ⪯ M̂ ⪯ M up to rounding, and ‖UᵀU − I‖₂ is a few ε: U is polished, on a CPU where an estimate of that norm is
+    0 ⪯ M̂ ⪯ M up to rounding, and ‖UᵀU − I‖₂ is a few ε: U is polished, on a CPU only if an estimate of that norm is
     above 20 ε. Eigenvalues up to 8 ε of the largest, or √(r + k) ε if that is more, are rounding: they become 0, with
     zero columns. The derivative by eigenvalues that are 0 is NaN. The eigendecomposition waits for the device;
     `brandla.root_update` with ``compress="cholesky"`` does not. U and A may be sharded on their rows
@@ -68,8 +68,8 @@ def eigh_update_(eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Nu
     """`eigh_update` at the old rank, written over the tensors of ``eigh``, which it returns.
 
     Needs no second basis. ``columns`` must not share memory with ``eigh``. ``tol`` is the tolerance of a
-    `brandla.Rank`. Raises as `eigh_update` does and, before anything is overwritten, for expanded tensors of ``eigh``
-    and arguments that require grad.
+    `brandla.Rank`. Raises the errors of `eigh_update` and, before it overwrites anything, errors for expanded tensors
+    of ``eigh`` and for arguments that require grad.
 
     Examples
     --------
@@ -85,9 +85,9 @@ def eigh_update_(eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Nu
 
 
 def eigh_step(update: Update) -> Any:
-    """Compute `eigh_update` from checked arguments: the root's step from F = U √d, to unit columns and polished."""
+    """Compute `eigh_update` from checked arguments: the step of the root F = U √d, with unit columns, polished."""
     m = update.small.shape[-1] + tall.columns(update.columns)
-    update = update._replace(tol=max(update.tol, unresolved(update.dtype, m)))
+    update = update._replace(tol=max(update.tol, noise_level(update.dtype, m)))
     values, of_old, of_columns, left_out, added = update.truncated(unit=True)
     rotated = update.rotated(of_old, of_columns)
     vectors, values = polish(rotated, values, update.rows, in_place=update.in_place)
@@ -96,15 +96,15 @@ def eigh_step(update: Update) -> Any:
 
 @ranged("n,r", "n,k")
 def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -> LowRankEigh:
-    """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with what would be negative as 0.
+    """Take columns back: ``U diag(d) Uᵀ - weight * A Aᵀ`` within the span of U, with negative eigenvalues set to 0.
 
-    The inverse of `eigh_update` if that truncated nothing. Together they make a sliding window. 2nrk + 2nr² flops and
-    O(r³). Arguments and errors are those of `eigh_update`; the factor is not a tracked one, and keeps its rank.
+    The inverse of an `eigh_update` that truncated nothing; together they make a sliding window. Costs 2nrk + 2nr² flops
+    and O(r³). Arguments and errors are as in `eigh_update`. The factor must not be tracked, and keeps its rank.
 
     Notes
     -----
-    ``columns`` are usually columns that were added before, times the share that ``decay`` has left. The part of A
-    outside the span of U is left out: an earlier update truncated it. Values up to 8 ε·(d₁ + w‖UᵀA‖_F²) are rounding:
+    ``columns`` are usually columns of an earlier update, scaled by the share that ``decay`` has left. The part of A
+    outside the span of U is ignored: an earlier update truncated it. Values up to 8 ε·(d₁ + w‖UᵀA‖_F²) are rounding:
     they become 0, with zero columns. Error bounds and limits: ``docs/updates.md``.
 
     Examples
@@ -116,18 +116,18 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -
     >>> torch.dist(brandla.eigh_downdate(window, first).dense(), second @ second.mT) < 1e-10
     tensor(True)
     """
-    # Not of a tracked factor, whose error bound and trace do not follow.
+    # Refuses a tracked factor, since a downdate cannot update its error bound and trace.
     _check.eigh("eigh_downdate", "eigh", eigh)
-    given = check_update("eigh_downdate", eigh, columns, 1.0, weight, None, kind=LowRankEigh)
-    cross = given.rows.total(given.coefficients())
-    taken = cross @ cross.mT * over(given.weight, 2)
-    # Values of a semi-definite matrix, less this, are those of diag(d) − w CCᵀ, which may be negative.
-    shift = taken.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    values, rotation = safe_eigh(torch.diag_embed(given.poisoned(given.small) + shift) - taken)
-    values = (values - shift).to(given.dtype)
-    lost = values <= unresolved(given.dtype, values.shape[-1]) * (given.small[..., :1] + shift)
-    values, rotation = torch.where(lost, 0, values), torch.where(lost[..., None, :], 0, rotation)
+    update = check_update("eigh_downdate", eigh, columns, 1.0, weight, None, kind=LowRankEigh)
+    cross = update.rows.total(update.coefficients())
+    removed = cross @ cross.mT * add_dims(update.weight, 2)
+    # diag(d) − w CCᵀ may be indefinite. A shift by tr(w CCᵀ) makes it positive semi-definite, as safe_eigh requires.
+    shift = removed.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    values, rotation = safe_eigh(torch.diag_embed(update.small_or_nonfinite() + shift) - removed)
+    values = (values - shift).to(update.dtype)
+    vanishes = values <= noise_level(update.dtype, values.shape[-1]) * (update.small[..., :1] + shift)
+    values, rotation = torch.where(vanishes, 0, values), torch.where(vanishes[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    vectors, values = polish(given.tall @ rotation.to(given.dtype), values, given.rows)
-    updated: LowRankEigh = given.result(values, vectors, values, None)
+    vectors, values = polish(update.tall @ rotation.to(update.dtype), values, update.rows)
+    updated: LowRankEigh = update.result(values, vectors, values, None)
     return updated

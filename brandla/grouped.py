@@ -27,7 +27,7 @@ from torch import Tensor
 
 from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, Rows, kind_of
+from brandla._sharded import WHOLE, Rows, placement_of
 from brandla._shifted import LowRank, Side, Tail
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Number, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
@@ -400,7 +400,7 @@ def _class_of_update(update: Update) -> Class:
         return None
     basis, rows = update.tall, update.rows
     options = (update.rank, update.tol, update.compress, update.shrink, update.tracked is None)
-    return (r, k, *options, basis.dtype, basis.device, None if rows is WHOLE else kind_of(rows))
+    return (r, k, *options, basis.dtype, basis.device, None if rows is WHOLE else placement_of(rows))
 
 
 def _class_of_refresh(problem: refresh.Refresh) -> Class:

@@ -17,7 +17,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
 from brandla._shifted import LowRank, Shifted, Side, Tail, aligned, check_side, join
-from brandla.lowrank import Number, over, stack_numbers
+from brandla.lowrank import Number, add_dims, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall
 from brandla_kernels.damped_apply import scaled_sum
@@ -192,8 +192,9 @@ class Joint(NamedTuple):
         """Return those of A ⊗ G + δI in both spans (..., s, r), in the left (..., s), in the right and in neither."""
         both = left[..., :, None] * right[..., None, :] if self.fitted is None else self.fitted
         neither = torch.as_tensor(left_tail * right_tail + self.damping, dtype=both.dtype, device=both.device)
-        in_left, in_right = left * over(right_tail) + over(self.damping), right * over(left_tail) + over(self.damping)
-        return both + over(self.damping, 2), in_left, in_right, neither
+        in_left = left * add_dims(right_tail) + add_dims(self.damping)
+        in_right = right * add_dims(left_tail) + add_dims(self.damping)
+        return both + add_dims(self.damping, 2), in_left, in_right, neither
 
     def logdet(self) -> Tensor:
         """Return the logarithms of all eigenvalues, summed."""
@@ -241,7 +242,7 @@ class Power(NamedTuple):
         parts = self.joint.parts(*of_left, *of_right)
         neither, p = parts[3], self.exponent
         in_both, in_left, in_right = (
-            (part / over(neither, dims)) ** p - 1 for part, dims in zip(parts, (2, 1, 1), strict=False)
+            (part / add_dims(neither, dims)) ** p - 1 for part, dims in zip(parts, (2, 1, 1), strict=False)
         )
         in_both = in_both - in_left[..., :, None] - in_right[..., None, :]
         return (in_both, in_left, in_right, neither**p), left, right
@@ -274,7 +275,7 @@ def check_kron(
     """Check the arguments of `kron_damped_solve`."""
     first = check_side(function, left, left_damping, tails["left_tail"], "left")
     second = check_side(function, right, right_damping, tails["right_tail"], "right")
-    _check.together(function, "right", second.basis, "left", first.basis)
+    _check.same_dtype_and_device(function, "right", second.basis, "left", first.basis)
     check_data = _check_matrix if isinstance(data, Tensor) else _check_pair
     return Kron(first, second, check_data(function, data, first, second))
 
@@ -290,7 +291,7 @@ def check_joint(
             rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
     first, second = (side.basis for side in sides)
-    _check.together(function, "right", second, "left", first)
+    _check.same_dtype_and_device(function, "right", second, "left", first)
     _check.batches(function, "right", second, first, "left's")
     larger = first if first.ndim >= second.ndim else second
     damping = _check.scalar(function, "damping", damping, "the factors", larger, positive=True)

@@ -1,4 +1,4 @@
-"""The values that flow through everything: low-rank factorisations as NamedTuples, and the rank they are kept at."""
+"""The values of the library: low-rank factorisations as NamedTuples, and the rule for their rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._sharded import everywhere, is_dtensor, rows_of, zero_rows
-from brandla._small import leading, unresolved
-from brandla._value import Value, shown
+from brandla._sharded import gathered, is_dtensor, rows_of, zero_rows
+from brandla._small import leading_eigh, noise_level
+from brandla._value import Value, formatted
 from brandla.orthonormal import polish
 from brandla_kernels import project, rounded_gram, without_autocast
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 
 class _Matrix(Value):
-    """What all matrices share, as products L diag(v) Rᵀ."""
+    """The base class of all matrices, as products L diag(v) Rᵀ."""
 
     __slots__ = ()
-    _sizes: ClassVar[str] = "n"
-    _shown: ClassVar[str]  # what the values are called in one line
+    _size_names: ClassVar[str] = "n"
+    _values_name: ClassVar[str]  # the name of the values in a repr
 
     @property
     def rank(self: Any) -> int:
-        """Number of eigenpairs, of columns or of singular triplets kept."""
+        """Number of eigenpairs, columns or singular triplets kept."""
         # The last dimension of U, of S = FᵀF or of the singular values.
-        kept: int = self[1].shape[-1]
-        return kept
+        rank: int = self[1].shape[-1]
+        return rank
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the matrix: (..., n, n), or (..., m, n) of a LowRankSVD."""
+        """Shape of the matrix: (..., n, n), or (..., m, n) for a LowRankSVD."""
         left, _, right = _product(self)
         return torch.Size((*left.shape[:-1], right.shape[-2]))
 
     @without_autocast
     def __matmul__(self, block: Tensor) -> Tensor:
-        """Return the product with X (n,) or (..., n, m), by products with the parts alone."""
+        """Return the product with X (n,) or (..., n, m), from products with the parts."""
         left, values, right = _product(self)
         converted = _check.matching_data(f"{type(self).__name__} @", "the tensor", block, "the value", right)
         columns = converted[..., None] if block.ndim == 1 else converted
@@ -59,27 +59,27 @@ class _Matrix(Value):
 
     @without_autocast
     def dense(self) -> Tensor:
-        """Return the whole matrix, a tensor of its shape: for tests and small cases."""
+        """Return the matrix as one tensor, for tests and small cases."""
         left, values, right = _product(self)
-        scaled = everywhere(left) if values is None else everywhere(left) * everywhere(values)[..., None, :]
-        return scaled @ everywhere(right).mT
+        scaled = gathered(left) if values is None else gathered(left) * gathered(values)[..., None, :]
+        return scaled @ gathered(right).mT
 
     def is_finite(self: Any) -> Tensor:
-        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        """Return a bool tensor of batch shape, without a device sync: False if non-finite data came in."""
         _, values, _ = _product(self)
         return torch.isfinite(self.gram).all(-1).all(-1) if values is None else torch.isfinite(values).all(-1)
 
-    def _facts(self: Any) -> list[str]:
+    def _summary(self: Any) -> list[str]:
         _, values, _ = _product(self)
         batch = [f"batch {tuple(self.shape[:-2])}"] if len(self.shape) > 2 else []
-        sizes = [f"{name}={size}" for name, size in zip(self._sizes, self.shape[-2:], strict=False)]
+        sizes = [f"{name}={size}" for name, size in zip(self._size_names, self.shape[-2:], strict=False)]
         parts = [f"rank={self.rank}", _check.spelled(self.dtype), str(self.device)]
         values = self.gram.diagonal(dim1=-2, dim2=-1) if values is None else values
-        return [*batch, *sizes, *parts, *shown(self._shown, values, 1)]
+        return [*batch, *sizes, *parts, *formatted(self._values_name, values, 1)]
 
 
 class _Symmetric(_Matrix):
-    """What the two kinds of symmetric matrices of order n share."""
+    """The base class of the symmetric matrices of order n."""
 
     __slots__ = ()
 
@@ -96,12 +96,12 @@ class _Symmetric(_Matrix):
     ) -> Self:
         """Start a stream from the zero matrix of order ``n``, with room for ``rank`` eigenpairs or columns.
 
-        Over a 1-D ``mesh`` U or F is a DTensor sharded on its rows, on the device of each process.
+        With a 1-D ``mesh``, U or F is a DTensor sharded on its rows, on the device of each process.
         """
         tall = zero_rows(f"{cls.__name__}.zeros", mesh, (*batch_shape, n, rank), dtype, device)
         sizes = (rank, rank) if cls is LowRankRoot else (rank,)
-        made: Self = of_parts(cls, torch.zeros(*batch_shape, *sizes, dtype=dtype, device=tall.device), tall)
-        return made
+        zero: Self = from_parts(cls, torch.zeros(*batch_shape, *sizes, dtype=dtype, device=tall.device), tall)
+        return zero
 
     @property
     def n(self) -> int:
@@ -122,8 +122,8 @@ class _EighParts(NamedTuple):
 class LowRankEigh(_Symmetric, _EighParts):
     """M ≈ U diag(d) Uᵀ for a symmetric positive semi-definite M of order n.
 
-    ``eigenvalues`` are d, shape (..., r), descending and >= 0, and ``eigenvectors`` U, shape (..., n, r), orthonormal
-    columns. If the rank of the data runs out, a column whose value is 0 may be a zero column, so shapes never depend on
+    ``eigenvalues`` are d, shape (..., r), descending and >= 0. ``eigenvectors`` are the orthonormal columns of U, shape
+    (..., n, r). If the data has a lower rank, a column whose value is 0 may be a zero column, so shapes never depend on
     the data.
 
     Examples
@@ -136,8 +136,8 @@ class LowRankEigh(_Symmetric, _EighParts):
     """
 
     __slots__ = ()
-    _shown = "eigenvalues"
-    _remedy = "brandla.eigh_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale"
+    _values_name = "eigenvalues"
+    _remedy = "brandla.eigh_update adds columns (F, for a matrix F Fᵀ); its decay= and weight= scale both terms"
 
     def largest_eigenvalue(self) -> Tensor:
         """Return d₁, of batch shape; 0 at rank 0."""
@@ -151,13 +151,13 @@ class _RootParts(NamedTuple):
 
 
 class LowRankRoot(_Symmetric, _RootParts):
-    """M ≈ F Fᵀ, with S = FᵀF beside it: the form that is cheapest to update.
+    """M ≈ F Fᵀ, with its Gram matrix S = FᵀF: the form that is cheapest to update.
 
-    Nothing in it is orthonormal, so nothing can lose orthogonality. M is held to about ε·d₁ (d₁ its largest
-    eigenvalue): take it if damping is at least 10⁻⁴ d₁ in float32. `to_eigh` gives eigenvectors.
+    Nothing in it is orthonormal, so nothing can lose orthogonality. It holds M to about ε·d₁ (d₁ is the largest
+    eigenvalue of M): take this form if damping is at least 10⁻⁴ d₁ in float32. `to_eigh` gives eigenvectors.
 
-    ``root`` is F, shape (..., n, r), any columns, and ``gram`` S = FᵀF, shape (..., r, r), to rounding: the updates
-    carry it along and do not measure it again.
+    ``root`` is F, shape (..., n, r), with any columns. ``gram`` is S = FᵀF, shape (..., r, r), up to rounding: the
+    updates carry S along and do not compute it again from F.
 
     Examples
     --------
@@ -169,16 +169,16 @@ class LowRankRoot(_Symmetric, _RootParts):
     """
 
     __slots__ = ()
-    _shown = "diagonal of gram"
-    _remedy = "brandla.root_update adds columns, of a matrix F Fᵀ those of F; its decay= and weight= scale"
+    _values_name = "diagonal of gram"
+    _remedy = "brandla.root_update adds columns (F, for a matrix F Fᵀ); its decay= and weight= scale both terms"
 
     @classmethod
     @without_autocast
     def from_eigh(cls, eigh: LowRankEigh) -> LowRankRoot:
-        """Take over a LowRankEigh: F = U √d."""
+        """Convert a LowRankEigh: F = U √d."""
         function = "LowRankRoot.from_eigh"
         rows = rows_of(function, "eigh.eigenvectors", eigh.eigenvectors, eigh.eigenvalues)
-        values = rows.small(function, "eigh.eigenvalues", eigh.eigenvalues)
+        values = rows.local_small(function, "eigh.eigenvalues", eigh.eigenvalues)
         vectors = rows.local(function, "eigh.eigenvectors", eigh.eigenvectors)
         root = vectors * rows.shared(values.sqrt())[..., None, :]
         return cls(rows.tall_result(root), rows.small_result(torch.diag_embed(values)))
@@ -187,28 +187,27 @@ class LowRankRoot(_Symmetric, _RootParts):
     def to_eigh(self) -> LowRankEigh:
         """Return the LowRankEigh of the same matrix and rank, from a new Gram matrix of F.
 
-        Costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁
-        (√r ε·d₁ above rank 64) are not resolved: they become 0, with zero vectors.
+        It costs 6nr² flops and an eigendecomposition of order r, which waits for the device. Eigenvalues up to 8 ε·d₁
+        (√r ε·d₁ above rank 64) are rounding: they become 0, with zero vectors.
         """
         function = "LowRankRoot.to_eigh"
         rows = rows_of(function, "root", self.root, self.gram)
         root = rows.local(function, "root", self.root)
-        inner = rows.total(rounded_gram(root))
-        r = root.shape[-1]
-        values, rotation = leading(inner, min(r, self.n), root.dtype, unresolved(root.dtype, r), unit=True, n=self.n)
+        gram, n, r = rows.total(rounded_gram(root)), self.n, root.shape[-1]
+        values, rotation = leading_eigh(gram, min(r, n), root.dtype, noise_level(root.dtype, r), unit=True, n=n)
         vectors, values = polish(root @ rotation, values, rows)
         return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
 
     @without_autocast
     def largest_eigenvalue(self) -> Tensor:
-        """Estimate d₁ from below by two power iterations on S, of batch shape, with no sync."""
+        """Return a lower bound near d₁, of batch shape, from two power iterations on S, without a sync."""
         function = "LowRankRoot.largest_eigenvalue"
         rows = rows_of(function, "root", self.root, self.gram)
-        gram = rows.small(function, "gram", self.gram)
+        gram = rows.local_small(function, "gram", self.gram)
         if gram.shape[-1] == 0:
             return rows.small_result(gram.sum((-2, -1)))
         tiny = torch.finfo(gram.dtype).tiny
-        # From all unit vectors: exact for a diagonal.
+        # Starts from all unit vectors, which is exact for a diagonal matrix.
         scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
         relative = gram / scale[..., None, None]
         lengths = torch.linalg.vector_norm(relative, dim=-2, keepdim=True).clamp_min(tiny)
@@ -223,11 +222,11 @@ class _SVDParts(NamedTuple):
 
 
 class LowRankSVD(_Matrix, _SVDParts):
-    """X ≈ U diag(S) Vh, fields as in ``torch.linalg.svd``.
+    """X ≈ U diag(S) Vh, with fields as in ``torch.linalg.svd``.
 
-    ``U`` are left singular vectors, shape (..., m, r), orthonormal columns, ``S`` singular values, shape (..., r),
-    descending and >= 0, and ``Vh`` right singular vectors as rows, shape (..., r, n). Where a value is 0, its column of
-    U and its row of Vh may be zero.
+    ``U`` holds left singular vectors as orthonormal columns, shape (..., m, r). ``S`` holds singular values, shape
+    (..., r), descending and >= 0. ``Vh`` holds right singular vectors as rows, shape (..., r, n). If a value is 0, its
+    column of U and its row of Vh may be zero.
 
     Examples
     --------
@@ -240,11 +239,9 @@ class LowRankSVD(_Matrix, _SVDParts):
     """
 
     __slots__ = ()
-    _sizes = "mn"
-    _shown = "values"
-    _remedy = (
-        "brandla.svd_update adds L Rᵀ, of another such value L = U * S[..., None, :] and R = Vh.mT; its decay= scales"
-    )
+    _size_names = "mn"
+    _values_name = "values"
+    _remedy = "brandla.svd_update adds L Rᵀ (for an SVD L = U * S[..., None, :] and R = Vh.mT); its decay= scales"
 
     @classmethod
     def zeros(
@@ -260,7 +257,7 @@ class LowRankSVD(_Matrix, _SVDParts):
     ) -> LowRankSVD:
         """Start a stream from the zero matrix of shape (m, n), with room for ``rank`` singular triplets.
 
-        ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``. Over a 1-D ``mesh`` U is a
+        ``n = 0`` starts a stream of appended columns; ``rank`` may then exceed ``n``. With a 1-D ``mesh``, U is a
         DTensor sharded on its rows, on the device of each process.
         """
         left = zero_rows("LowRankSVD.zeros", mesh, (*batch_shape, m, rank), dtype, device)
@@ -278,7 +275,7 @@ Number = float | Tensor
 
 
 def _product(value: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return L, v and R of a matrix L diag(v) Rᵀ; a root has no v."""
+    """Return L, v and R of a matrix L diag(v) Rᵀ; v is None for a root."""
     if isinstance(value, LowRankSVD):
         return value.U, value.S, value.Vh.mT
     small, tall = parts_of(value)
@@ -286,23 +283,23 @@ def _product(value: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def parts_of(factor: Any) -> tuple[Tensor, Tensor]:
-    """Return the small part and the tall one of a symmetric factor, tracked or not."""
+    """Return the small part and the tall part of a symmetric factor, tracked or not."""
     lowrank = factor.lowrank if isinstance(factor, Tracked) else factor
     return (lowrank.gram, lowrank.root) if isinstance(lowrank, LowRankRoot) else tuple(lowrank)
 
 
-def of_parts(kind: type[Any], small: Tensor, tall: Any) -> Any:
-    """Return a symmetric factor of this kind."""
+def from_parts(kind: type[Any], small: Tensor, tall: Any) -> Any:
+    """Return a symmetric factor of this kind from its small and its tall part."""
     return LowRankRoot(tall, small) if kind is LowRankRoot else LowRankEigh(small, tall)
 
 
-def over(value: Number, dims: int = 1) -> Number:
-    """Give a tensor of batch shape trailing dimensions to broadcast over; a number needs none."""
+def add_dims(value: Number, dims: int = 1) -> Number:
+    """Return a tensor of batch shape with trailing dimensions of size 1, so that it broadcasts; a number as it is."""
     return value[(..., *[None] * dims)] if isinstance(value, Tensor) else value
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Stack tensors of one layout; without a copy if they are, in order, all parts of one that was unbound."""
+    """Stack tensors of one layout, without a copy if they are, in order, all parts of one unbound tensor."""
     first = parts[0]
     if len(parts) == 1:
         return first[None]
@@ -310,19 +307,19 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     whole = base is not None and base.numel() == len(parts) * size > 0 and base.is_contiguous()
     if base is None or base.requires_grad or not whole:
         return torch.stack(list(parts))
-    own = [part for part in parts if part._base is base and part.is_contiguous() and not part.requires_grad]
+    views = [part for part in parts if part._base is base and part.is_contiguous() and not part.requires_grad]
     start = base.storage_offset()
-    if [part.storage_offset() for part in own] != [*range(start, start + base.numel(), size)]:
+    if [part.storage_offset() for part in views] != [*range(start, start + base.numel(), size)]:
         return torch.stack(list(parts))
     return base.view(len(parts), *first.shape)
 
 
 def stack_numbers(numbers: Sequence[Number], like: Tensor) -> Number:
-    """Return the one number that all are, or a tensor of them."""
+    """Return one number if all are equal, or else a tensor of the numbers."""
     first = numbers[0]
     if not [number for number in numbers if isinstance(number, Tensor)]:
-        one = min(numbers) == max(numbers)
-        return first if one else torch.tensor(numbers, dtype=like.dtype, device=like.device)
+        are_equal = min(numbers) == max(numbers)
+        return first if are_equal else torch.tensor(numbers, dtype=like.dtype, device=like.device)
     if isinstance(first, Tensor) and not [number for number in numbers if number is not first]:
         return torch.as_tensor(first, dtype=like.dtype, device=like.device).expand(len(numbers), *first.shape)
     return stacked([number.to(like) if isinstance(number, Tensor) else like.new_tensor(number) for number in numbers])
@@ -331,7 +328,7 @@ def stack_numbers(numbers: Sequence[Number], like: Tensor) -> Number:
 def two_numbers(
     first: Number, second: Number, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return two numbers as tensors of batch shape, by one kernel where neither is a tensor yet, or both are one."""
+    """Return two numbers as tensors of batch shape: one kernel if both are numbers, or tensors of one shape."""
     if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape:
         first, second = stacked([first, second]).to(dtype).unbind()
     elif isinstance(first, Tensor) or isinstance(second, Tensor):
@@ -340,7 +337,7 @@ def two_numbers(
             for number in (first, second)
         ]
     else:
-        # A line of two points is exact at its ends.
+        # linspace makes both in one kernel, and its end points are exact.
         first, second = torch.linspace(first, second, 2, dtype=dtype, device=device).unbind()
     return (first.expand(batch), second.expand(batch)) if batch else (first, second)
 
@@ -352,14 +349,14 @@ class _TrackedParts(NamedTuple, Generic[Factor]):
 
 
 class Tracked(Value, _TrackedParts[Factor]):
-    """A factor together with a running bound on its distance from the matrix it stands for, and that matrix's trace.
+    """A factor M̂ with the trace of the matrix M that it approximates, and a running bound on its distance from M.
 
-    Start one with `track`; the update functions take it in place of the factor and return the next one. Both numbers
-    are carried along on the device: they cost no pass over tall matrices and no sync.
+    Start one with `track`. The update functions take it in place of the factor and return the next one. Both numbers
+    stay on the device, and cost no pass over tall matrices and no sync.
 
-    ``lowrank`` is the LowRankEigh or LowRankRoot. Of batch shape, ``error_bound`` is an upper bound of ‖M − M̂‖₂, up to
-    rounding, a few ε·‖M‖ an update, and ``trace`` is tr M of the whole stream, what truncation left out included:
-    ``tail="mean"`` of the damped functions comes from it.
+    ``lowrank`` is the LowRankEigh or LowRankRoot. ``error_bound``, of batch shape, is an upper bound of ‖M − M̂‖₂, up to
+    rounding of a few ε·‖M‖ per update. ``trace``, of batch shape, is tr M of the whole stream, with the part that
+    truncation left out. The damped functions derive ``tail="mean"`` from it.
 
     Examples
     --------
@@ -371,15 +368,15 @@ class Tracked(Value, _TrackedParts[Factor]):
     """
 
     __slots__ = ()
-    _remedy = "the update functions add columns; their decay= and weight= scale"
+    _remedy = "the update functions add columns; their decay= and weight= scale both terms"
 
     @property
     def shape(self) -> torch.Size:
         """Shape (..., n, n) of the matrix."""
         return self.lowrank.shape
 
-    def _facts(self: Any) -> list[str]:
-        return [repr(self.lowrank), *shown("error bound", self.error_bound), *shown("trace", self.trace)]
+    def _summary(self: Any) -> list[str]:
+        return [repr(self.lowrank), *formatted("error bound", self.error_bound), *formatted("trace", self.trace)]
 
 
 class _CentredParts(NamedTuple):
@@ -390,14 +387,14 @@ class _CentredParts(NamedTuple):
 
 
 class Centred(Value, _CentredParts):
-    """The left half of an SVD of columns less their mean, with the mean: a streaming principal component analysis.
+    """U and S of the columns of a stream minus their mean, with the mean: streaming principal component analysis.
 
     Start one with `centre`, feed it to `brandla.svd_append`, and join two with `brandla.merge`. The columns of
-    ``svd.U`` are the principal axes. Right vectors are not kept: a moving mean moves every column seen.
+    ``svd.U`` are the principal axes. Right vectors are not kept, since a new mean changes every old column.
 
-    ``svd`` is a LowRankSVD with an empty Vh (..., r, 0). Of the columns so far, in float64 and weighted as decay
-    weights them, ``mean`` (..., m) is the mean, ``weight``, of batch shape, their number N, and ``scatter``, of batch
-    shape, Σ‖x − mean‖², what truncation left out included.
+    ``svd`` is a LowRankSVD with an empty Vh (..., r, 0). The other parts are float64 and describe all columns so far,
+    weighted by the decay: ``mean`` (..., m), ``weight``, the number of columns N, and ``scatter``, Σ‖x − mean‖² with
+    the part that truncation left out. The last two have batch shape.
 
     Examples
     --------
@@ -410,10 +407,10 @@ class Centred(Value, _CentredParts):
     """
 
     __slots__ = ()
-    _remedy = "brandla.merge joins two streams; decay= of brandla.svd_append scales what was seen"
+    _remedy = "brandla.merge joins two streams; decay= of brandla.svd_append scales the old columns"
 
     def to(self, *args: Any, **kwargs: Any) -> Centred:
-        """Return the value on another device, or its decomposition in another dtype: arguments as in `Tensor.to`."""
+        """Return the value on another device, or with ``svd`` in another dtype: arguments as in `Tensor.to`."""
         svd = self.svd.to(*args, **kwargs)
         return Centred(svd, *(part.to(svd.device) for part in self[1:]))
 
@@ -426,14 +423,14 @@ class Centred(Value, _CentredParts):
         return (self.svd.S.double().square() / (self.weight - correction)[..., None]).to(self.dtype)
 
     def explained_variance_ratio(self) -> Tensor:
-        """Return the share of each axis in the total variance, shape (..., r): the same with N and with N − 1."""
+        """Return the share of each axis in the total variance, shape (..., r): the same for N and for N − 1."""
         return (self.svd.S.double().square() / self.scatter[..., None]).to(self.dtype)
 
     @without_autocast
     def transform(self, columns: Tensor) -> Tensor:
         """Return the coordinates Uᵀ(X − mean) of columns X (..., m, k) along the axes, shape (..., r, k)."""
         columns = _check.columns("Centred.transform", "columns", columns, "svd.U", self.svd.U)
-        return project(self.svd.U, less(columns, self.mean))
+        return project(self.svd.U, subtract_mean(columns, self.mean))
 
     @without_autocast
     def inverse_transform(self, coordinates: Tensor) -> Tensor:
@@ -442,15 +439,15 @@ class Centred(Value, _CentredParts):
         return ((self.svd.U @ coordinates).double() + self.mean[..., None]).to(self.dtype)
 
     def is_finite(self) -> Tensor:
-        """Return, with no device sync, a bool tensor of batch shape: False where non-finite data came in."""
+        """Return a bool tensor of batch shape, without a device sync: False if non-finite data came in."""
         return torch.isfinite(self.scatter)
 
-    def _facts(self) -> list[str]:
-        return [repr(self.svd), *shown("weight", self.weight)]
+    def _summary(self) -> list[str]:
+        return [repr(self.svd), *formatted("weight", self.weight)]
 
 
-def check_symmetric(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
-    """Check a LowRankEigh or a LowRankRoot, and return its small part and the tall one."""
+def check_factor(function: str, name: str, factor: object) -> tuple[Tensor, Tensor]:
+    """Check a LowRankEigh or a LowRankRoot, and return its small and its tall part."""
     if isinstance(factor, LowRankEigh):
         return _check.eigh(function, name, factor)
     if isinstance(factor, LowRankRoot):
@@ -459,9 +456,10 @@ def check_symmetric(function: str, name: str, factor: object) -> tuple[Tensor, T
 
 
 def track(lowrank: Factor) -> Tracked[Factor]:
-    """Attach an error bound of 0 and its own trace to a factor that stands for its matrix exactly.
+    """Attach an error bound of 0 and its trace to a factor that equals its matrix.
 
-    Raises a ValueError or a TypeError for what is no LowRankEigh or LowRankRoot, or has parts that do not fit together.
+    Raises a TypeError for anything but a LowRankEigh or a LowRankRoot, and a ValueError or a TypeError if its parts do
+    not fit together.
 
     Examples
     --------
@@ -470,15 +468,15 @@ def track(lowrank: Factor) -> Tracked[Factor]:
     >>> tracked.error_bound, tracked.trace
     (tensor(0.), tensor(2.))
     """
-    check_symmetric("track", "lowrank", lowrank)
+    check_factor("track", "lowrank", lowrank)
     trace = lowrank.trace()
     return Tracked(lowrank, torch.zeros_like(trace), trace)
 
 
 def centre(svd: LowRankSVD) -> Centred:
-    """Start a centred stream from an SVD that has seen no columns, such as ``LowRankSVD.zeros(m, 0, rank)``.
+    """Start a centred stream from an SVD of no columns, such as ``LowRankSVD.zeros(m, 0, rank)``.
 
-    Raises a ValueError if ``svd`` holds columns: their mean is not known.
+    Raises a ValueError if ``svd`` holds columns, since their mean is not known.
 
     Examples
     --------
@@ -490,29 +488,29 @@ def centre(svd: LowRankSVD) -> Centred:
     """
     _check.svd("centre", "svd", svd)
     if svd.Vh.shape[-1] != 0:
-        rule = "svd must have seen no columns, since their mean is not known"
+        rule = "svd must hold no columns, since their mean is not known"
         _check.fail_value("centre", f"{rule}; its Vh has {svd.Vh.shape[-1]}; start from LowRankSVD.zeros(m, 0, rank)")
     rows = rows_of("centre", "svd.U", svd.U, svd.S)
     left = rows.local("centre", "svd.U", svd.U)
     mean = rows.tall_result(left.new_zeros(left.shape[:-1], dtype=torch.float64), -1)
-    nothing = left.new_zeros(left.shape[:-2], dtype=torch.float64)
-    return Centred(svd, mean, rows.small_result(nothing), rows.small_result(nothing.clone()))
+    zero = left.new_zeros(left.shape[:-2], dtype=torch.float64)
+    return Centred(svd, mean, rows.small_result(zero), rows.small_result(zero.clone()))
 
 
-def less(columns: Tensor, mean: Tensor) -> Tensor:
-    """Return columns X (..., m, k) less a float64 mean (..., m), in the dtype of X: what is near it loses no digit."""
+def subtract_mean(columns: Tensor, mean: Tensor) -> Tensor:
+    """Return X − mean for X (..., m, k) and a float64 mean (..., m), in the dtype of X, with all digits of the mean."""
     high = mean.to(columns.dtype)
     return columns - high[..., None] - (mean - high).to(columns.dtype)[..., None]
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Keep at most ``max`` values, and of those only the ones above ``tol`` times the largest.
+    """Keep at most ``max`` values, and only values above ``tol`` times the largest.
 
     The result has the shapes of rank ``max``. A value under the tolerance becomes 0 with a zero vector, on the device
-    and with no sync, and enters the error bound of a tracked factor. Later data fills zero columns again.
-    ``(values > 0).sum(-1)`` is the number of values kept. ``max`` is at least 1, and ``tol`` in [0, 1): of eigenvalues
-    for the symmetric updates, of singular values for the SVD.
+    and without a sync, and enters the error bound of a tracked factor. Later data fills zero columns again.
+    ``(values > 0).sum(-1)`` is the number of values kept. ``max`` is at least 1. ``tol``, in [0, 1), applies to
+    eigenvalues in the symmetric updates and to singular values in the SVD.
 
     Examples
     --------
@@ -531,11 +529,6 @@ class Rank:
         _check.tolerance("Rank", self.tol)
 
 
-def most_of(rank: int | Rank | None) -> int | None:
-    """Return the number behind a rule."""
-    return rank.max if isinstance(rank, Rank) else rank
-
-
-def tolerance_of(rank: int | Rank | None) -> float:
-    """Return the tolerance of a rule; a number has none."""
-    return rank.tol if isinstance(rank, Rank) else 0.0
+def max_and_tol(rank: int | Rank | None) -> tuple[int | None, float]:
+    """Return the largest rank that a number or a rule allows, and its tolerance, 0 for a number."""
+    return (rank.max, rank.tol) if isinstance(rank, Rank) else (rank, 0.0)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import is_dtensor
-from brandla._small import leading, safe_eigh, safe_svd
+from brandla._small import leading_eigh, safe_eigh, safe_svd
 from brandla.lowrank import LowRankEigh, LowRankSVD
 from brandla.orthonormal import factorize, orthonormalize, spanning
 from brandla_kernels import signs, sketch
@@ -105,7 +105,7 @@ def randomized_eigh(
         # A sketch as large as the matrix would save nothing.
         dense = product(function, matrix, _identity(matrix, n))
         _check.semidefinite(function, "matrix", dense, matrix.dtype)
-        values, vectors = leading((dense + dense.mT) / 2, rank, dense.dtype)
+        values, vectors = leading_eigh((dense + dense.mT) / 2, rank, dense.dtype)
         return LowRankEigh(values, vectors)
     if start is None and power_iterations:
         image = _sketch(function, matrix, width, generator)
@@ -197,7 +197,7 @@ def _nystrom(test: Tensor, image: Tensor, rank: int, dtype: torch.dtype) -> LowR
     root = directions * torch.where(resolved, levels, 1).rsqrt()[..., None, :] * resolved[..., None, :]
     panel, transform, triangle = factorize(image)
     half = triangle.double() @ root
-    values, rotation = leading(half @ half.mT, rank, image.dtype)
+    values, rotation = leading_eigh(half @ half.mT, rank, image.dtype)
     values = (values - shift[..., 0]).clamp_min(0)
     return LowRankEigh(values, panel @ (transform @ rotation))
 

@@ -15,7 +15,7 @@ from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
 from brandla._small import safe_eigh
-from brandla.lowrank import LowRankEigh, Number, over, stack_numbers
+from brandla.lowrank import LowRankEigh, Number, add_dims, stack_numbers
 from brandla.orthonormal import factorize, times
 from brandla.randomized import Matrix, check_matrix, product, scale_of
 from brandla_kernels import Tall, project, reads_are_free, rotate, tall
@@ -79,7 +79,7 @@ def check_refresh(
     name = "eigh.eigenvectors"
     _check.eigh(function, "eigh", eigh)
     values, vectors = eigh
-    WHOLE.admit(function, name, vectors)
+    WHOLE.check_kind(function, name, vectors)
     rows, _ = check_matrix(function, matrix)
     if isinstance(matrix, Tensor):
         matrix = _check.columns(function, "matrix", matrix, name, vectors)
@@ -110,7 +110,7 @@ class Refresh(NamedTuple):
     def refreshed(self) -> tuple[Tensor, Tall, Tensor]:
         """Return the new values, vectors and permutations."""
         # In products ρd stands in place of d, and both as they multiply coefficients.
-        matrix = self._replace(values=(self.values * over(self.decay))[..., None], weight=over(self.weight, 2))
+        matrix = self._replace(values=(self.values * add_dims(self.decay))[..., None], weight=add_dims(self.weight, 2))
         vectors = self.vectors
         for _ in range(self.iterations):
             block = _begun(vectors)
@@ -169,7 +169,7 @@ def _begun(vectors: Tall) -> Tall:
     coefficients = project(vectors, begun)
     # No vector is orthogonal to all of them but 0.
     empty = (coefficients == 0).all(-1).to(dtype)
-    lengths = empty * over(stack_numbers([(2 / len(own)) ** 0.5 for own in vectors], coefficients))
+    lengths = empty * add_dims(stack_numbers([(2 / len(own)) ** 0.5 for own in vectors], coefficients))
     return rotate(
         vectors, begun, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
     )

@@ -1,10 +1,10 @@
-"""Updates of a singular value decomposition: a matrix of low rank added, columns appended, centred streams merged."""
+"""Updates of a singular value decomposition: add a low-rank matrix, append columns, merge centred streams."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, rows_of
-from brandla._small import leading, safe_svd, signs_of
-from brandla.lowrank import Centred, LowRankSVD, Number, Rank, less, most_of, over, tolerance_of
+from brandla._small import leading_eigh, safe_svd, signs_of
+from brandla.lowrank import Centred, LowRankSVD, Number, Rank, add_dims, max_and_tol, subtract_mean
 from brandla.orthonormal import polish
 from brandla.root import is_sparse
 from brandla_kernels import gram, without_denormals
@@ -42,11 +42,11 @@ def svd_update(
 
     Notes
     -----
-    Singular values below 4·ε relative to the largest are rounding noise: they come back as 0 with zero vectors. In
-    float32 columns shorter than tiny/ε count as zero; values that leave the range of the dtype give NaN. The derivative
-    is right if the kept values are distinct and [U diag(S), left] and [V, right] have full rank, which is not so at a
-    start from zeros. Each side may be sharded on its rows: ``docs/sharded.md``. Source: M. Brand, Linear Algebra Appl.
-    415 (2006). Derivation: ``docs/updates.md``.
+    Singular values below 4·ε relative to the largest are rounding: they become 0, with zero vectors. In float32,
+    columns shorter than tiny/ε count as zero. Values out of range of the dtype give NaN. The derivative is right if the
+    kept values are distinct and [U diag(S), left] and [V, right] have full rank; after a start from zeros they do not.
+    Each side may be sharded on its rows: ``docs/sharded.md``. Source: M. Brand, Linear Algebra Appl. 415 (2006);
+    derivation: ``docs/updates.md``.
 
     Examples
     --------
@@ -57,28 +57,28 @@ def svd_update(
     """
     function = "svd_update"
     _check.svd(function, "svd", svd)
-    left_rows, left_vectors, left = _here(function, ("svd.U", "left"), svd.U, left, svd.S)
-    right_rows, right_vectors, right = _here(function, ("svd.Vh.mT", "right"), svd.Vh.mT, right, svd.S)
+    left_rows, left_vectors, left = _local_side(function, ("svd.U", "left"), svd.U, left, svd.S)
+    right_rows, right_vectors, right = _local_side(function, ("svd.Vh.mT", "right"), svd.Vh.mT, right, svd.S)
     if left.shape[-1] != right.shape[-1]:
         rule = "left and right must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {left.shape[-1]} and {right.shape[-1]}")
-    small = left_rows if right_rows is WHOLE else right_rows
-    decay = _check.scalar(function, "decay", small.small(function, "decay", decay), "svd.U", svd.U)
+    rows = left_rows if right_rows is WHOLE else right_rows
+    decay = _check.scalar(function, "decay", rows.local_small(function, "decay", decay), "svd.U", svd.U)
     (m, r), n, k = svd.U.shape[-2:], svd.Vh.shape[-1], left.shape[-1]
-    most = min(m, n, r + k)
+    requested, tol = max_and_tol(rank)
     because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
-    tol, rank = tolerance_of(rank), _check.rank(function, most_of(rank), r, most, because)
-    values = small.small(function, "svd.S", svd.S)
-    left_panel = torch.cat([left_vectors * (values * over(decay))[..., None, :], left], dim=-1)
-    times_left, left_triangle = _factored(left_panel, left_rows)
-    times_right, right_triangle = _factored(torch.cat([right_vectors, right], dim=-1), right_rows)
-    rotation, spectrum, right_rotation = _truncated_svd(left_triangle @ right_triangle.mT, rank, tol, values.dtype)
-    # The left panel is Q T, with the old vectors in front: products of old vectors with new ones of the same place.
-    turned = signs_of((left_triangle[..., :rank] * rotation).sum(-2))[..., None, :]
+    most = _check.rank(function, requested, r, min(m, n, r + k), because)
+    values = rows.local_small(function, "svd.S", svd.S)
+    left_panel = torch.cat([left_vectors * (values * add_dims(decay))[..., None, :], left], dim=-1)
+    times_left, left_triangle = _panel_factors(left_panel, left_rows)
+    times_right, right_triangle = _panel_factors(torch.cat([right_vectors, right], dim=-1), right_rows)
+    rotation, spectrum, right_rotation = _truncated_svd(left_triangle @ right_triangle.mT, most, tol, values.dtype)
+    # The left panel Q T starts with the old vectors, so these sums are products of old and new vectors of one index.
+    signs = signs_of((left_triangle[..., :most] * rotation).sum(-2))[..., None, :]
     return LowRankSVD(
-        left_rows.tall_result(times_left(rotation * turned)),
-        small.small_result(spectrum),
-        right_rows.tall_result(times_right(right_rotation * turned)).mT,
+        left_rows.tall_result(times_left(rotation * signs)),
+        rows.small_result(spectrum),
+        right_rows.tall_result(times_right(right_rotation * signs)).mT,
     )
 
 
@@ -87,27 +87,27 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     """Best rank-``rank`` truncation of ``[decay * U diag(S) Vh, columns]``: streaming PCA and LSI.
 
     Equivalent to the leading triplets of ``torch.linalg.svd(torch.cat([decay * svd.dense(), columns], dim=-1))``, in
-    O(m (r + k)² + n r²) + O((r + k)³) operations. Returns what ``svd`` is, with Vh of shape (..., rank, n + k), or
-    (..., rank, 0) when centred.
+    O(m (r + k)² + n r²) + O((r + k)³) operations. Returns the type of ``svd``, with Vh of shape (..., rank, n + k), or
+    (..., rank, 0) if centred.
 
     Parameters
     ----------
     svd
-        U (..., m, r), S (..., r), Vh (..., r, n). ``LowRankSVD.zeros(m, 0, rank)`` starts a stream. Or a
-        `Centred` one, started by `centre`: the decomposition is then of the columns less their running
-        mean, as in principal component analysis.
+        U (..., m, r), S (..., r), Vh (..., r, n). ``LowRankSVD.zeros(m, 0, rank)`` starts a stream. Or a `Centred`
+        stream, started by `centre`: it decomposes the columns minus their running mean, as in principal component
+        analysis.
     columns
         A, shape (..., m, k): appended to the right.
     decay, rank
-        As in `svd_update`, the rank at most min(m, r + k). A decay below 1 forgets old columns.
+        As in `svd_update`, with a rank of at most min(m, r + k). A decay below 1 forgets old columns.
 
     Notes
     -----
-    Vh grows by k columns a call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S² in
-    constant memory, and a centred stream keeps U and S. A rank above the number of columns seen leaves zero triplets.
-    Values below the normal numbers of the dtype count as zero. Derivatives and sharding are as in `svd_update`. Source:
-    M. Brand, "Incremental singular value decomposition of uncertain data with missing values", ECCV 2002. Derivation:
-    ``docs/updates.md``.
+    Vh grows by k columns per call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S²
+    in constant memory, and a centred stream keeps U and S. If the rank exceeds the number of columns so far, the other
+    triplets are zero. Values below the normal numbers of the dtype count as zero. Derivatives and sharding are as in
+    `svd_update`. Source: M. Brand, "Incremental singular value decomposition of uncertain data with missing values",
+    ECCV 2002. Derivation: ``docs/updates.md``.
 
     Examples
     --------
@@ -118,38 +118,37 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     (tensor([3., 3.]), torch.Size([6, 2]))
     """
     function = "svd_append"
-    # mypy takes the body once for each kind of argument.
-    given: Any = svd
-    centred = isinstance(given, Centred)
-    check = _check.centred if centred else _check.svd
-    check(function, "svd", given)
-    factor: LowRankSVD = given.svd if centred else given
-    rows, vectors, columns = _here(function, ("svd.U", "columns"), factor.U, columns, factor.S)
-    decay = _check.scalar(function, "decay", rows.small(function, "decay", decay), "svd.U", factor.U)
+    # mypy checks the body once for each type of argument.
+    state: Any = svd
+    is_centred = isinstance(state, Centred)
+    check = _check.centred if is_centred else _check.svd
+    check(function, "svd", state)
+    factor: LowRankSVD = state.svd if is_centred else state
+    rows, vectors, columns = _local_side(function, ("svd.U", "columns"), factor.U, columns, factor.S)
+    decay = _check.scalar(function, "decay", rows.local_small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
+    requested, tol = max_and_tol(rank)
     because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
-    most = _check.rank(function, most_of(rank), r, min(m, r + k), because)
-    old, right = rows.small(function, "svd.S", factor.S), rows.small(function, "svd.Vh", factor.Vh)
+    most = _check.rank(function, requested, r, min(m, r + k), because)
+    old, right = rows.local_small(function, "svd.S", factor.S), rows.local_small(function, "svd.Vh", factor.Vh)
     sums: tuple[Tensor, ...] = ()
-    if centred:
-        columns, sums = _recentred(given, columns, decay, rows)
-    panel = torch.cat([vectors * (old * over(decay))[..., None, :], columns], dim=-1)
-    left, values, rotation = _leading_triplets(panel, most, tolerance_of(rank), rows)
+    if is_centred:
+        columns, sums = _recentred(state, columns, decay, rows)
+    panel = torch.cat([vectors * (old * add_dims(decay))[..., None, :], columns], dim=-1)
+    left, values, rotation = _leading_triplets(panel, most, tol, rows)
     right = rotation[..., :0, :] if sums else torch.cat([right.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
     joined = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
-    found: Any = Centred(joined, *sums) if sums else joined
-    updated: SVD = found
-    return updated
+    return cast(SVD, Centred(joined, *sums) if sums else joined)
 
 
 @ranged("m,r,n", "m,r,n")
 def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) -> Centred:
-    """Join two centred streams: the decomposition of the columns of both about their common mean.
+    """Join two centred streams: decompose the columns of both about their common mean.
 
-    If nothing was truncated, equivalent to one stream of the columns of ``first`` and then of ``second``, in
+    If nothing was truncated, this is equivalent to one stream of the columns of ``first`` and then of ``second``, in
     O(m (r₁ + r₂)²) operations.
 
-    Both are `Centred` values of the same m, batch shape and dtype. ``rank`` is that of the result, a number or a
+    Both are `Centred` values of the same m, batch shape and dtype. ``rank`` is the rank of the result, a number or a
     `brandla.Rank` rule: at most min(m, r₁ + r₂ + 1), by default r₁. The columns U₂ diag(S₂) and
     √(N₁N₂/(N₁ + N₂)) (μ₂ − μ₁) are appended to the first. Source: D. Ross, J. Lim, R.-S. Lin, M.-H. Yang, "Incremental
     learning for robust visual tracking", Int. J. Comput. Vis. 77 (2008).
@@ -179,30 +178,30 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
     )
 
 
-def _here(
+def _local_side(
     function: str, names: tuple[str, str], vectors: Tensor, new: Tensor, values: Tensor
 ) -> tuple[Rows, Tensor, Tensor]:
-    """Check new columns beside singular vectors, and return which rows of both are here, with those."""
+    """Check new columns against singular vectors, and return the local rows of both, after their `Rows`."""
     name, new_name = names
     rows = rows_of(function, name, vectors, values)
-    rows.admit(function, new_name, new)
-    # A panel would hold sparse columns as dense ones.
+    rows.check_kind(function, new_name, new)
+    # The panel of vectors and columns is dense anyway.
     dense = new.to_dense() if is_sparse(new) else new
     new = _check.columns(function, new_name, dense, name, vectors)
     return rows, rows.local(function, name, vectors), rows.local(function, new_name, new)
 
 
 def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V of a panel: in float64 by QR. A float64 Gram matrix resolves all that float32 data holds."""
+    """Return U, S and V of a panel: float64 by QR, float32 by a float64 Gram matrix, which resolves all its values."""
     dtype = panel.dtype
     if dtype == torch.float64:
-        times_basis, triangle = _factored(panel, rows)
+        times_basis, triangle = _panel_factors(panel, rows)
         rotation, spectrum, right = _truncated_svd(triangle, rank, tol, dtype)
-        turned = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
-        return times_basis(rotation * turned), spectrum, right * turned
+        signs = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
+        return times_basis(rotation * signs), spectrum, right * signs
     noise = max(tol, 4 * torch.finfo(dtype).eps) ** 2
-    squares, right = leading(rows.total(gram(panel)), rank, torch.float64, noise)
-    # The inverse of a value below the normal numbers is no number of this dtype. A comparison with NaN is false.
+    squares, right = leading_eigh(rows.total(gram(panel)), rank, torch.float64, noise)
+    # The inverse of a value below the normal numbers overflows this dtype. NaN stays, since it compares as false.
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
@@ -211,8 +210,8 @@ def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
 
-def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Return what multiplies by Q, and T: of a panel P = Q T in float64 by QR, else from the eigenvectors of PᵀP."""
+def _panel_factors(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return multiplication by Q, and T, of a panel P = Q T: in float64 by QR, else from the eigenvectors of PᵀP."""
     if panel.dtype == torch.float64:
         basis, triangle = rows.qr(panel)
         return basis.matmul, triangle
@@ -221,44 +220,45 @@ def _factored(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Te
     shortest = torch.finfo(panel.dtype).tiny / torch.finfo(panel.dtype).eps
     unit = torch.where(lengths <= shortest, 0, 1 / torch.where(lengths <= shortest, 1, lengths))
     noise = (4 * torch.finfo(panel.dtype).eps) ** 2
-    values, vectors = leading(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
+    values, vectors = leading_eigh(inner * unit[..., :, None] * unit[..., None, :], inner.shape[-1], inner.dtype, noise)
     transform = unit[..., :, None] * (vectors * torch.where(values <= 0, math.inf, values).rsqrt()[..., None, :])
 
     def times_basis(rotation: Tensor) -> Tensor:
-        nearly: Tensor = panel @ (transform @ rotation.double()).to(panel.dtype)
-        polished: Tensor = polish(nearly, panel.new_ones(()), rows)[0]
+        product: Tensor = panel @ (transform @ rotation.double()).to(panel.dtype)
+        polished: Tensor = polish(product, panel.new_ones(()), rows)[0]
         return polished
 
     return times_basis, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
 
 
 def _recentred(state: Centred, columns: Tensor, decay: Number, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return a batch about its own mean, with the distance between the means in it, and the new sums of the stream."""
+    """Return a batch minus its mean, with the distance between the means added, and the new sums of the stream."""
     function, mean = "svd_append", state.mean
-    rows.admit(function, "svd.mean", mean)
+    rows.check_kind(function, "svd.mean", mean)
     mean = rows.local(function, "svd.mean", mean, -1)
-    weight = rows.small(function, "svd.weight", state.weight)
-    scatter = rows.small(function, "svd.scatter", state.scatter)
+    weight = rows.local_small(function, "svd.weight", state.weight)
+    scatter = rows.local_small(function, "svd.scatter", state.scatter)
     k = columns.shape[-1]
     old = weight * decay**2
     total = old + k
     share = torch.where(total > 0, k / total, 0.0)
     batch_mean = columns.mean(-1, dtype=torch.float64) if k else mean
-    # Σ (x − μ)(x − μ)ᵀ over both parts = both parts about their own means + s sᵀ, s = √(old·k/total) (μ_old − μ_batch).
-    # The batch about its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ: no column is added.
+    # Σ (x − μ)(x − μ)ᵀ over both = the sums about their own means + s sᵀ, s = √(old·k/total) (μ_old − μ_batch).
+    # The batch minus its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ needs no extra column.
     shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
-    centred = less(columns, batch_mean - shift)
+    centred = subtract_mean(columns, batch_mean - shift)
     added = rows.total(torch.linalg.vector_norm(centred, dim=(-2, -1), dtype=torch.float64).square())
-    # What is not finite in one entry of the mean reaches all of it.
+    # One non-finite entry makes the whole mean non-finite.
     mean = mean + (batch_mean - mean) * share[..., None] + 0 * added[..., None]
     numbers = map(rows.small_result, (total + 0 * added, scatter * decay**2 + added))
     return centred, (rows.tall_result(mean, -1), *numbers)
 
 
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading U, S and V of a core, without values up to ``tol`` times the largest."""
     rotation, spectrum, right_rotation = safe_svd(core, dtype)
     kept = spectrum[..., :rank]
-    # NaN stays. What is 0 has zero vectors already.
+    # NaN compares as false, so it stays.
     alive = ~(kept <= tol * kept[..., :1])
     return (
         rotation[..., :rank] * alive[..., None, :],

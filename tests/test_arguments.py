@@ -1,7 +1,7 @@
-"""What every public function promises of its arguments, and of what torch does around it.
+"""The promises of every public function about its arguments, and about the state of torch around a call.
 
-Batches, layouts in memory, half precision, numbers and NaN; autocast, another default device, tensors without data.
-Each call of calls.py is compared with itself. That it is right at all is what the other files are about. Functions that
+Arguments: batches, layouts in memory, half precision, numbers and NaN. State: autocast, another default device, tensors
+without data. Each call of calls.py is compared with itself; the other test files check the results. Functions that
 promise never to wait for the device run on meta tensors, which have no values to read.
 """
 
@@ -23,7 +23,7 @@ from oracles import tolerance
 
 
 def rounding(name, dtype=torch.float64):
-    """Return what rounding explains of the results of a call; a damped solve divides by 0.1."""
+    """Return the difference that rounding may make in the results of a call; a damped solve divides by 0.1."""
     return tolerance(N, torch.float32 if "half" in name else dtype, 10)
 
 
@@ -31,23 +31,23 @@ DATA = ("columns", "small_columns", "block", "square")
 
 
 def used_by(name):
-    """Return the fields of its arguments that a call takes."""
+    """Return the fields of `Given` that a call uses."""
     code = ALL[name].__code__
-    inner = [constant for constant in code.co_consts if hasattr(constant, "co_names")]
-    return {field for each in (code, *inner) for field in each.co_names if field in Given._fields}
+    nested = [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+    return {name for block in (code, *nested) for name in block.co_names if name in Given._fields}
 
 
 def with_data(x, change):
-    """Return the arguments with other new columns and matrices."""
+    """Return the arguments with changed data: new columns and matrices."""
     return x._replace(**{field: change(getattr(x, field)) for field in DATA})
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_a_batch_and_vmap_are_the_calls_one_by_one(name):
+def test_a_batch_and_vmap_equal_single_calls(name):
     x, call = given(torch.float64, (4,)), ALL[name]
-    each = x._replace(one_eigh=tree_map(lambda part: part.expand(4, *part.shape), x.one_eigh))
-    expected = [in_full(call(tree_map(lambda part, index=index: part[index], each))) for index in range(4)]
-    results = [in_full(torch.vmap(call, (tree_map(lambda part: 0, each),), randomness="different")(each))]
+    mapped = x._replace(one_eigh=tree_map(lambda part: part.expand(4, *part.shape), x.one_eigh))
+    expected = [in_full(call(tree_map(lambda part, index=index: part[index], mapped))) for index in range(4)]
+    results = [in_full(torch.vmap(call, (tree_map(lambda part: 0, mapped),), randomness="different")(mapped))]
     if not name.startswith(("grouped", "zeros", "randomized_svd, of a value")):
         batch = tree_map(lambda part: part.unflatten(0, (2, 2)), x._replace(one_eigh=x.number))
         results.append([part.flatten(0, 1) for part in in_full(call(batch._replace(one_eigh=x.one_eigh)))])
@@ -57,7 +57,7 @@ def test_a_batch_and_vmap_are_the_calls_one_by_one(name):
         assert_agree(result, [torch.stack(parts) for parts in zip(*expected, strict=True)], rounding(name))
 
 
-def test_what_overwrites_names_batch_dimensions_under_vmap():
+def test_functions_that_overwrite_suggest_batch_dimensions_under_vmap():
     x = given(batch_shape=(3,))
     with pytest.raises(TypeError, match=r"^root_update_: root.root .*vmap .*: leading dimensions are batch"):
         torch.vmap(brandla.root_update_)(x.root, x.columns)
@@ -72,7 +72,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != NOT_COMPARABLE])
 def test_layout_of_the_arguments_does_not_matter(name):
-    """In every layout, of a vector as every other entry, and of columns that are one column."""
+    """Matrices take every layout, vectors are every other entry of a larger one, and columns repeat one column."""
     x = given(torch.float64)
     views = [
         tree_map(lambda part, lay=lay: lay(part) if part.ndim > 1 else torch.stack([part, part], -1)[..., 0], x)
@@ -85,19 +85,19 @@ def test_layout_of_the_arguments_does_not_matter(name):
         assert_agree(result, ALL[name](plain), rounding(name))
 
 
-# The largest eigenvalue of a LowRankEigh is a view of all.
+# The largest eigenvalue of a LowRankEigh is a view of its eigenvalues.
 @pytest.mark.parametrize("name", [name for name in NEW if name != "traces"])
 def test_inputs_are_neither_changed_nor_shared(name):
     x = given(torch.float64)
     with unchanged(x):
         result = ALL[name](x)
-    own, others = (
+    inputs, outputs = (
         {part.untyped_storage().data_ptr() for part in tensors_in(tree) if part.numel()} for tree in (x, result)
     )
-    assert own.isdisjoint(others)
+    assert inputs.isdisjoint(outputs)
 
 
-# Where new columns go to alone what takes half precision.
+# Calls that give new columns only to arguments that take half precision.
 HALF = [name for name in NEW if not {"diagonal", "products", "gram", "kernels", "merge"} & {*name.split(", ")}]
 
 
@@ -116,7 +116,7 @@ def test_numbers_and_tensors_mean_the_same(name, dtype):
         assert_agree(ALL[name](given(dtype)._replace(number=number)), expected, rounding(name, dtype))
 
 
-# Where values coincide a cut has no derivative, rounding has none, and the last gives no numbers.
+# A cut between equal values has no derivative, nor has rounding, and is_finite returns no numbers.
 NOT_SMOOTH = {"root_update, k above n - r", "root_update, half", "is_finite"}
 SMOOTH = [name for name in (*WITHOUT_WAITING, *WAITING, "kron_damped_power, tails") if name in NEW]
 
@@ -126,23 +126,23 @@ def test_every_function_is_differentiable_in_every_tensor(name):
     assert_differentiable(ALL[name], given(torch.float64, (2,), 12))
 
 
-# What calls do not look at: of a factor, a part.
+# The parts of factors that calls do not read.
 UNSEEN = {
     *(("svd_append", "svd", 2), ("to_eigh", "root", 1), ("damped_logdet", "root", 0), ("damped_logdet", "eigh", 1)),
     *(("kron_damped_logdet", "eigh", 1), ("kron_damped_logdet", "small", 1), ("damped_solve, diagonal", "root", 1)),
 }
 FACTORS_AND_DATA = ("eigh_", "root_", "svd_", "orthonormalize", "randomized_", "damped_", "kron_", "centred", "to_eigh")
-# What has several results, or takes little of its arguments.
+# Calls with several results, or that use little of their arguments.
 LEFT_OUT = ("one for all", "one diagonal", "held", "exponents", "pair", "right", "half", "begun", "tails", "of a value")
 SPOILT = [name for name in ALL if name.startswith(FACTORS_AND_DATA) and not any(words in name for words in LEFT_OUT)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("name", SPOILT)
-def test_what_is_not_finite_spoils_all_of_its_own_problem_and_no_other(name, bad):
+def test_non_finite_data_spoils_its_whole_problem_and_no_other(name, bad):
     clean, fields = in_full(ALL[name](given(torch.float64, (3,)))), used_by(name)
     if name.startswith(("damped", "kron")):
-        # Solved for a column that is not finite, only that column is not; and what is divided by infinity is 0.
+        # A non-finite column of the right side spoils only its own solution, and division by infinity gives 0.
         fields, bad = fields - {*DATA, "number"}, math.nan
     if "no columns" in name:
         fields -= {*DATA}
@@ -157,9 +157,9 @@ def test_what_is_not_finite_spoils_all_of_its_own_problem_and_no_other(name, bad
             assert_agree([part[::2] for part in result], [part[::2] for part in clean], rounding(name))
 
 
-# --- What torch does around a call
+# --- The state of torch around a call
 
-# Multiplies the result of a call itself.
+# orthonormalize ends with a product by `@`, which autocast would round.
 CALLS = ALL | {"orthonormalize, dependent": lambda x: brandla.orthonormalize(doubled(x.columns))}
 AROUND = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "on meta": lambda: torch.device("meta")}
 
@@ -175,7 +175,7 @@ def test_autocast_and_another_default_device_change_no_bit(name):
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_a_step_of_kfac_is_the_same_inside(around):
+def test_a_step_of_kfac_is_the_same_around(around):
     gradients = []
     for context in (nullcontext, AROUND[around]):
         torch.manual_seed(0)
@@ -190,7 +190,7 @@ def test_a_step_of_kfac_is_the_same_inside(around):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_tensors_without_data_give_the_shapes_of_the_result(name):
+def test_tensors_without_data_give_results_of_the_same_shapes(name):
     results = [CALLS[name](given()), CALLS[name](given().moved("meta"))]
     if name in ("root_update, eigh", "svd_append", "damped_solve, root, tail", "to_eigh"):
         with FakeTensorMode():

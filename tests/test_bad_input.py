@@ -1,4 +1,4 @@
-"""Every wrong input is refused before anything is computed, with the function, the rule, the values and the remedy."""
+"""Every wrong input raises, before anything is computed, an error with the function, rule, values and remedy."""
 
 import math
 from fnmatch import fnmatchcase
@@ -35,7 +35,7 @@ UPRIGHT, NARROW = brandla.LowRankEigh(COLUMNS.new_ones(N), EIGH.eigenvectors.mT)
 
 
 class OperatorOfWrongShape(Operator):
-    """A linear operator whose products have a row too many, as those of its transpose."""
+    """A linear operator whose products, as the products of its transpose, have a row too many."""
 
     mT = property(lambda self: self)  # noqa: N815
 
@@ -48,11 +48,11 @@ WRONG_PRODUCTS, NO_TRANSPOSE = OperatorOfWrongShape(MATRIX), Operator(BLOCK)
 
 
 def case(function, name, error, words, *arguments, **options):
-    """Return a call, its error, and what the message must hold, the values seen among it, with ` … ` between."""
+    """Return a call, its error, and the words and values that the message must hold, separated by ` … `."""
     return pytest.param(function, arguments, options, error, words, id=f"{function}: {name}")
 
 
-# A good call of each function. Those of KRON's factors are of orders 12 and 9.
+# A good call of each function. The factors of KRON have orders 12 and 9.
 KRON = {"left": EIGH, "right": SMALL, "matrix": BLOCK}
 GOOD = {
     **{f"eigh_{name}": {"eigh": EIGH, "columns": COLUMNS} for name in ("update", "update_", "downdate")},
@@ -70,36 +70,36 @@ GOOD = {
     "randomized_svd": {"matrix": MATRIX, "rank": 2},
     "orthonormalize": {"panel": COLUMNS},
 }
-# Every argument of each, with a dot between.
+# Every "function.argument".
 PLACES = [
     f"{function}.{argument}" for function in GOOD for argument in signature(getattr(brandla, function)).parameters
 ]
 
-# What is wrong, the error, what the message must hold, and the argument.
-NO_DATA = [
+# The fault, the error, the words of the message, and the bad argument.
+BAD_DTYPES = [
     ("integers", TypeError, "int64 … .float()", INTEGERS),
     ("complex", TypeError, "complex64; take its .real and .imag", COMPLEX),
     ("booleans", TypeError, "bool", INTEGERS.bool()),
 ]
-NOT_BESIDE_IT = [
+MISMATCHES = [
     ("float32", TypeError, "float64 … float32", COLUMNS.float()),
     ("half", TypeError, "float64 … bfloat16", COLUMNS.bfloat16()),
     ("elsewhere", ValueError, "device … cpu … meta", ELSEWHERE),
     ("rows", ValueError, "12 … (5, 3)", SHORT),
 ]
-NO_TENSOR = [
+NOT_TENSORS = [
     ("a list", TypeError, "Tensor … list", [[1.0]]),
     ("of numpy", TypeError, "Tensor … ndarray … torch.from_numpy", COLUMNS.numpy()),
 ]
-NO_COLUMNS = [
+BAD_SHAPES = [
     ("samples as rows", ValueError, "n = 12 … (3, 12) … pass columns.mT if samples are rows", COLUMNS.mT),
     ("a vector", ValueError, "(12,) … pass columns[:, None] for one column", COLUMNS[:, 0]),
     ("batch shape", ValueError, "batch … (2,) … expand", TWO_BATCHES),
 ]
 SPARSE_BATCH = ("a batch", ValueError, "sparse … (n, k); got (2, 12, 3); pass a list", TWO_BATCHES.to_sparse())
-NO_INT = [("float", TypeError, "int … float", 1.5), ("bool", TypeError, "int … bool", True)]
+NOT_INTS = [("float", TypeError, "int … float", 1.5), ("bool", TypeError, "int … bool", True)]
 NEGATIVE = ("negative", ValueError, "got -1", -1)
-NO_NUMBER = [
+BAD_NUMBERS = [
     ("negative", ValueError, "0 … -0.5", -0.5),
     ("NaN", ValueError, "nan", math.nan),
     ("infinite", ValueError, "inf", math.inf),
@@ -109,16 +109,16 @@ NO_NUMBER = [
     ("elsewhere", ValueError, "meta", torch.ones((), device="meta")),
 ]
 TEXT = ("text", TypeError, "str", "0.1")
-NO_TAIL = [
+BAD_TAILS = [
     ("unknown", ValueError, "'smallest' … 'mean' … 'largest'", "largest"),
     ("untracked", ValueError, "'mean' … Tracked … brandla.track", "mean"),
 ]
-NO_FACTOR = [
+NOT_FACTORS = [
     ("a dense matrix", TypeError, "Tensor", MATRIX),
     ("a plain tuple", TypeError, "tuple", tuple(EIGH)),
     ("nothing", TypeError, "NoneType", None),
 ]
-NO_DIAGONAL = [
+BAD_DIAGONALS = [
     ("length", ValueError, "(12,) … (3,)", THREE),
     ("a matrix", ValueError, "(12,) … (12, 12)", MATRIX),
     ("a number", TypeError, "Tensor … float", 0.1),
@@ -127,12 +127,12 @@ NO_DIAGONAL = [
 ]
 
 
-def parts(factor):
-    """Return factors of which one part does not fit, and tracked ones of which one number does not."""
+def broken(factor):
+    """Return factors with one bad part, and tracked factors with one bad number."""
     name, tracked = "gram" if isinstance(factor, brandla.LowRankRoot) else "eigenvalues", brandla.track(factor)
     part = getattr(factor, name)
     return [
-        ("half", TypeError, "float32 or float64 … bfloat16", type(factor)(*(each.bfloat16() for each in factor))),
+        ("half", TypeError, "float32 or float64 … bfloat16", type(factor)(*(entry.bfloat16() for entry in factor))),
         ("two dtypes", TypeError, f"{name} … float64 … float32", factor._replace(**{name: part.float()})),
         ("two devices", ValueError, f"{name} … device … meta", factor._replace(**{name: part.to("meta")})),
         ("two ranks", ValueError, f"{name} … 4 … 3", factor._replace(**{name: part[..., :3]})),
@@ -149,32 +149,32 @@ def parts(factor):
     ]
 
 
-# Places, as patterns, and what is refused there; each message names the argument.
+# Patterns of places, and the bad arguments there. Each message names the argument.
 REFUSED = [
-    ("*.columns *.rhs svd_update.left", [*NO_DATA, *NOT_BESIDE_IT, *NO_TENSOR]),
-    ("*.columns", NO_COLUMNS),
+    ("*.columns *.rhs svd_update.left", [*BAD_DTYPES, *MISMATCHES, *NOT_TENSORS]),
+    ("*.columns", BAD_SHAPES),
     ("eigh_update.columns root_update.columns", [SPARSE_BATCH]),
-    ("orthonormalize.panel", [*NO_DATA, *NO_TENSOR, ("a vector", ValueError, "(..., n, k) … (12,)", COLUMNS[:, 0])]),
-    ("orthonormalize.panel", [("an eigh", TypeError, "Tensor … LowRankEigh", EIGH)]),
-    ("eigh_refresh.matrix", [*NO_DATA, *NOT_BESIDE_IT, ("a vector", ValueError, "(12,)", COLUMNS[:, 0])]),
-    ("eigh_refresh.iterations", [*NO_INT, ("none", ValueError, "at least 1 … 0", 0)]),
-    ("*.eigh *.root *.lowrank kron*.left kron*.right *.svd", NO_FACTOR),
+    ("orthonormalize.panel", [*BAD_DTYPES, *NOT_TENSORS, ("an eigh", TypeError, "Tensor … LowRankEigh", EIGH)]),
+    ("orthonormalize.panel", [("a vector", ValueError, "(..., n, k) … (12,)", COLUMNS[:, 0])]),
+    ("eigh_refresh.matrix", [*BAD_DTYPES, *MISMATCHES, ("a vector", ValueError, "(12,)", COLUMNS[:, 0])]),
+    ("eigh_refresh.iterations", [*NOT_INTS, ("none", ValueError, "at least 1 … 0", 0)]),
+    ("*.eigh *.root *.lowrank kron*.left kron*.right *.svd", NOT_FACTORS),
     ("*.eigh *.root *.lowrank kron*.left kron*.right", [("an SVD", TypeError, "LowRankSVD", SVD)]),
-    ("eigh_update.eigh", [*parts(EIGH), ("a root", TypeError, "LowRankRoot … convert", ROOT)]),
+    ("eigh_update.eigh", [*broken(EIGH), ("a root", TypeError, "LowRankRoot … convert", ROOT)]),
     ("eigh_update.eigh", [("a wide basis", ValueError, "eigenvectors … r = 12 > n = 4", UPRIGHT)]),
-    ("root_update.root", [*parts(ROOT), ("an eigh", TypeError, "LowRankEigh … convert", EIGH)]),
+    ("root_update.root", [*broken(ROOT), ("an eigh", TypeError, "LowRankEigh … convert", EIGH)]),
     ("root_update.root", [("a vector", ValueError, "root.root … (12,)", ROOT._replace(root=COLUMNS[:, 0]))]),
     ("root_update_.root", [("interleaved", ValueError, "root.root … share memory", INTERLEAVED)]),
     ("root_update*.compress", [(str(no), ValueError, f"'eigh' … {no!r}", no) for no in ("qr", None)]),
     ("*.tol", [(str(tol), ValueError, f"[0, 1) … {tol}", tol) for tol in (1.0, -0.1, math.nan)]),
     ("eigh_downdate.eigh", [("tracked", TypeError, "LowRankEigh … Tracked", brandla.track(EIGH))]),
-    ("*_update.rank svd_append.rank", [*NO_INT, NEGATIVE, ("much", ValueError, "r = 4, k = 3 … got 8", 8)]),
+    ("*_update.rank svd_append.rank", [*NOT_INTS, NEGATIVE, ("much", ValueError, "r = 4, k = 3 … got 8", 8)]),
     ("eigh_update.rank", [("a rule", ValueError, "7 … got 8", brandla.Rank(max=8, tol=0.1))]),
-    ("*.decay *.weight", [*NO_NUMBER, TEXT]),
-    ("*damping", [*NO_NUMBER, TEXT, ("zero", ValueError, "> 0 … got 0", 0)]),
-    ("*tail", [*NO_NUMBER, *NO_TAIL]),
+    ("*.decay *.weight", [*BAD_NUMBERS, TEXT]),
+    ("*damping", [*BAD_NUMBERS, TEXT, ("zero", ValueError, "> 0 … got 0", 0)]),
+    ("*tail", [*BAD_NUMBERS, *BAD_TAILS]),
     ("damped_power.exponent kron_damped_power.exponent", [TEXT, ("infinite", ValueError, "inf", math.inf)]),
-    ("damped_solve.diagonal damped_logdet.diagonal", NO_DIAGONAL),
+    ("damped_solve.diagonal damped_logdet.diagonal", BAD_DIAGONALS),
     ("damped_power.diagonal", [("any", ValueError, "None … damped_solve", MATRIX[0])]),
     ("damped_solve.rhs", [("a scalar", ValueError, "n = 12", ZERO)]),
     ("damped_solve.lowrank", [("half", TypeError, "float32 or float64 … bfloat16", HALF_EIGH)]),
@@ -183,10 +183,10 @@ REFUSED = [
     ("*.svd", [("an eigh", TypeError, "LowRankEigh; convert it with LowRankSVD(U, d, U.mT)", EIGH)]),
     ("*.svd", [("a tuple", TypeError, "LowRankSVD(U, S, Vh); torch.svd_lowrank … V", RANDOMIZED)]),
     ("*.svd", [("V for Vh", ValueError, "Vh … (4, 4) … V … .mT … (9, 4)", brandla.LowRankSVD(*RANDOMIZED))]),
-    ("randomized*.matrix", [*NO_DATA, ("a list", TypeError, "list … shape, dtype, device", [[1.0]])]),
+    ("randomized*.matrix", [*BAD_DTYPES, ("a list", TypeError, "list … shape, dtype, device", [[1.0]])]),
     ("randomized*.matrix", [("a vector", ValueError, "(12,)", MATRIX[0])]),
-    ("randomized*.rank", [*NO_INT, ("0", ValueError, "got 0", 0), ("much", ValueError, "at most 12 … got 13", 13)]),
-    ("*.oversample *.power_iterations", [*NO_INT, NEGATIVE]),
+    ("randomized*.rank", [*NOT_INTS, ("0", ValueError, "got 0", 0), ("much", ValueError, "at most 12 … got 13", 13)]),
+    ("*.oversample *.power_iterations", [*NOT_INTS, NEGATIVE]),
     ("*.start", [("a list", TypeError, "Tensor … list", [1.0]), ("rows", ValueError, "(12, s) … (9, 3)", RIGHT)]),
     ("*.start", [("wide", ValueError, "r = 13 > n = 12", make_columns(N, N + 1))]),
     ("randomized_eigh.matrix", [("a rectangle", ValueError, "square … (12, 3) … randomized_svd", COLUMNS)]),
@@ -202,7 +202,7 @@ REFUSED = [
 
 
 def places(patterns):
-    """Return the functions and arguments that any of some patterns fits."""
+    """Return the pairs of function and argument that match any of these patterns."""
     fitting = [place for place in PLACES if any(fnmatchcase(place, pattern) for pattern in patterns.split())]
     assert fitting, patterns
     return [tuple(place.split(".")) for place in fitting]
@@ -256,7 +256,7 @@ WITH_CASES = ("function", "arguments", "options", "error", "words")
 
 
 def assert_refused(function, arguments, options, error, words):
-    """Check that a call raises just this error, and what the message says."""
+    """Check that a call raises exactly this error, with these words in the message."""
     with pytest.raises(error) as caught:
         attrgetter(function)(brandla)(*arguments, **options)
     message = str(caught.value)
@@ -266,7 +266,7 @@ def assert_refused(function, arguments, options, error, words):
 
 
 @pytest.mark.parametrize(WITH_CASES, CASES)
-def test_wrong_input_is_refused_in_words(function, arguments, options, error, words):
+def test_wrong_input_raises_an_error_that_explains_it(function, arguments, options, error, words):
     parts = (part for part in tree_leaves((arguments, options)) if isinstance(part, torch.Tensor))
     with unchanged([part for part in parts if not (part.is_meta or part.is_sparse)]):
         assert_refused(function, arguments, options, error, words)
@@ -280,7 +280,7 @@ def test_numpy_integers_and_exponents_are_numbers():
     assert torch.equal(power, brandla.damped_power(EIGH, RHS, 0.5, -0.5))
 
 
-# --- Values: looked at in checked mode alone
+# --- Values, which only checked mode reads
 
 
 def spoiled(value, bad=math.nan):
@@ -297,10 +297,10 @@ def value_case(function, name, words, *arguments, **options):
     return case(function, name, ValueError, words, *arguments, **options)
 
 
-NEW = [function for function in GOOD if not function.endswith("_")]
+WITHOUT_IN_PLACE = [function for function in GOOD if not function.endswith("_")]
 LONG_EIGH, RISING = EIGH._replace(eigenvectors=2 * EIGH.eigenvectors), EIGH.eigenvalues.flip(-1)
 NEGATIVE_EIGH, SECOND_GRAM = EIGH._replace(eigenvalues=-RISING), ROOT._replace(gram=2 * ROOT.gram)
-bad_bound, bad_trace = brandla.Tracked(EIGH, ZERO * math.nan, ZERO), brandla.Tracked(ROOT, ZERO, ZERO * math.nan)
+BAD_BOUND, BAD_TRACE = brandla.Tracked(EIGH, ZERO * math.nan, ZERO), brandla.Tracked(ROOT, ZERO, ZERO * math.nan)
 INDEFINITE, LARGE_INDEFINITE = (torch.diag(torch.linspace(-1, 1, n).double()) for n in (N, 200))
 VALUE_CASES = [
     *(
@@ -310,7 +310,7 @@ VALUE_CASES = [
         for function, good in GOOD.items()
         for argument, value in good.items()
         for bad in (math.nan, -math.inf)
-        if function in NEW and not isinstance(value, (int, float))
+        if function in WITHOUT_IN_PLACE and not isinstance(value, (int, float))
     ),
     *(
         value_case(function, f"{argument} {bad}", f"{argument} … {words}", **GOOD[function] | {argument: ZERO + bad})
@@ -320,10 +320,10 @@ VALUE_CASES = [
             ("*.decay *.weight *tail *damping", math.nan, "finite"),
         )
         for function, argument in places(patterns)
-        if function in NEW
+        if function in WITHOUT_IN_PLACE
     ),
-    value_case("eigh_update", "bound", "error_bound … finite", bad_bound, COLUMNS),
-    value_case("root_update", "trace", "trace … finite", bad_trace, COLUMNS, compress="cholesky"),
+    value_case("eigh_update", "bound", "error_bound … finite", BAD_BOUND, COLUMNS),
+    value_case("root_update", "trace", "trace … finite", BAD_TRACE, COLUMNS, compress="cholesky"),
     value_case("root_update", "F", "root.root … finite", ROOT._replace(root=spoiled(ROOT.root)), COLUMNS),
     value_case("kron_damped_solve", "Q", "Q … finite", EIGH, SMALL, (COLUMNS, spoiled(RIGHT)), 0.1, 0.1),
     value_case("kron_damped_logdet", "values", "values … finite", EIGH, SMALL, 0.1, values=spoiled(MATRIX[:4, :4])),
@@ -341,14 +341,14 @@ VALUE_CASES = [
 
 
 @pytest.mark.parametrize(WITH_CASES, VALUE_CASES)
-def test_checked_mode_refuses_bad_values_and_the_default_lets_them_pass(function, arguments, options, error, words):
+def test_checked_mode_refuses_bad_values_and_the_default_does_not(function, arguments, options, error, words):
     with unchanged(arguments, options), brandla.checked():
         assert_refused(function, arguments, options, error, words)
     getattr(brandla, function)(*arguments, **options)
 
 
-@pytest.mark.parametrize("function", NEW)
-def test_checked_mode_lets_good_values_pass_and_changes_none(function):
+@pytest.mark.parametrize("function", WITHOUT_IN_PLACE)
+def test_checked_mode_changes_no_result_of_good_values(function):
     call = partial(getattr(brandla, function), **GOOD[function])
     numbers = {name: ZERO + 0.9 for name in signature(call).parameters if name in ("decay", "weight", "damping")}
     results = []
@@ -379,7 +379,7 @@ def test_unknown_backend_is_refused():
         pass
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens on a machine with no GPU")
-def test_triton_backend_that_cannot_run_says_why():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_triton_backend_that_cannot_run_explains_why():
     with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run: .*use 'torch'"), brandla.backend("triton"):
         pass

@@ -1,4 +1,4 @@
-"""eigh_update where LAPACK fails; eigh_downdate."""
+"""eigh_update when LAPACK fails, and eigh_downdate."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from builders import assert_equals, assert_factor, dense, make_columns, make_eig
 
 
 def fail(monkeypatch, failure, *dtypes):
-    """Have torch.linalg.eigh fail as it does on some finite float32 cores, by an exception or by NaN; return where."""
+    """Make torch.linalg.eigh fail as on some finite float32 cores, by an exception or NaN; return those matrices."""
     genuine, failures = torch.linalg.eigh, []
 
     def eigh(matrix, *arguments, **options):
@@ -29,7 +29,7 @@ def fail(monkeypatch, failure, *dtypes):
 @pytest.mark.parametrize("batch_shape", [(), (2,)], ids=str)
 @pytest.mark.parametrize("k", [8, 45], ids=["usual", "k above n - r"])
 def test_a_failed_float32_eigendecomposition_is_repeated_in_float64(monkeypatch, failure, batch_shape, k):
-    # On a CPU eigh_update takes float64 at once.
+    # root_update decomposes in float32, while on a CPU eigh_update takes float64 at once.
     old = make_root(50, 12, dtype=torch.float32, batch_shape=batch_shape)
     columns = make_columns(50, k, dtype=torch.float32, batch_shape=batch_shape)
     expected = dense(brandla.root_update(old, columns))
@@ -37,8 +37,8 @@ def test_a_failed_float32_eigendecomposition_is_repeated_in_float64(monkeypatch,
     new = brandla.root_update(old, columns)
     assert failures
     assert new.root.dtype == torch.float32
-    for one, wanted in zip(dense(new).reshape(-1, 50, 50), expected.reshape(-1, 50, 50), strict=True):
-        assert oracles.difference_ratio(one, wanted, torch.float32) <= 2 * oracles.THRESHOLD
+    for actual, wanted in zip(dense(new).reshape(-1, 50, 50), expected.reshape(-1, 50, 50), strict=True):
+        assert oracles.difference_ratio(actual, wanted, torch.float32) <= 2 * oracles.THRESHOLD
 
 
 def test_an_eigendecomposition_that_fails_in_float64_too_is_reported(monkeypatch):
@@ -64,31 +64,31 @@ def test_non_finite_data_does_not_reach_the_eigendecomposition(monkeypatch):
 # --- Downdates
 
 
-def test_downdate_takes_back_what_an_update_added(dtype):
+def test_downdate_reverses_an_update(dtype):
     n, r, k, weight = 50, 12, 8, 0.7
     old, columns = make_eigh(n, r, "slow", dtype=dtype), make_columns(n, k, dtype=dtype)
-    there = brandla.eigh_update(old, columns, weight=weight, rank=r + k)
-    back = brandla.eigh_downdate(there, columns, weight=weight)
+    updated = brandla.eigh_update(old, columns, weight=weight, rank=r + k)
+    back = brandla.eigh_downdate(updated, columns, weight=weight)
     assert (back.eigenvalues[r:] == 0).all()
-    assert_equals(back, dense(old), oracles.spectral_norm(dense(there)))
+    assert_equals(back, dense(old), oracles.spectral_norm(dense(updated)))
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_downdate_is_the_nearest_to_the_truth_that_the_span_allows(scale, dtype):
+def test_downdate_is_the_nearest_matrix_in_the_span(scale, dtype):
     n, r, k = 40, 10, 6
     held, columns = make_eigh(n, r, dtype=dtype), make_columns(n, k, scale=scale / n**0.5, dtype=dtype)
-    found = brandla.eigh_downdate(held, columns)
+    downdated = brandla.eigh_downdate(held, columns)
     span = held.eigenvectors.double() @ held.eigenvectors.double().mT
     compressed = span @ (dense(held) - columns.double() @ columns.double().mT) @ span
     norm = oracles.spectral_norm(dense(held)) + oracles.spectral_norm(columns) ** 2
-    assert_equals(found, oracles.eigh(oracles.symmetrised(compressed)).truncation(n), norm)
+    assert_equals(downdated, oracles.eigh(oracles.symmetrised(compressed)).truncation(n), norm)
     # For any truth M ⪰ M̂ that holds A Aᵀ, the error in the span does not grow.
     truth = dense(held) + columns.double() @ columns.double().mT
-    before, after = (span @ error @ span for error in (truth - dense(held), dense(held) - dense(found)))
+    before, after = (span @ error @ span for error in (truth - dense(held), dense(held) - dense(downdated)))
     assert torch.linalg.matrix_norm(after) <= torch.linalg.matrix_norm(before) + oracles.tolerance(n, dtype, norm)
 
 
-def test_nothing_is_taken_for_columns_outside_the_span(dtype):
+def test_downdate_ignores_columns_outside_the_span(dtype):
     basis = oracles.orthonormal(40, 16, seed=2).to(dtype)
     held = brandla.LowRankEigh(torch.linspace(2, 1, 10, dtype=dtype), basis[:, :10])
     assert_equals(brandla.eigh_downdate(held, 100 * basis[:, 10:]), dense(held), 100)
@@ -107,6 +107,6 @@ def test_a_sliding_window_follows_its_own_decomposition(stream, rank, most, dtyp
         exact = oracles.eigh(inside @ inside.mT)
         largest = max(largest, float(exact.eigenvalues[0]))
         error = oracles.spectral_norm(dense(window) - exact.truncation(rank)) / largest
-        # A rank of (width + 1) k holds all; each step rounds twice.
+        # A rank of (width + 1) k holds the whole window, and each step rounds twice.
         assert error <= most + 2 * len(batches) * oracles.rounding(n, dtype, 1.0)
     assert_factor(window, n, rank)

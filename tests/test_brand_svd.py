@@ -21,7 +21,7 @@ def test_columns_inside_the_spans_add_no_direction(side, dtype):
     assert_equals(brandla.svd_update(old, left, right, rank=14), SVD_UPDATE.whole(old, left, right))
 
 
-# Of vectors of some 20 entries, nearly all of the range of the dtype.
+# Nearly the whole range of the dtype for lengths of vectors of some 20 entries.
 SCALES = {torch.float32: (1e-30, 1e-18, 1e-9, 1e9, 1e18, 1e36), torch.float64: (1e-300, 1e-145, 1e-100, 1e100, 1e300)}
 
 
@@ -45,12 +45,12 @@ LENGTHS = {
 @pytest.mark.parametrize("short", ["one", "all"])
 def test_columns_too_short_to_be_scaled_count_as_zero_at_worst(short, dtype):
     m, n, k = 40, 31, 5
-    # In float32 a column up to tiny / ε, here on either side of the product, and below the normal numbers any column.
+    # A column vanishes up to tiny / ε on either side of svd_update in float32, and else below the normal numbers.
     finfo = torch.finfo(dtype)
     vanishes = finfo.tiny / finfo.eps if dtype == torch.float32 else finfo.tiny
     right = make_columns(n, k, dtype=dtype, seed=2)
     old = SVD_UPDATE.make(m, n, 4, dtype=dtype) if short == "one" else brandla.LowRankSVD.zeros(m, n, 4, dtype=dtype)
-    turned = brandla.LowRankSVD(old.Vh.mT, old.S, old.U.mT)
+    transposed = brandla.LowRankSVD(old.Vh.mT, old.S, old.U.mT)
     for length in LENGTHS[dtype]:
         columns = oracles.gaussian(m, k, seed=1)
         columns[:, 2 if short == "one" else slice(None)] *= length
@@ -58,7 +58,7 @@ def test_columns_too_short_to_be_scaled_count_as_zero_at_worst(short, dtype):
         for update, given, lost in (
             (SVD_APPEND, (old, columns, right), finfo.tiny),
             (SVD_UPDATE, (old, columns, right), vanishes),
-            (SVD_UPDATE, (turned, right, columns), vanishes),
+            (SVD_UPDATE, (transposed, right, columns), vanishes),
         ):
             new, matrix = update(*given, rank=9), update.whole(*given)
             assert_factor(new, len(matrix), 9)
@@ -82,7 +82,7 @@ def test_nearly_dependent_columns_of_any_length_lose_nothing(family, spread, dty
         old = SVD_UPDATE.make(m, n, r, "slow", dtype=dtype)
         assert_equals(brandla.svd_append(old, left, rank=r + k), SVD_APPEND.whole(old, left, right))
         for partners in (right.to(dtype), (right / scales).to(dtype)):
-            # Each column is right to its own length, and so each product of a column with its partner.
+            # The error of a column is relative to its own length, and of a product to the lengths of both columns.
             lengths = (torch.linalg.vector_norm(side.double(), dim=0) for side in (left, partners))
             scale = float(old.S.sum() + math.prod(lengths).sum())
             new = brandla.svd_update(old, left, partners, rank=r + k)

@@ -9,7 +9,7 @@ from oracles import THRESHOLD
 
 
 def shifted_columns(m, k, offset):
-    """Return float32 columns of deviations about 1 to 3, far from zero."""
+    """Return float32 columns with standard deviations from 1 to 3 about ``offset``."""
     scales = torch.linspace(1, 3, m, dtype=torch.float64)[:, None]
     return (oracles.gaussian(m, k, seed=5) * scales + offset).float()
 
@@ -17,13 +17,13 @@ def shifted_columns(m, k, offset):
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("k", [1, 4, 50, 200])
-def test_centred_stream_equals_the_svd_of_centred_columns_however_far_from_zero(k, decay, offset, dtype):
+def test_centred_stream_equals_the_svd_of_centred_columns_at_any_offset(k, decay, offset, dtype):
     m, count = 12, 200 // k
     columns = shifted_columns(m, 200, offset).to(dtype)
     value = brandla.centre(brandla.LowRankSVD.zeros(m, 0, 0, dtype=dtype))
     for batch in columns.split(k, dim=1):
         value = brandla.svd_append(value, batch, decay=decay, rank=min(m, value.svd.rank + k))
-    # A column that is scaled by ρ counts ρ² in every mean and every product.
+    # A column scaled by ρ has the weight ρ² in every mean and every product.
     weights = torch.cat([torch.full((k,), decay ** (2 * age)).double() for age in reversed(range(count))])
     columns = columns.double()
     mean = (columns * weights).sum(dim=1) / weights.sum()
@@ -34,8 +34,8 @@ def test_centred_stream_equals_the_svd_of_centred_columns_however_far_from_zero(
     torch.testing.assert_close(value.mean, mean, rtol=1e-13, atol=1e-13)
     assert oracles.orthonormality_ratio(value.svd.U, value.svd.S) <= THRESHOLD
     # The mean is rounded in float64 too.
-    size, beside = (oracles.spectral_norm(part) for part in (residual, columns))
-    scale = size * (size + oracles.epsilon(torch.float64) / oracles.epsilon(dtype) * beside)
+    size, uncentred = (oracles.spectral_norm(part) for part in (residual, columns))
+    scale = size * (size + oracles.epsilon(torch.float64) / oracles.epsilon(dtype) * uncentred)
     assert oracles.difference_ratio(gram, residual @ residual.mT, dtype, scale) <= THRESHOLD
 
 
@@ -53,14 +53,14 @@ def test_truncated_stream_keeps_the_leading_axes(dtype):
     assert oracles.spectral_norm(ours @ ours.mT - axes @ axes.mT) < 1e-3
     variances = reference.eigenvalues[:4]
     for correction in (0, 1):
-        found = value.explained_variance(correction=correction)[:4].double()
-        torch.testing.assert_close(found, variances / (160 - correction), rtol=1e-3, atol=0)
+        explained = value.explained_variance(correction=correction)[:4].double()
+        torch.testing.assert_close(explained, variances / (160 - correction), rtol=1e-3, atol=0)
     ratio = value.explained_variance_ratio()[:4].double()
     torch.testing.assert_close(ratio, variances / residual.square().sum(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_coordinates_along_the_axes_and_back(offset, dtype):
+def test_transform_and_its_inverse(offset, dtype):
     columns = shifted_columns(12, 40, offset).to(dtype)
     value = brandla.svd_append(brandla.centre(brandla.LowRankSVD.zeros(12, 0, 12, dtype=dtype)), columns)
     coordinates = value.transform(columns)
@@ -75,7 +75,7 @@ def test_coordinates_along_the_axes_and_back(offset, dtype):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_merged_streams_are_the_stream_of_both(offset, dtype):
+def test_merged_streams_equal_one_stream_of_both(offset, dtype):
     m, start = 12, brandla.centre(brandla.LowRankSVD.zeros(12, 0, 0, dtype=dtype))
     first, second = shifted_columns(m, 60, offset).to(dtype).split([20, 40], dim=-1)
     parts = [brandla.svd_append(start, part, rank=m) for part in (first, 3 + second)]
@@ -87,7 +87,7 @@ def test_merged_streams_are_the_stream_of_both(offset, dtype):
     torch.testing.assert_close(merged.scatter, residual.square().sum(), rtol=1e-5, atol=0)
     assert merged.weight == 60
     assert merged.svd.Vh.shape == (m, 0)
-    # Nothing seen adds nothing.
+    # A stream without columns adds nothing.
     same = brandla.merge(parts[0], start)
     torch.testing.assert_close(same.svd.S, parts[0].svd.S)
     assert torch.equal(same.mean, parts[0].mean)

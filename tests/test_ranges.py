@@ -1,4 +1,4 @@
-"""Named ranges of the public functions: what a profiler sees, and what nobody else does."""
+"""Named ranges of the public functions, which a profiler shows and no other caller notices."""
 
 import inspect
 import pickle
@@ -17,7 +17,7 @@ from calls import ALL, given
 X = given()
 EIGH, COLUMNS = X.eigh, X.columns
 
-# Sizes that ranges must show, and functions that show them: of each its first call in calls.py.
+# The sizes that a range must show, and the functions, each at its first call in calls.py.
 SIZES = {
     "n=40 r=6 k=4": "eigh_update eigh_update_ root_update root_update_ eigh_downdate",
     "n=40 r=6 m=40": "eigh_refresh",
@@ -36,12 +36,12 @@ FUNCTIONS = [
     for name in module.__all__
     if inspect.isfunction(getattr(module, name))
 ]
-# What starts or names something, and computes nothing.
+# Functions that start or name something, and compute nothing.
 WITHOUT_RANGE = {"backend", "centre", "checked", "keep_dtype", "track"}
 
 
 def profiled():
-    # With acc_events torch keeps events over several starts; without, it warns of that, though there is but one.
+    # Without acc_events torch warns that it drops the events of earlier starts, though there is only one start.
     return profile(activities=[ProfilerActivity.CPU], acc_events=True)
 
 
@@ -65,7 +65,7 @@ def test_every_public_function_that_computes_is_a_range():
     assert without | generators == WITHOUT_RANGE
 
 
-def test_arguments_by_keyword_a_batch_a_vector_and_lists_are_named_too():
+def test_ranges_show_keyword_arguments_batches_vectors_and_lists():
     batch = brandla.LowRankEigh(*(part.expand(3, *part.shape) for part in EIGH))
     solve = brandla.damped_solve
     assert names_of(solve, rhs=COLUMNS, damping=0.1, lowrank=EIGH) == ["brandla::damped_solve n=40 r=6 m=4"]
@@ -78,7 +78,7 @@ def test_arguments_by_keyword_a_batch_a_vector_and_lists_are_named_too():
     assert listed[0] == "brandla::grouped.damped_solve problems=2 n=40 r=6 m=4"
 
 
-def test_a_step_of_kfac_is_a_range_that_holds_those_of_its_factors():
+def test_a_step_of_kfac_is_a_range_around_the_ranges_of_its_factors():
     model = torch.nn.Linear(20, 15)
     preconditioner = KFAC(model, Brand(rank=4))
     model(torch.randn(8, 20)).square().mean().backward()
@@ -88,7 +88,7 @@ def test_a_step_of_kfac_is_a_range_that_holds_those_of_its_factors():
 
 
 @pytest.mark.parametrize("arguments", [(), (None, None), (EIGH, "columns"), (EIGH,)])
-def test_bad_input_fails_under_a_profiler_as_it_does_without(arguments):
+def test_bad_input_raises_the_same_error_under_a_profiler(arguments):
     with pytest.raises((TypeError, ValueError)) as without:
         brandla.eigh_update(*arguments)
     with profiled(), pytest.raises((TypeError, ValueError)) as under:
@@ -96,19 +96,19 @@ def test_bad_input_fails_under_a_profiler_as_it_does_without(arguments):
     assert (type(under.value), str(under.value)) == (type(without.value), str(without.value))
 
 
-def test_ranges_hold_the_calls_of_torch_and_without_a_profiler_none_is_made(monkeypatch):
+def test_ranges_enclose_the_calls_of_torch_and_need_a_profiler(monkeypatch):
     with profiled() as profiler:
         brandla.damped_solve(EIGH, COLUMNS, 0.1)
     (solve,) = [event for event in profiler.events() if event.name.startswith("brandla::damped_solve")]
     assert any(child.name.startswith("aten::") for child in solve.cpu_children)
-    made = []
-    monkeypatch.setattr(autograd_profiler, "record_function", made.append)
+    names = []
+    monkeypatch.setattr(autograd_profiler, "record_function", names.append)
     brandla.damped_solve(EIGH, COLUMNS, 0.1)
-    assert made == []
+    assert names == []
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: f"{function.__module__}.{function.__name__}")
-def test_functions_stay_what_they_were(function):
+def test_the_decorator_keeps_documentation_signature_types_and_pickling(function):
     plain = inspect.unwrap(function)
     assert function.__doc__ == plain.__doc__
     assert inspect.signature(function) == inspect.signature(plain)

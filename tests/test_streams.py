@@ -1,4 +1,4 @@
-"""What many updates hold and lose, beside the exact truncated update in float64, and what their bounds say of it."""
+"""Streams of updates, compared with exact truncated updates in float64: what they hold and lose, and their bounds."""
 
 import math
 
@@ -27,14 +27,14 @@ from builders import (
 )
 from oracles import ORTHONORMAL
 
-# Values of a flat stream, and of one whose subspace is replaced, come so near to one another at the rank that rounding
-# chooses what goes: only how much goes can be compared.
+# In a flat stream, and one whose subspace is replaced, values at the cut are so close that rounding chooses between
+# them: a test can only compare how much is cut, not what.
 WITH_A_GAP = [stream for stream in oracles.STREAMS if stream not in ("flat", "switch")]
 
 
 @pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SHRINKING], ids=str)
 @pytest.mark.parametrize("stream", oracles.STREAMS)
-def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream, dtype):
+def test_error_is_the_discarded_part_and_stays_within_its_bounds(update, stream, dtype):
     n, r, k, decay = 48, 12, 8, 0.9
     tracked = brandla.track(update.factor.zeros(n, r, dtype=dtype))
     matrix = discarded = truncated = torch.zeros(n, n, dtype=torch.float64)
@@ -58,16 +58,16 @@ def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream,
     # A useful bound: no larger than the trace, which bounds every norm of a semi-definite remainder.
     assert float(tracked.error_bound) <= float(discarded.trace()) + n * slack
     if update is SHRINKING:
-        # r + 1 directions lose λ at each update, which leaves no more than this for any truncation to rank j.
+        # Each update takes λ from r + 1 directions, so for any rank j the eigenvalues after j bound the sum of the λ.
         values = oracles.eigh(matrix).eigenvalues
         assert float(tracked.error_bound) <= min(values[j:].sum() / (r + 1 - j) for j in range(r + 1)) + n * slack
         return
-    # Each of r values counts for no more than what stands for 0 in the form: 8 ε·d₁, or the shift of a Cholesky factor.
-    unresolved = r * (8 if update.is_exact else 32) * oracles.epsilon(dtype) * peak
+    # Each of the r values may lose what its form treats as 0: 8 ε·d₁, or the shift of a Cholesky factor.
+    noise = r * (8 if update.is_exact else 32) * oracles.epsilon(dtype) * peak
     best = float((matrix - truncated).trace())
-    assert float(error.trace()) <= (1.001 if update.is_exact else 1.10) * best + unresolved
+    assert float(error.trace()) <= (1.001 if update.is_exact else 1.10) * best + noise
     if update.is_exact and stream in WITH_A_GAP:
-        # Each form adds a few ε·d₁ at every update, which decay as the matrix does.
+        # Every update adds a rounding of a few ε·d₁, which decays as the matrix does.
         assert oracles.spectral_norm(dense(held) - truncated) <= slack
         values = values_of(held)
         assert (values.diff() <= 0).all()
@@ -75,7 +75,7 @@ def test_error_is_what_was_discarded_and_stays_within_its_bounds(update, stream,
         assert (update.factor is brandla.LowRankEigh) or torch.equal(held.gram, torch.diag(values))
 
 
-# A stream, its rows, k, the most columns held, and batches: until all are held, or with room for all that come.
+# A stream, its rows, k, the largest rank, and the number of batches: the rank has room for every direction.
 WHOLE = {
     **{stream: (stream, 48, 8, 48, 12) for stream in oracles.STREAMS},
     "sixteen directions in 32 columns": ("rank-16", 64, 32, 24, 20),
@@ -85,9 +85,9 @@ WHOLE = {
 
 @pytest.mark.parametrize("case", WHOLE)
 @pytest.mark.parametrize("update", UPDATES, ids=str)
-def test_a_stream_that_cuts_nothing_loses_nothing(update, case, dtype):
+def test_a_stream_without_truncation_loses_nothing(update, case, dtype):
     stream, m, k, most, count = WHOLE[case]
-    # Once all directions are held, Cholesky chooses columns, and leaves out some of what is small.
+    # Once it holds m columns, the Cholesky form chooses between columns and leaves out small parts.
     count = count if update.is_exact or most < m else m // k
     held = update.zeros(m, m + 2, 0, dtype=dtype)
     value, matrix = brandla.track(held) if update.is_symmetric else held, dense(held)
@@ -105,8 +105,8 @@ def test_a_stream_that_cuts_nothing_loses_nothing(update, case, dtype):
 
 
 @pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)
-def test_coordinates_that_are_empty_cost_the_others_no_accuracy(update, dtype):
-    """Columns of zeros stand beside values that are all small against their sum: what is lost is relative to d₁."""
+def test_empty_coordinates_cost_the_others_no_accuracy(update, dtype):
+    """Beside zero columns, and values that are small against their sum, the loss is still relative to d₁."""
     n, r, k = 128, 24, 32
     held, matrix = update.factor.zeros(n, r, dtype=dtype), torch.zeros(n, n, dtype=torch.float64)
     for columns in oracles.batches("rank-16", n, k, 6, dtype=dtype, seed=1):
@@ -119,7 +119,7 @@ def test_coordinates_that_are_empty_cost_the_others_no_accuracy(update, dtype):
 @pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SVD_UPDATE], ids=str)
 @pytest.mark.parametrize(("n", "r", "k", "count"), [(64, 12, 8, 200), (24, 6, 2, 1000)], ids=["hundreds", "thousand"])
 def test_many_updates_do_not_drift(update, n, r, k, count):
-    """Of all streams at once; their first batches are repeated, so that no time is spent on drawing them."""
+    """All streams run at once, and repeat their first batches to save the time of drawing more."""
     period, names = 50, oracles.STREAMS
     data = [
         torch.stack([torch.stack(oracles.batches(name, size, k, period, dtype=torch.float32)) for name in names], dim=1)
@@ -130,7 +130,7 @@ def test_many_updates_do_not_drift(update, n, r, k, count):
         value = update(value, *(side[step % period] for side in data), decay=0.95, weight=0.05)
         if step % (count // 10) == count // 10 - 1:
             defects = zip(names, map(defect, unbound(value)), strict=True)
-            ratios = {name: own / oracles.epsilon(torch.float32) for name, own in defects}
+            ratios = {name: size / oracles.epsilon(torch.float32) for name, size in defects}
             assert {name: ratio for name, ratio in ratios.items() if not ratio <= ORTHONORMAL} == {}
 
 
@@ -159,24 +159,24 @@ def test_any_sequence_stays_between_zero_and_the_truth(update, sequence, rank, i
         matrix = oracles.updated(matrix, columns, decay)
         peak = max(decay * peak, oracles.spectral_norm(matrix))
         assert_factor(tracked.lowrank, n, rank)
-        # The rounding of so many updates, as 1/(1 − ρ) counts them.
+        # A decay of ρ = step/(step + 1) allows the rounding of 1/(1 − ρ) = step + 1 updates.
         assert_underestimates(tracked.lowrank, matrix, peak, step / (step + 1))
         error = oracles.spectral_norm(matrix - dense(tracked.lowrank))
         assert error <= float(tracked.error_bound) + oracles.rounding(n, dtype, peak, step / (step + 1))
 
 
 def test_the_polish_keeps_columns_orthonormal_after_eigendecompositions_in_float32(monkeypatch):
-    # As on a GPU.
-    monkeypatch.setattr("brandla._small._SMALL", 0)
-    monkeypatch.setattr("brandla._small._FLOAT64_COSTS", math.inf)
+    # A GPU always decomposes in float32.
+    monkeypatch.setattr("brandla._small._SMALL_ORDER", 0)
+    monkeypatch.setattr("brandla._small._FLOAT64_COST_RATIO", math.inf)
     value = brandla.LowRankEigh.zeros(128, 24, dtype=torch.float32)
     for columns in oracles.batches("graded", 128, 16, 60, dtype=torch.float32):
         value = EIGH_UPDATE(value, columns, decay=0.95, weight=0.05)
     assert_factor(value, 128, 24)
 
 
-def test_nothing_shrinks_where_nothing_is_left_out():
+def test_nothing_shrinks_if_nothing_is_left_out():
     root, columns = ROOT_UPDATE.make(30, 6), make_columns(30, 4)
     for options in ({"rank": 10}, {"weight": 0.0}):
-        found, expected = (brandla.root_update(root, columns, **options, shrink=shrink) for shrink in (True, False))
-        assert_equals(found, dense(expected))
+        shrunk, plain = (brandla.root_update(root, columns, **options, shrink=shrink) for shrink in (True, False))
+        assert_equals(shrunk, dense(plain))

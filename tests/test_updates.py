@@ -1,4 +1,4 @@
-"""What one update promises, in each form: eigh_update, root_update by eigh and by Cholesky, svd_update, svd_append."""
+"""The promises of one update in each form: eigh_update, root_update by eigh and by Cholesky, svd_update, svd_append."""
 
 import math
 
@@ -29,7 +29,7 @@ from builders import (
 )
 from oracles import THRESHOLD
 
-# Updates of a symmetric matrix of order m take no notice of n.
+# Updates of a symmetric matrix of order m ignore n.
 EVERY = pytest.mark.parametrize("update", UPDATES, ids=str)
 
 
@@ -37,9 +37,9 @@ EVERY = pytest.mark.parametrize("update", UPDATES, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "r", "k"),
     [
-        *((12, 9, 7, k) for k in (4, 5, 8)),  # around m − r = 5, and above both rests
-        *((60, 9, 7, 8), (9, 60, 7, 8), (7, 5, 3, 20), (30, 31, 3, 300)),  # k above one rest, above m, and far above
-        *((9, 9, 9, 4), (9, 9, 9, 0), (11, 13, 4, 0), (11, 13, 0, 3), (11, 13, 0, 0)),  # full rank, nothing new or old
+        *((12, 9, 7, k) for k in (4, 5, 8)),  # k around m − r = 5, and above both m − r and n − r
+        *((60, 9, 7, 8), (9, 60, 7, 8), (7, 5, 3, 20), (30, 31, 3, 300)),  # k above n − r or m − r, above m, far above
+        *((9, 9, 9, 4), (9, 9, 9, 0), (11, 13, 4, 0), (11, 13, 0, 3), (11, 13, 0, 0)),  # full rank, k = 0, r = 0
         *((11, 13, 4, 1), (1, 6, 1, 2), (6, 1, 1, 2), (1, 1, 1, 1), (1, 1, 0, 3), (31, 40, 8, 6), (101, 53, 13, 17)),
     ],
     ids=str,
@@ -66,7 +66,7 @@ def test_truncation_is_the_best_approximation(update, rank, spectrum, dtype):
         assert oracles.spectral_norm(whole - dense(new)) <= best + slack
     if update.is_exact and rank:
         assert (values_of(new) - values[:rank]).abs().max() <= slack
-        # A truncation moves under a perturbation by as much as the values that it parts are near (Davis and Kahan).
+        # The smaller the gap between kept and cut values, the further rounding moves a truncation (Davis and Kahan).
         gap = float(values[rank - 1] - values[rank]) / scale
         if gap > 1e-2:
             assert oracles.difference_ratio(dense(new), truncation, dtype, scale / gap) <= THRESHOLD
@@ -77,7 +77,7 @@ def test_truncation_is_the_best_approximation(update, rank, spectrum, dtype):
 
 
 P, Z = oracles.gaussian(2, 50, seed=3)
-# Columns that add no direction of their own, or hardly one, beside F or U.
+# Columns that add no new direction to F or U, or hardly one.
 DEPENDENT = {
     **{
         f"inside the span but for {part:g}": lambda tall, part=part: (
@@ -107,9 +107,9 @@ def test_nearly_dependent_columns_lose_nothing(update, case, start, dtype):
 
 
 @pytest.mark.parametrize("exponent", [-38, -30, -18, -9, 9, 18, 30, 37])
-# Weights that undo the lengths, and weights that bring them into range.
+# Weights that undo the lengths, and weights that bring the lengths into range.
 @pytest.mark.parametrize("stretch", [2.0, 1.6])
-def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(update, exponent, stretch):
+def test_lengths_of_columns_do_not_matter_if_the_result_is_in_range(update, exponent, stretch):
     n, k, weight = 24, 4, 10.0 ** (-stretch * exponent)
     value, matrix = update.factor.zeros(n, 8, dtype=torch.float32), torch.zeros(n, n, dtype=torch.float64)
     for seed in range(4):
@@ -121,12 +121,12 @@ def test_lengths_of_columns_do_not_matter_where_the_result_is_in_range(update, e
 
 
 @pytest.mark.parametrize("name", ["eigh_update", "eigh_downdate", "svd_update", "svd_append"])
-def test_new_vectors_have_the_sign_of_the_old_ones_in_their_places(name, dtype):
+def test_new_vectors_keep_the_signs_of_the_old_vectors(name, dtype):
     update = {str(update): update for update in UPDATES}.get(name)
     old, *data = (update or EIGH_UPDATE).given(40, 31, 8, 4, dtype=dtype, scale=0.02)
     signs = torch.ones(8, dtype=dtype)
     for seed in range(8):
-        # Whatever sign LAPACK gives, old vectors have either.
+        # Old vectors get both signs, so that LAPACK disagrees with one of them.
         signs[seed:] *= -1
         turned = {part: getattr(old, part) * signs for part in ("eigenvectors", "U") if hasattr(old, part)}
         old = old._replace(**turned | ({"Vh": old.Vh * signs[:, None]} if "U" in turned else {}))
@@ -134,29 +134,29 @@ def test_new_vectors_have_the_sign_of_the_old_ones_in_their_places(name, dtype):
             new = update(old, *data, rank=rank) if update else brandla.eigh_downdate(old, *data, weight=0.1)
             both = min(8, new.rank)
             pairs = zip(sides_of(new), sides_of(old), strict=True)
-            agreement, *others = ((side[: len(own), :both] * own[:, :both]).sum(0) for side, own in pairs)
-            assert (agreement >= -oracles.tolerance(40, dtype)).all()
-            assert all((each[:3] > 0.9).all() for each in (agreement, *others))
+            agreements = [(side[: len(before), :both] * before[:, :both]).sum(0) for side, before in pairs]
+            assert (agreements[0] >= -oracles.tolerance(40, dtype)).all()
+            assert all((agreement[:3] > 0.9).all() for agreement in agreements)
 
 
 # --- Rank(max, tol): a rank that adapts to the spectrum within fixed shapes
 
 
 def kept(value):
-    """Return the number of columns in use."""
+    """Return the number of nonzero columns."""
     return int(tall_of(value).any(-2).sum())
 
 
 @EVERY
 @pytest.mark.parametrize("tol", [0.0, 1e-2, 0.3])
-def test_values_under_the_tolerance_leave_with_their_vectors(update, tol, dtype):
+def test_values_under_the_tolerance_vanish_with_their_vectors(update, tol, dtype):
     n, most = 50, 12
     old, *data = update.given(n, 41, most, 8, dtype=dtype, scale=0.1)
     new, matrix = update(old, *data, rank=brandla.Rank(max=most, tol=tol)), update.whole(old, *data)
     _, values = oracles.svd_truncation(matrix, most)
     slack, largest = oracles.tolerance(n, dtype, values[0]), float(values[0])
     assert_factor(new, n, most)
-    # The diagonal of S is near to its eigenvalues only, so the Cholesky form may keep one fewer or one more.
+    # The diagonal of S is only near its eigenvalues, so the Cholesky form may keep one value fewer or more.
     wanted = min(most, int((values > tol * largest).sum()))
     assert abs(kept(new) - wanted) <= (not update.is_exact)
     assert int((values_of(new) > 0).sum()) == kept(new)
@@ -167,7 +167,7 @@ def test_values_under_the_tolerance_leave_with_their_vectors(update, tol, dtype)
         tracked = update(brandla.track(old), *data, rank=brandla.Rank(most, tol))
         assert_same(tracked.lowrank, new)
         assert error <= float(tracked.error_bound) + slack
-    # No tolerance is the number.
+    # A rule with tolerance 0 is the number.
     by_number = update(old, *data, rank=most)
     assert tol or all(torch.equal(a, b) for a, b in zip(new, by_number, strict=True))
 
@@ -178,16 +178,16 @@ def test_tolerance_holds_without_new_columns(update, dtype):
     old = old if (update.factor is brandla.LowRankEigh) else brandla.LowRankRoot.from_eigh(old)
     new = update(brandla.track(old), make_columns(20, 0, dtype=dtype), rank=brandla.Rank(max=3, tol=0.1))
     assert kept(new.lowrank) == 2
-    # What was left out, 1e-3, to the rounding of d₁ = 1.
+    # The value left out is 1e-3, up to the rounding of d₁ = 1.
     assert abs(float(new.error_bound) - 1e-3) <= oracles.tolerance(20, dtype, 1.0)
 
 
-def test_columns_that_left_are_used_again(update, dtype):
+def test_later_data_fills_zero_columns(update, dtype):
     n, rule = 50, brandla.Rank(max=12, tol=1e-2)
     value = update.factor.zeros(n, 12, dtype=dtype)
-    one = make_columns(n, 1, dtype=dtype)
+    column = make_columns(n, 1, dtype=dtype)
     for _ in range(3):
-        value = update(value, one, decay=0.5, rank=rule)
+        value = update(value, column, decay=0.5, rank=rule)
     assert kept(value) == 1
     for columns in oracles.batches("flat", n, 8, 30, dtype=dtype):
         value = update(value, columns, decay=0.9, weight=0.1, rank=rule)
@@ -195,12 +195,12 @@ def test_columns_that_left_are_used_again(update, dtype):
     assert_factor(value, n, 12)
 
 
-# --- Sparse columns, and what is not finite
+# --- Sparse columns and non-finite data
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["COO", "CSR"])
-def test_sparse_columns_are_multiplied_with_and_never_dense(update, layout, dtype, monkeypatch):
+def test_sparse_columns_stay_sparse(update, layout, dtype, monkeypatch):
     n, r, k = 50, 6, 4
     old, columns = brandla.track(update.make(n, r, dtype=dtype)), make_columns(n, k, dtype=dtype)
     columns = columns * (oracles.gaussian(n, k, seed=8) > 1)
@@ -208,39 +208,39 @@ def test_sparse_columns_are_multiplied_with_and_never_dense(update, layout, dtyp
     expected, at_old_rank = update(old, columns, decay=0.9, weight=0.3, rank=8), update(old, columns)
     genuine = Tensor.to_dense
 
-    def small(tensor):
+    def small_to_dense(tensor):
         assert tensor.shape == (k, k)
         return genuine(tensor)
 
-    monkeypatch.setattr(Tensor, "to_dense", small)
-    found = update(old, sparse, decay=0.9, weight=0.3, rank=8)
+    monkeypatch.setattr(Tensor, "to_dense", small_to_dense)
+    single = update(old, sparse, decay=0.9, weight=0.3, rank=8)
     listed = update.grouped([old, old], [sparse, columns], decay=0.9, weight=0.3, rank=8)
     written = update.in_place(tree_map(Tensor.clone, old), sparse)
     columns[[3, 9], [0, 1]] = math.nan
     poisoned = columns.to_sparse(layout=layout)
     with brandla.checked(), pytest.raises(ValueError, match="columns must be finite; got 2 NaN"):
         update(old, poisoned)
-    for one, wanted in ((found, expected), (listed[0], expected), (listed[1], expected), (written, at_old_rank)):
-        assert oracles.difference_ratio(dense(one.lowrank), dense(wanted.lowrank), dtype) <= THRESHOLD
-        torch.testing.assert_close(one[1:], wanted[1:], rtol=1e-4, atol=1e-6)
+    for result, wanted in ((single, expected), (listed[0], expected), (listed[1], expected), (written, at_old_rank)):
+        assert oracles.difference_ratio(dense(result.lowrank), dense(wanted.lowrank), dtype) <= THRESHOLD
+        torch.testing.assert_close(result[1:], wanted[1:], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
-def test_a_factor_that_is_not_finite_shows_where_sparse_columns_hold_nothing(update):
+def test_a_non_finite_factor_shows_if_sparse_columns_miss_its_row(update):
     old = update.make(30, 6)
     tall_of(old)[7, 2] = math.nan
     assert not update(old, torch.eye(30, 2, dtype=torch.float64).to_sparse()).is_finite()
 
 
-def test_non_finite_data_stays_poisonous(update):
+def test_a_non_finite_factor_stays_non_finite(update):
     columns = make_columns(30, 4)
     poisoned = update(update.make(30, 6), columns * math.nan)
-    for again in (update(poisoned, columns), update(poisoned, columns[:, :0]), update(poisoned, columns, decay=0.0)):
-        assert values_of(again).isnan().all()
-        assert tall_of(again).isnan().all()
+    for later in (update(poisoned, columns), update(poisoned, columns[:, :0]), update(poisoned, columns, decay=0.0)):
+        assert values_of(later).isnan().all()
+        assert tall_of(later).isnan().all()
 
 
-# --- In place: the same results, written over the tensors they came from
+# --- In place: the same results, written over the tensors of the factor
 
 
 @pytest.mark.parametrize("update", [*SYMMETRIC_UPDATES, SHRINKING], ids=str)
@@ -248,7 +248,7 @@ def test_non_finite_data_stays_poisonous(update):
 @pytest.mark.parametrize(
     ("batch_shape", "is_tracked"), [((), False), ((), True), ((2,), True)], ids=["plain", "tracked", "batch"]
 )
-def test_in_place_form_equals_the_other_and_keeps_its_tensors(update, k, batch_shape, is_tracked, dtype):
+def test_in_place_form_equals_the_plain_form_and_keeps_its_tensors(update, k, batch_shape, is_tracked, dtype):
     old = update.make(64, 12, dtype=dtype, batch_shape=batch_shape)
     value = brandla.track(old) if is_tracked else old
     columns = make_columns(64, k, dtype=dtype, batch_shape=batch_shape)
@@ -258,7 +258,7 @@ def test_in_place_form_equals_the_other_and_keeps_its_tensors(update, k, batch_s
         result = update.in_place(value, columns, decay=0.9, weight=0.1)
     assert result is value
     assert [part.data_ptr() for part in tree_leaves(value)] == pointers
-    # Those of the factor that is tracked, too.
+    # `old` shares the tensors of `value`, so it holds the result too.
     actual_dense, expected_dense = dense(old), dense(expected.lowrank if is_tracked else expected)
     pairs = zip(actual_dense.reshape(-1, 64, 64), expected_dense.reshape(-1, 64, 64), strict=True)
     assert all(oracles.difference_ratio(actual, wanted, dtype) <= THRESHOLD for actual, wanted in pairs)
@@ -300,12 +300,12 @@ def test_shared_memory_and_gradients_are_refused_before_anything_is_overwritten(
         written(parts)
 
 
-# --- Derivatives where eigenvalues of the core coincide: from zeros, of dependent columns
+# --- Derivatives if eigenvalues of the core coincide: from zeros, by dependent columns
 
 
 @pytest.mark.parametrize("update", [EIGH_UPDATE, ROOT_UPDATE], ids=str)
 @pytest.mark.parametrize("rank", [6, 4, 2, None], ids=["more rank than columns", "as much", "less", "a factor"])
-def test_derivatives_by_columns_are_right(update, rank):
+def test_derivatives_by_columns_are_correct(update, rank):
     start = update.make(9, 3, "slow") if rank is None else update.factor.zeros(9, rank, dtype=torch.float64)
     two = make_columns(9, 2)
     for columns in [torch.cat([two, two], dim=1)] * (rank in (4, None)) + [make_columns(9, 4)] * (rank is not None):
@@ -313,7 +313,7 @@ def test_derivatives_by_columns_are_right(update, rank):
 
 
 def test_a_damped_likelihood_of_a_stream_from_zeros_has_a_derivative():
-    """Through an update, and then through the spectrum of S, which has zeros."""
+    """The derivative passes an update, and then the spectrum of S, which has zeros."""
 
     def loss(columns):
         root = brandla.root_update(brandla.LowRankRoot.zeros(9, 6, dtype=torch.float64), columns)

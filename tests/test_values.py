@@ -1,4 +1,4 @@
-"""The values: construction and conversion, and in everyday code: saved, moved, printed, multiplied, kept, refused."""
+"""The values: constructed, converted, saved, moved, printed, multiplied, kept by optimizers, refused."""
 
 import copy
 import io
@@ -40,7 +40,7 @@ def make(request):
 
 @pytest.mark.parametrize("batch_shape", [(), (2,), (2, 3)], ids=str)
 @MATRICES
-def test_a_value_stands_for_the_product_of_its_parts(name, batch_shape, dtype):
+def test_a_value_is_the_product_of_its_parts(name, batch_shape, dtype):
     value = MAKERS[name](dtype=dtype, batch_shape=batch_shape)
     whole, expected = value.dense(), dense(value)
     assert (whole.dtype, whole.shape, value.shape) == (dtype, expected.shape, expected.shape)
@@ -58,7 +58,7 @@ def test_a_value_stands_for_the_product_of_its_parts(name, batch_shape, dtype):
 
 @pytest.mark.parametrize("batch_shape", [(), (2, 0)], ids=str)
 @pytest.mark.parametrize("rank", [0, 1, 7])
-def test_zeros_has_the_shapes_and_stands_for_zero(batch_shape, rank, dtype):
+def test_zeros_has_the_shapes_and_is_the_zero_matrix(batch_shape, rank, dtype):
     options = {"batch_shape": batch_shape, "dtype": dtype}
     eigh = brandla.LowRankEigh.zeros(7, rank, **options)
     root = brandla.LowRankRoot.zeros(7, rank, **options)
@@ -73,7 +73,7 @@ def test_zeros_has_the_shapes_and_stands_for_zero(batch_shape, rank, dtype):
 
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
-def test_a_root_becomes_eigenvectors_and_again_a_root(spectrum, dtype):
+def test_a_root_converts_to_eigenvectors_and_back(spectrum, dtype):
     root = make_root(20, 5, spectrum, dtype=dtype)
     eigh = root.to_eigh()
     back = brandla.LowRankRoot.from_eigh(eigh)
@@ -87,7 +87,7 @@ def test_a_root_becomes_eigenvectors_and_again_a_root(spectrum, dtype):
         assert oracles.spectral_norm(dense(value) - dense(root)) <= slack
 
 
-def test_eigenvectors_of_a_root_are_no_more_than_its_rank_and_its_rows(dtype):
+def test_a_root_has_no_more_eigenvectors_than_its_rank_and_its_rows(dtype):
     dependent = oracles.gaussian(20, 2, seed=0).to(dtype) @ torch.tensor([[1, 0, 2, 0], [0, 1, 1, 0]], dtype=dtype)
     for columns, rank, most in ((dependent, 2, 4), (oracles.gaussian(4, 7, seed=0).to(dtype), 4, 4)):
         root = brandla.LowRankRoot(columns, columns.mT @ columns)
@@ -99,13 +99,13 @@ def test_eigenvectors_of_a_root_are_no_more_than_its_rank_and_its_rows(dtype):
 
 
 @pytest.mark.parametrize("spectrum", oracles.SPECTRA)
-def test_largest_eigenvalue_is_near_from_below_and_right_of_a_diagonal(spectrum, dtype):
+def test_largest_eigenvalue_is_a_near_lower_bound_and_exact_for_a_diagonal(spectrum, dtype):
     eigh, full = make_eigh(20, 5, spectrum, dtype=dtype), make_root(20, 5, spectrum, dtype=dtype)
     diagonal = make_root(20, 5, spectrum, dtype=dtype, diagonal=True)
     largest = float(oracles.SPECTRA[spectrum](5)[0])
     rounding = 8 * oracles.epsilon(dtype) * largest
     assert abs(float(diagonal.largest_eigenvalue()) - float(eigh.largest_eigenvalue())) <= rounding
-    # From the best of r unit vectors, which holds 1/r of the leading one in its square at least.
+    # The best of r unit vectors has a squared product of at least 1/r with the leading eigenvector.
     assert largest / 5**0.5 - rounding <= float(full.largest_eigenvalue()) <= largest + rounding
     for factor in (brandla.LowRankEigh, brandla.LowRankRoot):
         assert factor.zeros(7, 0, batch_shape=(2,)).largest_eigenvalue().tolist() == [0, 0]
@@ -113,14 +113,14 @@ def test_largest_eigenvalue_is_near_from_below_and_right_of_a_diagonal(spectrum,
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @MATRICES
-def test_is_finite_tells_which_batch_entry_is_poisoned(name, bad):
+def test_is_finite_shows_which_batch_entry_is_non_finite(name, bad):
     value = MAKERS[name](batch_shape=(2, 2))
     assert value.is_finite().all()
     value[0 if name == "LowRankEigh" else 1][1, 0] = bad
     assert value.is_finite().tolist() == [[True, True], [False, True]]
 
 
-# --- In everyday code
+# --- Saved, moved, printed
 
 
 def saved(value, _):
@@ -137,7 +137,7 @@ def checkpointed(value, path):
     return state["value"]
 
 
-WAYS = {
+COPIES = {
     "saved": saved,
     "checkpointed": checkpointed,
     "pickled": lambda value, _: pickle.loads(pickle.dumps(value)),
@@ -146,14 +146,14 @@ WAYS = {
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-@pytest.mark.parametrize("way", WAYS)
-def test_values_and_lists_of_them_come_back_as_they_were(make, way, tmp_path):
+@pytest.mark.parametrize("copied", COPIES)
+def test_values_and_lists_of_values_come_back_unchanged(make, copied, tmp_path):
     values = {"one": make(), "several": [make(batch_shape=(2,)), make(dtype=torch.float32)]}
-    assert_same(WAYS[way](values, tmp_path), values)
+    assert_same(COPIES[copied](values, tmp_path), values)
 
 
 def two_optimizers(dtype, value):
-    """Return an optimizer that keeps a value for its parameter of some dtype, and another that has seen none."""
+    """Return an optimizer that keeps a value for its parameter, of this dtype, and another without state."""
     weight = torch.zeros(20, dtype=dtype)
     first, second = (torch.optim.SGD([weight]) for _ in range(2))
     first.state[weight]["value"] = value
@@ -161,7 +161,7 @@ def two_optimizers(dtype, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_an_optimizer_that_keeps_dtypes_takes_its_state_up_again_to_the_bit(dtype, tmp_path):
+def test_an_optimizer_that_keeps_dtypes_loads_its_state_to_the_bit(dtype, tmp_path):
     values = [make(dtype=torch.float32) for make in MAKERS.values()]
     first, second = two_optimizers(dtype, {"several": values, "deeper": [{"stream": make_centred()}]})
     brandla.keep_dtype(second)
@@ -169,7 +169,7 @@ def test_an_optimizer_that_keeps_dtypes_takes_its_state_up_again_to_the_bit(dtyp
     assert_same(second.state_dict()["state"], first.state_dict()["state"])
 
 
-def test_any_optimizer_rebuilds_values_in_the_dtype_of_the_parameter():
+def test_any_optimizer_loads_values_in_the_dtype_of_the_parameter():
     values = [MAKERS[name](dtype=torch.float32) for name in ("LowRankEigh", "LowRankRoot", "LowRankSVD", "Tracked")]
     first, second = two_optimizers(torch.float32, values)
     second.load_state_dict(first.state_dict())
@@ -177,7 +177,7 @@ def test_any_optimizer_rebuilds_values_in_the_dtype_of_the_parameter():
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("LowRankEigh", torch.bfloat16), ("Centred", torch.float32)])
-def test_an_optimizer_that_would_round_a_value_away_says_what_to_call(name, dtype):
+def test_an_optimizer_that_would_round_a_value_names_the_remedy(name, dtype):
     first, second = two_optimizers(dtype, MAKERS[name](dtype=torch.float32))
     with pytest.raises(TypeError, match=rf"^{name}: .*float64; got .*; .*brandla.keep_dtype\(optimizer\)"):
         second.load_state_dict(first.state_dict())
@@ -208,17 +208,16 @@ def test_a_value_prints_in_one_line():
     assert repr(eigh.to("meta")) == "LowRankEigh(n=512, rank=2, float32, meta)"
     assert repr(make_svd(20, 14, 5, batch_shape=(3,))) == "LowRankSVD(batch (3,), m=20, n=14, rank=5, float64, cpu)"
     assert repr(brandla.track(eigh)) == f"Tracked({eigh!r}, error bound 0, trace 8.15)"
-    assert repr(brandla.centre(brandla.LowRankSVD.zeros(3, 0, 0))).endswith(
-        "m=3, n=0, rank=0, float32, cpu), weight 0)"
-    )
+    stream = brandla.centre(brandla.LowRankSVD.zeros(3, 0, 0))
+    assert repr(stream).endswith("m=3, n=0, rank=0, float32, cpu), weight 0)")
     assert repr(brandla.LowRankRoot.zeros(3, 1)) == "LowRankRoot(n=3, rank=1, float32, cpu, diagonal of gram 0 … 0)"
     assert repr(brandla.LowRankEigh(torch.ones(1), torch.ones(1))).endswith("eigenvectors=tensor([1.]))")
     assert repr(brandla.LowRankEigh(0, None)) == "LowRankEigh(eigenvalues=0, eigenvectors=None)"
-    seen = []
-    torch.vmap(lambda one: (seen.append(repr(one)), one.dense())[1])(make_eigh(20, 5, batch_shape=(3,)))
+    lines = []
+    torch.vmap(lambda eigh: (lines.append(repr(eigh)), eigh.dense())[1])(make_eigh(20, 5, batch_shape=(3,)))
     with FakeTensorMode() as mode:
-        seen.append(repr(mode.from_tensor(make_eigh(20, 5)[1])) and repr(tree_map(mode.from_tensor, make_eigh(20, 5))))
-    assert seen == ["LowRankEigh(n=20, rank=5, float64, cpu)"] * 2
+        lines.append(repr(tree_map(mode.from_tensor, make_eigh(20, 5))))
+    assert lines == ["LowRankEigh(n=20, rank=5, float64, cpu)"] * 2
 
 
 def test_the_arithmetic_of_tuples_is_refused(make):
@@ -230,15 +229,15 @@ def test_the_arithmetic_of_tuples_is_refused(make):
     assert type(value._replace(**{value._fields[0]: value[0]})) is type(value)
 
 
-def test_what_was_unbound_is_stacked_without_a_copy():
+def test_unbound_tensors_are_stacked_without_a_copy():
     whole = torch.arange(12.0).view(3, 2, 2)
     parts = whole.unbind()
     assert stacked(parts).data_ptr() == whole.data_ptr()
     for others in (parts[::-1], parts[:2], [*parts[:2], parts[2].clone()], [part.mT for part in parts]):
-        found = stacked(list(others))
-        assert torch.equal(found, torch.stack(list(others)))
-        assert found.data_ptr() != whole.data_ptr()
-    # Of a part that asks for a gradient, what it was unbound from knows nothing.
+        copy = stacked(list(others))
+        assert torch.equal(copy, torch.stack(list(others)))
+        assert copy.data_ptr() != whole.data_ptr()
+    # A view of the unbound tensor would lose the gradient of a part that requires one.
     parts[1].requires_grad_()
     stacked(parts).sum().backward()
     assert torch.equal(parts[1].grad, torch.ones(2, 2))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._sharded import everywhere
+from brandla._sharded import gathered
 from brandla.kfac.capture.layer import Layer
 from brandla.kfac.values import Gradient, dense, inner_of_each
 
@@ -111,4 +111,4 @@ class Trial:
 
 def _part(layer: Layer, parameter: Tensor) -> Tensor:
     """Return what is the layer's of a tensor of the parameter's shape, which may be sharded."""
-    return layer.kind.weight_part(everywhere(parameter))
+    return layer.kind.weight_part(gathered(parameter))

@@ -365,10 +365,10 @@ def refusals():
         (f"eigh_update: eigh.eigenvalues {small}", update, split_values, columns),
         (f"svd_append: svd.Vh {small}", brandla.svd_append, split_svd, columns),
         (r"eigh_update: columns must lie on the device mesh .* \[0, 1\]; got \[1, 0\]", update, factor, reversed_ranks),
-        (r"eigh_update: columns must have its rows \d+ to \d+ here, .* 37 rows out; got", update, factor, piled),
+        (r"eigh_update: columns must hold rows \d+ to \d+ in this process, .* 37 rows; got", update, factor, piled),
         ("kron_damped_solve: right must hold plain tensors where matrix is one W", solve, factor, factor, square, 1, 1),
         (r"eigh_update: rank must be between 0 and 7 = min\(n, r \+ k\)", partial(update, rank=8), factor, columns),
-        ("LowRankEigh.zeros: device must be left out where a mesh is given", partial(zeros, device="cpu", mesh=mesh)),
+        ("LowRankEigh.zeros: device must be left out beside a mesh", partial(zeros, device="cpu", mesh=mesh)),
         (f"LowRankEigh.zeros: mesh {one_dimension}", partial(zeros, mesh=two_dimensions)),
         ("eigh_update: columns must be finite; got 1 NaN or infinite entries", update, factor, on_rows(poisoned)),
     ]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from brandla._sharded import everywhere
+from brandla._sharded import gathered
 from brandla.kfac.capture.calls import Call, Pass, Recorder, averaged
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds.kind import Kind, Uses
@@ -216,7 +216,7 @@ class Layer:
     def parameters(self) -> Tensor:
         """Return the weight and its bias as a matrix; of sharded ones all, which all processes must ask for."""
         bias = self.kind.bias
-        return self._matrix(everywhere(self.kind.weight.detach()), None if bias is None else everywhere(bias.detach()))
+        return self._matrix(gathered(self.kind.weight.detach()), None if bias is None else gathered(bias.detach()))
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         matrix = self.kind.matrix(self.kind.weight_part(weight).to(self.shape.dtype))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from brandla._sharded import everywhere, is_dtensor
+from brandla._sharded import gathered, is_dtensor
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]
         if type(parameter.grad) is not Tensor and parameter.grad is not None and is_dtensor(parameter.grad)
     ]
     for parameter, gradient in sharded:
-        parameter.grad = everywhere(gradient)
+        parameter.grad = gathered(gradient)
     try:
         yield
         for parameter, gradient in sharded:

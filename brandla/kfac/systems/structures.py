@@ -12,7 +12,7 @@ from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
 from brandla import _check
-from brandla.lowrank import over
+from brandla.lowrank import add_dims
 
 # A matrix of a structure, or a batch of them: the tensors that it is stored as.
 Member: TypeAlias = tuple[Tensor, ...]
@@ -75,7 +75,7 @@ class Structure:
     def combine(self, *terms: tuple[Tensor | float, Member]) -> Member:
         """Return Σ c K over (c, K); the numbers c may be tensors of shape (*groups,)."""
         scaled = [
-            [part * over(by, count) for part, count in zip(member, self.dimensions, strict=True)]
+            [part * add_dims(by, count) for part, count in zip(member, self.dimensions, strict=True)]
             for by, member in terms
         ]
         return tuple(sum(parts[1:], start=parts[0]) for parts in zip(*scaled, strict=True))
