@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
-# Each step leaves a stamp in .venv once it has succeeded, so nothing is set up twice and what was
-# interrupted is taken up again. CONTRIBUTING.md explains the variables.
+# Each step leaves a stamp in .venv once it has succeeded, so nothing is set up twice, and the next call completes an
+# interrupted set-up. CONTRIBUTING.md explains the variables.
 
 PYTHON ?= python3
 COMPARE_ARGS ?=
@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 STUDY_ARGS ?=
 
 python := .venv/bin/python
-# A worker for each core, and no more than eight: each imports torch. One that is done takes tests over from the others.
+# One worker for each core, but no more than eight: each imports torch. An idle worker takes tests over from the others.
 tests := $(python) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --benchmark-disable
 # Triton decides at its import whether it interprets, so these tests take processes of their own.
 interpreted_tests := TRITON_INTERPRET=1 $(tests) tests/kernels/interpreted
@@ -22,13 +22,13 @@ benches := $(python) -m pytest -v --benchmark-only
 pip_install := $(python) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 # "===" takes exactly the default index's build, which is the CUDA one, and no local version such as +cpu.
-# "==" takes a local version too where pip has been shown one.
+# "==" takes a local version too, if pip has been shown one.
 torch_version := $(shell sed -n 's/^torch==//p' constraints.txt)
 has_gpu := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH := torch$(if $(has_gpu),===,==)$(torch_version)
 torch_stamp := .venv/.$(subst =,-,$(TORCH))
 
-# An environment of another folder (a moved or copied checkout) or without its interpreter is made anew.
+# Make the environment anew if it belongs to another folder (a moved or copied checkout) or lacks its interpreter.
 venv_stands := $(shell test -x $(python) && test "$$(cat .venv/.made 2>/dev/null)" = "$$(pwd -P)" && echo yes)
 ifneq ($(venv_stands),yes)
 .PHONY: .venv/.made
@@ -50,13 +50,13 @@ setup: .venv/.extra-test ## make the environment for demo, test and the checks
 demo: .venv/.extra-demo ## run the demo (DEMO_ARGS="--quick" for the short one)
 	.venv/bin/brandla demo $(DEMO_ARGS)
 
-test: lint typecheck imports pytest ## run every check, stopping at the first that fails
+test: lint typecheck imports pytest ## run every check, and stop at the first that fails
 
 lint: .venv/.extra-test ## ruff: the rules, then the format
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 
-format: .venv/.extra-test ## apply what ruff can mend by itself
+format: .venv/.extra-test ## apply the fixes that ruff can make
 	$(python) -m ruff check --fix
 	$(python) -m ruff format
 
@@ -66,17 +66,17 @@ typecheck: .venv/.extra-test ## mypy, strict, on both packages
 imports: .venv/.extra-test ## import-linter: the layers
 	.venv/bin/lint-imports
 
-pytest: .venv/.extra-test ## the tests alone (PYTEST_ARGS="-k brand -x" is passed on, and leaves out `interpret`)
+pytest: .venv/.extra-test ## the tests alone (PYTEST_ARGS="-k brand -x" is passed on; with it, `interpret` does not run)
 	$(tests) $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,$(interpreted_tests))
 
 interpret: .venv/.extra-test ## the kernels in Triton's interpreter, on the CPU (PYTEST_ARGS is passed on)
 	$(interpreted_tests) $(PYTEST_ARGS)
 
-kernels: .venv/.extra-test ## compile every kernel for every GPU target, with a table (KERNELS_ARGS="--json FILE --targets sm_90")
+kernels: .venv/.extra-test ## compile every kernel for every GPU target, and print a table (KERNELS_ARGS="--json FILE --targets sm_90")
 	$(python) -m bench.kernels_table $(KERNELS_ARGS)
 
-launches: .venv/.extra-bench ## kernels that each public function and a K-FAC step ask for, beside their budgets (LAUNCHES_ARGS="--quick")
+launches: .venv/.extra-bench ## count the GPU kernels of each public function and of a K-FAC step, beside their budgets (LAUNCHES_ARGS="--quick")
 	$(python) -m bench.launches $(LAUNCHES_ARGS)
 
 bench: .venv/.extra-bench ## bench-cpu and bench-functions in one run (PYTEST_ARGS is passed on)
@@ -85,16 +85,16 @@ bench: .venv/.extra-bench ## bench-cpu and bench-functions in one run (PYTEST_AR
 bench-cpu: .venv/.extra-bench ## speed and memory of the updates, on a quiet machine (PYTEST_ARGS="--quick" for the short one)
 	$(benches) bench/benches/bench_updates.py $(PYTEST_ARGS)
 
-bench-functions: .venv/.extra-bench ## every public function and op beside its peers (PYTEST_ARGS="--full" for larger sizes)
+bench-functions: .venv/.extra-bench ## every public function and op, compared with its peers (PYTEST_ARGS="--full" for larger sizes)
 	$(benches) bench/benches/bench_functions.py $(PYTEST_ARGS)
 
-bench-kfac: .venv/.extra-peers ## a step of every K-FAC system beside SGD's and other people's (PYTEST_ARGS="--quick" for the short one)
+bench-kfac: .venv/.extra-peers ## a step of every K-FAC system, of SGD and of other libraries (PYTEST_ARGS="--quick" for the short one)
 	$(benches) bench/benches/bench_kfac.py $(PYTEST_ARGS)
 
-bench-compare: .venv/.extra-bench ## result files here against the committed ones, ratios only; fails on a regression
+bench-compare: .venv/.extra-bench ## compare new result files with the committed ones, in ratios; fail on a regression
 	$(python) -m bench.compare $(COMPARE_ARGS)
 
-# Each runs by itself: optimizers made of brandla's functions, then what else K-FAC and damped inverses are for.
+# Each example runs by itself: first optimizers made of brandla's functions, then other uses of K-FAC and damped inverses.
 examples := shampoo projection soap cosmos kl_shampoo gaussian_process influence evidence pinn
 examples: .venv/.extra-demo ## train a transformer and a residual network with every system, and the other examples (EXAMPLE_ARGS="--system B-KFAC")
 	$(python) -m examples.resnet $(EXAMPLE_ARGS)
@@ -104,13 +104,13 @@ examples: .venv/.extra-demo ## train a transformer and a residual network with e
 study-scaling: .venv/.extra-bench ## growth of time and memory with n, r and k (STUDY_ARGS="--quick", or "--full" on a GPU)
 	$(python) -m bench.studies.scaling $(STUDY_ARGS)
 
-study-roofline: .venv/.extra-bench ## part of the measured ceilings that each op reaches (STUDY_ARGS as above)
+study-roofline: .venv/.extra-bench ## the part of the measured ceilings that each op reaches (STUDY_ARGS as above)
 	$(python) -m bench.studies.roofline $(STUDY_ARGS)
 
 study-accuracy: .venv/.extra-bench ## errors of each tracker over a training run, at equal cost (STUDY_ARGS="--quick", "--resume")
 	$(python) -m bench.studies.accuracy $(STUDY_ARGS)
 
-study-kfac: .venv/.extra-peers ## steps and seconds to a target, every K-FAC beside other optimizers (STUDY_ARGS="--data FOLDER", "--full", "--resume")
+study-kfac: .venv/.extra-peers ## steps and seconds to a target, of every K-FAC and other optimizers (STUDY_ARGS="--data FOLDER", "--full", "--resume")
 	$(python) -m bench.studies.kfac_images $(STUDY_ARGS)
 
 study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every stream (STUDY_ARGS="--quick" for the short one)
@@ -119,29 +119,29 @@ study-streams: .venv/.extra-bench ## losses, orthogonality and bounds on every s
 study-forms: .venv/.extra-bench ## accuracy of the two forms of Brand's update (STUDY_ARGS as above)
 	$(python) -m bench.studies.forms $(STUDY_ARGS)
 
-study-defaults: .venv/.extra-bench ## what bounds a step of K-FAC, on ten small tasks (STUDY_ARGS as above, "--resume")
+study-defaults: .venv/.extra-bench ## losses with each clip of K-FAC, on ten small tasks (STUDY_ARGS as above, "--resume")
 	$(python) -m bench.studies.defaults $(STUDY_ARGS)
 
 study-expand-reduce: .venv/.extra-bench ## steps to a target with expand and reduce, on transformers and graphs (STUDY_ARGS as above)
 	$(python) -m bench.studies.expand_reduce $(STUDY_ARGS)
 
-# GPU_PYTHON=python3 takes an interpreter that has torch, Triton, pytest and rich already, and installs nothing.
+# GPU_PYTHON=python3 uses an interpreter that already has torch, Triton, pytest and rich, and installs nothing.
 GPU_PYTHON ?= $(python)
 gpu: $(if $(filter $(python),$(GPU_PYTHON)),.venv/.extra-test .venv/.extra-bench) ## tests and measurements on a GPU in 9 minutes (GPU_ARGS="--dry-run" without one)
 	PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m bench.gpu $(GPU_ARGS)
 
-# A size that is not named is that of bench.profiling.
+# Sizes that are not named have the defaults of bench.profiling.
 sizes_of_profile = $(foreach size,N R K M CORES,$(if $($(size)),--$(shell echo $(size) | tr A-Z a-z) '$($(size))'))
 profile: .venv/.extra-bench ## one op, kernel by kernel (OP=cross_gram N=16384 R=256 K=256 DTYPE=float32), and the ncu line
 	$(python) -m bench.profiling --op '$(OP)' $(sizes_of_profile) $(if $(DTYPE),--dtype '$(DTYPE)')
 
-docs-figures: .venv/.extra-bench ## write the figures of the documentation from the result files: pages, pictures, CSV files, quotes
+docs-figures: .venv/.extra-bench ## write the figures of the documentation from the result files: pages, pictures, CSV files, quoted numbers
 	$(python) -m bench.report
 
 docs: mkdocs.yml .venv/.extra-docs ## build the documentation into site/
 	$(python) -m mkdocs build --strict
 
-docs-check: docs ## look at every page in a headless Chromium: widths, requests, errors (DOCS_ARGS="--pictures FOLDER")
+docs-check: docs ## open every page in a headless Chromium, and check widths, requests and errors (DOCS_ARGS="--pictures FOLDER")
 	$(python) docs/_tools/check.py site $(DOCS_ARGS)
 
 clean: ## remove caches and build products
@@ -163,7 +163,7 @@ $(torch_stamp): .venv/.made constraints.txt
 	@rm -f .venv/.torch-*
 	@touch $@
 
-# The build uses the environment's own pinned setuptools, so that nothing unpinned takes part in it.
+# The build uses the environment's own pinned setuptools, so every part of it is pinned.
 .venv/.extra-%: $(torch_stamp) pyproject.toml constraints.txt
 	$(pip_install) --no-build-isolation -e '.[$*]'
 	@touch $@
