@@ -622,7 +622,7 @@ class KFAC:
         """The processes: a group may be made later than this object."""
         if self._known_replicas is not None:
             return self._known_replicas
-        found = replicas(self._layers, *self._among, of_terms=self._takes_curvature)
+        found = replicas(self._layers, *self._among, from_curvature=self._takes_curvature)
         self._known_replicas = found if found.several else None
         return found
 

@@ -9,7 +9,7 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from brandla.kfac import EKFAC, KBFGS, Brand, ConjugateGradient, Exact, InverseFree, TwoLevel, Woodbury
-from brandla.kfac.processes.exchange import fewer
+from brandla.kfac.processes.exchange import compressed
 from distributed import replicas
 from distributed.processes import run
 from distributed.replicas import Branches, Case, Mixed, Training, alone, error_of
@@ -122,14 +122,14 @@ def test_fewer_rows_have_nearly_the_same_sum_of_outer_products():
     """The best of rank 6 leaves σ₇² in the 2-norm; a randomized one is within a few percent of it here."""
     torch.manual_seed(0)
     rows = torch.randn(40, 20, dtype=torch.float64) @ torch.diag(0.5 ** torch.arange(20, dtype=torch.float64))
-    few = fewer(rows, 6, seed=1)
+    few = compressed(rows, 6, seed=1)
     difference = rows.mT @ rows - few.mT @ few
     best = torch.linalg.svdvals(rows)[6] ** 2
     assert few.shape == (6, 20)
     assert torch.linalg.eigvalsh(difference)[-1] < 1.1 * best
     # Never more than all: the difference is semi-definite, to rounding.
     assert torch.linalg.eigvalsh(difference)[0] > -1e-13 * torch.linalg.matrix_norm(rows, 2) ** 2
-    assert torch.equal(few, fewer(rows, 6, seed=1))
+    assert torch.equal(few, compressed(rows, 6, seed=1))
 
 
 def test_batches_of_the_same_samples_lose_nothing_in_fewer_columns():
