@@ -317,7 +317,7 @@ def test_a_gradient_that_is_more_or_less_than_the_pair_is_applied_two_sided(chan
             model.zero_grad(set_to_none=False)
             loss_of(model, batch(3, 10, 4, 2)).backward()
             for layer in preconditioner._layers:
-                layer.linear = True
+                layer.gradient_is_pair = True
         for parameter in model.parameters():
             if change == "scaled":
                 parameter.grad.mul_(0.25)

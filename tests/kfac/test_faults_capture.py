@@ -106,7 +106,7 @@ def test_a_bias_of_two_layers_is_that_of_the_first(training):
         stepped(model, preconditioner, loss_of(model, batch(10, 6, 6)))
         found.append((model, preconditioner.report().unsupported))
     (both, left), (alone, _) = found
-    assert left == {"3.bias": "it is also that of 0", "4.bias": "it is also that of 1"}
+    assert left == {"3.bias": "it belongs to 0", "4.bias": "it belongs to 1"}
     torch.testing.assert_close(gradients(both[:2]), gradients(alone[:2]))
 
 

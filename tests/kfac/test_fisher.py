@@ -123,7 +123,7 @@ def test_draws_differ_from_step_to_step_and_are_the_same_from_a_checkpoint():
 BAD = [
     ({"loss": "hinge"}, ValueError, "KFAC.curvature: loss must be 'cross_entropy' or 'mse'; got 'hinge'"),
     ({"weights": torch.ones(3)}, ValueError, "weights must be one for each term, (8,); got shape (3,)"),
-    ({"outputs": torch.ones(8, 4)}, ValueError, "KFAC.curvature: outputs must be what the model gave"),
+    ({"outputs": torch.ones(8, 4)}, ValueError, "KFAC.curvature: outputs must be the model's, made with"),
     ({"outputs": torch.ones(8, 4).cfloat().requires_grad_()}, TypeError, "outputs must be real; got complex64"),
 ]
 

@@ -96,8 +96,8 @@ VALUES = [
     (lambda: Adaptive(factor=1.0), "Adaptive: factor must be in (0, 1); got 1.0"),
     (lambda: Adaptive(0.0), "Adaptive: 0 < least <= initial <= most < inf must hold; got 1e-08, 0.0 and"),
     (lambda: KFAC(nn.DataParallel(mlp(10, 20, 4))), "KFAC: the model must not be in nn.DataParallel; use"),
-    (lambda: KFAC(TWICE, {"b": Exact()}), "inverse must name modules of the model; 'b' is 'a': use that name"),
-    (lambda: KFAC(nn.Sequential(nn.PReLU())), "the model must have an nn.Linear… PReLU, Sequential; name"),
+    (lambda: KFAC(TWICE, {"b": Exact()}), "inverse must name modules of the model; 'b' is 'a': use this name"),
+    (lambda: KFAC(nn.Sequential(nn.PReLU())), "the model must have an nn.Linear… PReLU, Sequential; register"),
     (lambda: PINN(TANH, damping=0), "PINN: damping must be finite and > 0; got 0"),
 ]
 KINDS = [

@@ -200,7 +200,7 @@ def test_nothing_is_told_of_a_loop_that_is_right(backward, options):
         (plain, {"late": True}, "call preconditioner.step() before optimizer.step()"),
         (plain, {"zero": True}, "step() found no gradient 3 times in a row"),
         (summed, {}, "if the loss is a sum, divide it"),
-        (scaled, {}, "what was captured is 1024 times the gradient"),
+        (scaled, {}, "the product of the captured rows is 1024 times the gradient"),
         (of_derivatives, {}, "only part of the gradient of 0"),
         (broken, {}, "a batch was skipped"),
     ],

@@ -54,7 +54,7 @@ LEFT = {
     "lazy": (lambda: nn.LazyLinear(4), "it has no shape yet: run it once before it is preconditioned"),
     "sparse-embedding": (lambda: nn.Embedding(4, 3, sparse=True), "its gradient is sparse"),
     "scaled-embedding": (lambda: nn.Embedding(4, 3, scale_grad_by_freq=True), "its gradient is scaled by frequency"),
-    "synchronised": (lambda: nn.SyncBatchNorm(4), "its statistics are of several processes"),
+    "synchronised": (lambda: nn.SyncBatchNorm(4), "its statistics come from several processes"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), PARAMETRIZED),
     "spectral": (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False)), PARAMETRIZED),
     "spectral-norm-by-hooks": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), COMPUTED),
@@ -66,7 +66,7 @@ LEFT = {
     "recurrent": (
         lambda: nn.LSTM(4, 4),
         "LSTM is not known: its time steps are one fused call; brandla.kfac.register(torch.nn.LSTM,"
-        " like='unrolled') has them in sight",
+        " like='unrolled') runs them one by one",
     ),
     "loose-parameter": (
         lambda: Loose(nn.ReLU(), nn.PReLU()),
@@ -75,13 +75,13 @@ LEFT = {
     "two-uses-of-a-weight": (
         lambda: of_one_weight(nn.Conv1d(3, 4, 5, bias=False), nn.Bilinear(3, 5, 4, bias=False)),
         {
-            "1.0": "its weight is also that of 1.1, used differently",
-            "1.1": "its weight is also that of 1.0, used differently",
+            "1.0": "1.1 uses the same weight differently",
+            "1.1": "1.0 uses the same weight differently",
         },
     ),
     "two-biases-of-a-weight": (
         lambda: of_one_weight(nn.Linear(6, 6), nn.Linear(6, 6)),
-        {"1.1.bias": "its weight is that of 1.0, which has another bias"},
+        {"1.1.bias": "1.0 has the same weight and another bias"},
     ),
 }
 
@@ -137,11 +137,11 @@ NESTED = torch.nested.nested_tensor([torch.randn(2, 4)], layout=torch.jagged)
 ODD_CALLS = {
     "its output is of type tuple, not a tensor": (LINEAR, lambda own: (own, 1), ROWS),
     "its output is of type dict, not a tensor": (CONV, lambda own: {"output": own}, IMAGES),
-    "its output has shape (3,), where the input makes (3, 4)": (LINEAR, lambda own: own.sum(-1), ROWS),
+    "its output has shape (3,), but its input requires (3, 4)": (LINEAR, lambda own: own.sum(-1), ROWS),
     "its input is not a dense tensor": (LINEAR, lambda own: own, NESTED),
     "its input has 4 dimensions and its output 2; a batch has 4": (CONV, lambda own: own.flatten(1), IMAGES),
     "its input of shape (2, 2) is not a batch": (NORM, lambda own: own, IMAGES[0, 0]),
-    "its output has shape (3, 4), where the input makes (3, 2, 4)": (TABLE, lambda own: own.sum(1), INDICES),
+    "its output has shape (3, 4), but its input requires (3, 2, 4)": (TABLE, lambda own: own.sum(1), INDICES),
 }
 
 
