@@ -222,9 +222,9 @@ class Capture:
         weight, bias = self._kind.weight, self._kind.bias
         parts_are_plain = all(isinstance(part, nn.Parameter) and not is_dtensor(part) for part in (weight, bias))
         if weight.requires_grad and parts_are_plain and self.enabled and "loss" in self.passes:
-            own = self._gradient_hook is not None and self._gradient_hook[0] is weight
+            own_hooks = self._gradient_hook is not None and self._gradient_hook[0] is weight
             hooks = (*(weight._backward_hooks or ()), *(weight._post_accumulate_grad_hooks or ()))
-            self._leaves_out = len(hooks) == own
+            self._leaves_out = len(hooks) == own_hooks
             weight.requires_grad_(not self._leaves_out)
 
     def _switch_on(self, *_: Any) -> None:

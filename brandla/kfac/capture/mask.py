@@ -38,8 +38,7 @@ def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Ten
             " between loss.backward() and preconditioner.step()"
         )
         raise RuntimeError(message)
-    scale: Tensor = scaler.scale(torch.ones((), device=device))
-    return scale
+    return scaler.scale(torch.ones((), device=device))
 
 
 @dataclass(frozen=True)
