@@ -28,7 +28,7 @@ class ConvKind(Kind):
         return (groups,) if groups > 1 else (), d_out // groups, math.prod(window)
 
     @property
-    def steps(self) -> list[tuple[int, int, int]]:
+    def axes(self) -> list[tuple[int, int, int]]:
         """Size, stride and dilation of the kernel in each dimension."""
         return list(zip(self.module.kernel_size, self.module.stride, self.module.dilation, strict=True))
 
@@ -43,7 +43,7 @@ class ConvKind(Kind):
         # One sample is a batch of one.
         inputs, gradient = (part if part.ndim == self.weight.ndim else part[None] for part in (inputs, gradient))
         windows, dim, groups = self.padded(inputs, gradient.shape[2:]), 2, self.module.groups
-        for size, stride, dilation in self.steps:
+        for size, stride, dilation in self.axes:
             # `unfold` puts the window into a new last dimension. Without `reduce`, this is still a view of the input.
             windows = windows.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
             if reduce:
@@ -69,10 +69,10 @@ class ConvKind(Kind):
         padding, mode = self.module.padding, self.module.padding_mode
         if padding == "same":
             # If the total is odd, one more goes after the input than before it.
-            totals = [dilation * (size - 1) for size, _, dilation in self.steps]
+            totals = [dilation * (size - 1) for size, _, dilation in self.axes]
             pairs = [(total // 2, total - total // 2) for total in totals]
         else:
-            pairs = [(0, 0)] * len(self.steps) if padding == "valid" else [(width, width) for width in padding]
+            pairs = [(0, 0)] * len(self.axes) if padding == "valid" else [(width, width) for width in padding]
         pads = [width for pair in reversed(pairs) for width in pair]
         return nn.functional.pad(batch, pads, mode="constant" if mode == "zeros" else mode)
 
@@ -92,7 +92,7 @@ class ConvTransposeKind(ConvKind):
         return (groups,) if groups > 1 else (), d_out, d_in // groups * math.prod(kernel)
 
     @property
-    def steps(self) -> list[tuple[int, int, int]]:
+    def axes(self) -> list[tuple[int, int, int]]:
         """Size, stride 1 and dilation of the kernel in each dimension."""
         return [(size, 1, step) for size, step in zip(self.module.kernel_size, self.module.dilation, strict=True)]
 
@@ -104,7 +104,7 @@ class ConvTransposeKind(ConvKind):
         every: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in conv.stride))
         spread[every] = batch
         pads: list[int] = []
-        for (size, _, dilation), padding, length, count in zip(self.steps, conv.padding, sizes, positions, strict=True):
+        for (size, _, dilation), padding, length, count in zip(self.axes, conv.padding, sizes, positions, strict=True):
             before = dilation * (size - 1) - padding
             pads = [before, count + dilation * (size - 1) - before - length, *pads]
         return nn.functional.pad(spread, pads)

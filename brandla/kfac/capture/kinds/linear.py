@@ -124,8 +124,7 @@ class BagKind(EmbeddingKind):
         return self.copy_with(_offsets=given.get("offsets")), inputs
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Return no reason: the module has checked its indices."""
-        return ""
+        return ""  # the module has checked its indices
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return one sample for each index; padding has −1 and 0."""
