@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from brandla.kfac.capture.layer import Written
+from brandla.kfac.capture.layer import StepPart
 from brandla.kfac.values import Gradient, alike, inner, sizes
 from brandla_kernels import signs
 
@@ -92,7 +92,7 @@ def _times(step: Gradient, vectors: Tensor) -> Tensor:
     return product
 
 
-def place(steps: Sequence[Sequence[Written]]) -> None:
+def place(steps: Sequence[Sequence[StepPart]]) -> None:
     """Copy into the gradients, in one call, what would not be rounded there before it is scaled."""
     parts = [part for step in steps for part in step if part.step is not part.gradient]
     waiting = [part for part in parts if part.step.dtype == part.gradient.dtype]
@@ -102,7 +102,7 @@ def place(steps: Sequence[Sequence[Written]]) -> None:
         part.step = part.gradient
 
 
-def finish(steps: Sequence[Sequence[Written]], divisors: Sequence[Tensor] | None) -> None:
+def finish(steps: Sequence[Sequence[StepPart]], divisors: Sequence[Tensor] | None) -> None:
     """Divide the steps, and write those that were not placed, for gradients of less precision."""
     parts = [part for step in steps for part in step]
     if divisors is not None and parts:

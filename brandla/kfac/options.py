@@ -16,7 +16,7 @@ from brandla.kfac.systems.schedule import Schedule, at, spelled
 from brandla.kfac.systems.strategy import Strategy
 from brandla.kfac.values import Scale
 
-# What torch.compile calls the module that it wraps.
+# The name that torch.compile gives to the module that it wraps.
 _WRAPPED = "_orig_mod"
 Option = TypeVar("Option")
 ClipBy: TypeAlias = Literal["rms", "kl", "spectral"]
@@ -25,7 +25,7 @@ ByModule: TypeAlias = Option | Mapping[str, Option] | Callable[[str, nn.Module],
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a preconditioner; schedules are checked at every step."""
+    """The options of a preconditioner. Schedules are checked at every step."""
 
     damping: Schedule[float] | Adaptive
     clip: Schedule[float | None]
@@ -48,10 +48,10 @@ class Options:
         self.at(0)
 
     def __str__(self) -> str:
-        return ", ".join(f"{own.name}={spelled(getattr(self, own.name))}" for own in fields(self))
+        return ", ".join(f"{option.name}={spelled(getattr(self, option.name))}" for option in fields(self))
 
     def at(self, step: int) -> AtStep:
-        """Return the values of a step, or raise where a schedule gives one out of range."""
+        """Return the values of a step, or raise if a schedule is out of range."""
         clip = at(self.clip, step)
         damping = self.damping.initial if isinstance(self.damping, Adaptive) else at(self.damping, step)
         decay, factor_every = at(self.decay, step), at(self.factor_every, step)
@@ -67,7 +67,7 @@ class Options:
 
 @dataclass(frozen=True)
 class AtStep:
-    """Values of the schedules at one step."""
+    """The values of the schedules at one step."""
 
     damping: float
     clip: float | None
@@ -76,9 +76,9 @@ class AtStep:
 
 
 def named_modules(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Go through the modules of a model, those that hold others first. A wrapper has the name of the module inside.
+    """Yield the modules of a model with their names, parents first. A wrapper has the name of the module inside.
 
-    A module that is in several places has the name of the first, and with ``aliases`` all of them.
+    A module that is in several places has the name of the first place, or with ``aliases`` the names of all.
     """
     for name, module in model.named_modules(remove_duplicate=not aliases):
         yield ".".join(part for part in name.split(".") if part != _WRAPPED), module
@@ -92,23 +92,23 @@ def by_module(model: nn.Module, name: str, option: ByModule[Any], default: Any) 
     names, aliases = dict(named_modules(model)), dict(named_modules(model, aliases=True))
     for module in rule:
         if module not in names:
-            first = next((known for known, own in names.items() if own is aliases.get(module)), None)
-            got = f"it has no module {module!r}" if first is None else f"{module!r} is {first!r}: use that name"
+            first = next((first for first, own in names.items() if own is aliases.get(module)), None)
+            got = f"it has no module {module!r}" if first is None else f"{module!r} is {first!r}: use this name"
             _check.fail_value("KFAC", f"{name} must name modules of the model; {got}")
     return rule
 
 
 def strategies(model: nn.Module, inverse: ByModule[Strategy | None], default: Strategy) -> dict[str, Strategy | None]:
-    """Check ``inverse`` and return it by module name, equal strategies as one object."""
+    """Check ``inverse`` and return it by module name. Equal strategies become one object."""
     rule = by_module(model, "inverse", inverse, default)
     for strategy in rule.values():
         if not isinstance(strategy, Strategy | None):
-            kind = type(strategy).__name__
+            got = type(strategy).__name__
             if isinstance(strategy, type):
-                kind = f"the class {strategy.__name__}; construct it, as {strategy.__name__}(...)"
-            _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128), or None; got {kind}")
-    known = {strategy: strategy for strategy in rule.values()}
-    return {module: known[strategy] for module, strategy in rule.items()}
+                got = f"the class {strategy.__name__}; construct it, as {strategy.__name__}(...)"
+            _check.fail_type("KFAC", f"inverse must be a strategy such as Brand(rank=128), or None; got {got}")
+    unique = {strategy: strategy for strategy in rule.values()}
+    return {module: unique[strategy] for module, strategy in rule.items()}
 
 
 def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]:
@@ -120,37 +120,37 @@ def sharings(model: nn.Module, sharing: ByModule[Sharing]) -> dict[str, Sharing]
 
 
 def set_order(model: nn.Module, batch_first: ByModule[bool | None], layers: Iterable[Layer]) -> None:
-    """Check ``batch_first``, and tell each layer whether samples come before positions, and why."""
+    """Check ``batch_first``, and set for each layer whether samples come before positions, and why."""
     rule = by_module(model, "batch_first", batch_first, None)
     for value in rule.values():
         if not isinstance(value, bool | None):
             _check.fail_value("KFAC", f"batch_first must be True, False or None; got {value!r}")
     modules = dict(named_modules(model))
     for layer in layers:
-        if layer.kind.may_lead:
+        if layer.kind.either_order:
             holder = layer.name
-            first = of_module(rule, holder if holder in modules else holder.rpartition(".")[0])
+            first = option_of(rule, holder if holder in modules else holder.rpartition(".")[0])
             why = "as batch_first says"
             if first is None:
-                while (first := _said(modules.get(holder))) is None and holder:
+                while (first := _declared_order(modules.get(holder))) is None and holder:
                     holder = holder.rpartition(".")[0]
                 why = "assumed" if first is None else f"as {holder or 'the model'} says"
             layer.batch_first = first is not False
             layer.order = f"{'samples' if layer.batch_first else 'positions'} first, {why}"
 
 
-def _said(module: Any) -> bool | None:
-    """Return what a module says of the order of its inputs' dimensions."""
+def _declared_order(module: Any) -> bool | None:
+    """Return the ``batch_first`` of a module, if it has one."""
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
         module = module.layers[0]
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         module = module.self_attn
-    said = getattr(module, "batch_first", None)
-    return said if isinstance(said, bool) else None
+    order = getattr(module, "batch_first", None)
+    return order if isinstance(order, bool) else None
 
 
-def of_module(rule: Mapping[str, Option], name: str) -> Option:
-    """Return the option of the nearest module that a rule names: itself, one that holds it, or the model."""
+def option_of(rule: Mapping[str, Option], name: str) -> Option:
+    """Return a module's option in a rule: the rule may name the module, a parent, or the whole model as ``""``."""
     while name not in rule:
         name = name.rpartition(".")[0]
     return rule[name]

@@ -20,7 +20,7 @@ from brandla.kfac.capture.calls import Groups, Pass, Recorder, Terms
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.mask import Mask, loss_scale
-from brandla.kfac.capture.mistakes import CHECKED_AT, Mistakes
+from brandla.kfac.capture.mistakes import GRADIENTS_CHECKED_AT, Mistakes
 from brandla.kfac.clip import by_kl, by_rms, finish, place, spectral
 from brandla.kfac.find import find_layers
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, set_order, sharings, strategies
@@ -169,7 +169,7 @@ class KFAC:
         self._known_replicas: Replicas | None = None
         self._recorder = Recorder(edges=self._takes_curvature)
         self._mistakes = Mistakes()
-        self._mistakes.look_at_model(model)
+        self._mistakes.check_model(model)
         self._steps = 0
         self._adapted = damping.initial if isinstance(damping, Adaptive) else None
         self._trial: Trial | None = None
@@ -183,7 +183,7 @@ class KFAC:
         if gradient == "pair":
             self._check_alone()
             for layer in self._layers:
-                layer.capture.leave_out()
+                layer.capture.leave_out_weight_gradient()
         self._choose_captures()
         # Hooks hold their captures, and nothing holds this object: when it goes, they do.
         finalize(self, _detach, self._layers).atexit = False
@@ -216,8 +216,8 @@ class KFAC:
         """
         _check.choice("KFAC.curvature", "loss", loss, ("cross_entropy", "mse"))
         if not self._takes_curvature:
-            self._recorder.terms["loss"] = Terms(fisher.number(outputs, loss, weights))
-        elif any("curvature" in layer.capture.wanted for layer in self._layers):
+            self._recorder.terms["loss"] = Terms(fisher.term_count(outputs, loss, weights))
+        elif any("curvature" in layer.capture.passes for layer in self._layers):
             # Apart from the seeds of factors, and for every call and process: counted as if one process made all calls.
             seed = self._seed + 65_536 - (self._curvatures * self._replicas.world + self._replicas.rank)
             fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
@@ -276,7 +276,7 @@ class KFAC:
         parts = [part for layer in working for part in (layer.weight, layer.bias)]
         with whole_gradients(parts), self._as_captured(working):
             layers = [layer for layer in working if layer.has_gradient]
-            self._mistakes.look_before(layers, alone=not self._replicas.several)
+            self._mistakes.check_loop(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
                 self._step(working, layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
@@ -286,9 +286,9 @@ class KFAC:
         self._curvatures = 0
         self._steps += 1
         self._choose_captures()
-        self._mistakes.tell_of_layers(self._layers, unseen)
+        self._mistakes.warn_of_layers(self._layers, unseen)
         if not is_captured():
-            self._mistakes.tell_what_came()
+            self._mistakes.warn_of_checks()
 
     def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
         """Measure what the last step did to the loss of its batch, and adapt the damping, if that is due.
@@ -462,9 +462,9 @@ class KFAC:
         scale = loss_scale(self._scaler, layers[0].weight.device) if layers else None
         # Also those whose data comes from another process.
         for layer in working:
-            layer.follow()
-        if self._steps == CHECKED_AT and not self._replicas.several and not is_captured():
-            self._mistakes.look_at_rows(layers, scale)
+            layer.match_weight()
+        if self._steps == GRADIENTS_CHECKED_AT and not self._replicas.several and not is_captured():
+            self._mistakes.check_gradients(layers, scale)
         own = self._rows(self._due(layers, options), scale)
         told = self._told(own)
         pairs = {}
@@ -489,19 +489,19 @@ class KFAC:
             layer.gradient()
         mask.clear(self._model)
         for layer in ready:
-            layer.seal()
+            layer.mark_stepped()
         if not mask.known_finite:
             self._count(mask)
             # With a scaler some batches overflow, and are left out by it too.
             if scale is None and not is_captured():
-                self._mistakes.look_at_skipped(self._counted[0], self._counted[1], self._steps)
+                self._mistakes.check_skipped(self._counted[0], self._counted[1], self._steps)
 
     def _count(self, mask: Mask) -> None:
         """Count a step that was looked at on the device, in place, so that replays of a CUDA graph count too."""
         if not self._counted:
-            looked_at, finite, one = torch.tensor([0, 0, 1], dtype=torch.int32, device=mask.one.device).unbind()
+            looked_at, finite, one = torch.tensor([0, 0, 1], dtype=torch.int32, device=mask.finite_int.device).unbind()
             self._counted = [looked_at, finite, one]
-        torch._foreach_add_(self._counted[:2], [self._counted[2], mask.one])
+        torch._foreach_add_(self._counted[:2], [self._counted[2], mask.finite_int])
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""
@@ -603,9 +603,9 @@ class KFAC:
         of_factors: Pass = "curvature" if self._takes_curvature else "loss"
         applies_to_pairs = self._applies_to_pairs
         for layer in self._layers:
-            reads_loss = layer.strategy.takes_second_pass or (applies_to_pairs and layer.linear is not False)
+            reads_loss = layer.strategy.takes_second_pass or (applies_to_pairs and layer.gradient_is_pair is not False)
             wanted: list[Pass] = ["loss"] if reads_loss else []
-            layer.capture.want([*wanted, of_factors] if layer in due else wanted)
+            layer.capture.set_passes([*wanted, of_factors] if layer in due else wanted)
 
     @property
     def _seed(self) -> int:
@@ -622,7 +622,7 @@ class KFAC:
         """The processes: a group may be made later than this object."""
         if self._known_replicas is not None:
             return self._known_replicas
-        found = replicas(self._layers, *self._among, of_terms=self._takes_curvature)
+        found = replicas(self._layers, *self._among, from_curvature=self._takes_curvature)
         self._known_replicas = found if found.several else None
         return found
 

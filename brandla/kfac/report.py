@@ -1,4 +1,4 @@
-"""What each factor of a preconditioner got, what it costs, and how far it may be off."""
+"""The report of a preconditioner: the strategy, the memory and the error bound of each factor."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Side = Literal["input", "output", "beside"]
 
 @dataclass(frozen=True)
 class FactorReport:
-    """One factor: ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is what the n × n matrix alone would take.
+    """One factor. ``error_bound`` bounds ‖M − M̂‖₂; ``dense_bytes`` is the memory of the n × n matrix alone.
 
-    ``relative_error_bound`` is that bound divided by d₁, the largest eigenvalue of M̂: 0 if the bound is 0, otherwise
-    infinite if d₁ is 0. For a batch of matrices, both are the largest in the batch.
+    ``relative_error_bound`` is ``error_bound`` divided by d₁, the largest eigenvalue of M̂. It is 0 if the bound is 0,
+    and otherwise infinite if d₁ is 0. For a batch of matrices, both bounds are the largest in the batch.
 
     A curvature that keeps more than its factors has one more row, whose ``side`` is ``"beside"``. There n is the
     layer's number of parameters, and ``dense_bytes`` is 0.
@@ -52,9 +52,9 @@ class FactorReport:
 class Report:
     """All factors of a preconditioner, and the number of batches skipped.
 
-    ``unsupported`` says why each module or parameter in it is left to the optimizer; ``captured_bytes`` is the memory
-    that inputs and output gradients took until the last step was done with them. ``layouts`` says, for each layer that
-    takes samples and positions, which of them come first, and why.
+    ``unsupported`` holds the reason why each of its modules or parameters is left to the optimizer. ``captured_bytes``
+    is the memory that inputs and output gradients took until the last step freed them. For each layer that takes
+    samples and positions, ``layouts`` says which of the two come first, and why.
 
     Examples
     --------
@@ -78,16 +78,16 @@ class Report:
 
     @property
     def dense_bytes(self) -> int:
-        """The memory that dense matrices in their place would take."""
+        """The memory that dense matrices would take in place of the factors."""
         return sum(factor.dense_bytes for factor in self.factors)
 
     def __str__(self) -> str:
         rows = [("layer", "side", "n", "strategy", "rank", "error bound / d₁", "memory", "dense", "note")]
-        for own in self.factors:
-            rank = "-" if own.rank is None else str(own.rank)
-            bound = "-" if own.relative_error_bound is None else f"{own.relative_error_bound:.2e}"
-            of_factor = own.layer, own.side, str(own.n), own.strategy.partition("(")[0]
-            rows.append((*of_factor, rank, bound, _size(own.bytes), _size(own.dense_bytes), own.reason))
+        for factor in self.factors:
+            rank = "-" if factor.rank is None else str(factor.rank)
+            bound = "-" if factor.relative_error_bound is None else f"{factor.relative_error_bound:.2e}"
+            name = factor.layer, factor.side, str(factor.n), factor.strategy.partition("(")[0]
+            rows.append((*name, rank, bound, _size(factor.bytes), _size(factor.dense_bytes), factor.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(
@@ -106,7 +106,7 @@ class Report:
 
 
 def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, captured_bytes: int) -> Report:
-    """Read every factor; waits for the device."""
+    """Return the report of all factors. It reads them, so it waits for the device."""
     refused = {layer.name: "frozen" for layer in layers if layer.is_frozen and not layer.curvature.started}
     refused |= {layer.name: layer.capture.refusal for layer in layers if layer.capture.refusal}
     rows: list[FactorReport] = []
@@ -118,9 +118,9 @@ def describe(layers: list[Layer], unsupported: dict[str, str], skipped: int, cap
 
 
 def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> list[FactorReport]:
-    """Describe the factors of a layer, and what its curvature keeps beside them."""
-    started = "" if curvature.started else "no data yet"
-    of_one = math.prod(shape.groups) * shape.dtype.itemsize
+    """Describe the factors of a layer, and the rest of its curvature."""
+    without_data = "" if curvature.started else "no data yet"
+    entry_bytes = math.prod(shape.groups) * shape.dtype.itemsize
     rows: list[FactorReport] = []
     for side, factor in curvature.factors():
         bounds: tuple[float | None, float | None] = (None, None)
@@ -129,16 +129,16 @@ def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> li
             relative = torch.where(absolute == 0, 0, absolute / factor.largest())
             bounds = float(absolute.max()), float(relative.max())
         note = factor.reason if factor.started else "no data yet"
-        memory = _bytes(factor.tensors()), of_one * factor.n**2
+        memory = _bytes(factor.tensors()), entry_bytes * factor.n**2
         rows.append(FactorReport(layer, side, factor.n, str(factor.strategy), note, factor.rank, *bounds, *memory))
     for side, remark, tensors in curvature.kept():
         n = shape.d_in if side == "input" else shape.d_out
-        memory = _bytes(tensors), of_one * n**2
-        rows.append(FactorReport(layer, side, n, strategy, started or remark, None, None, None, *memory))
+        memory = _bytes(tensors), entry_bytes * n**2
+        rows.append(FactorReport(layer, side, n, strategy, without_data or remark, None, None, None, *memory))
     beside = _bytes(curvature.tensors()) - sum(row.bytes for row in rows)
     if beside > 0 or not rows:
         n = math.prod(shape.groups) * shape.d_out * shape.d_in
-        rows.append(FactorReport(layer, "beside", n, strategy, started, None, None, None, beside, 0))
+        rows.append(FactorReport(layer, "beside", n, strategy, without_data, None, None, None, beside, 0))
     return rows
 
 

@@ -24,7 +24,7 @@ def of_layer(layer: Layer) -> dict[str, Any]:
     return {
         "strategy": str(layer.strategy),
         "curvature": curvature,
-        "linear": layer.linear,
+        "linear": layer.gradient_is_pair,
         "refusal": layer.capture.refusal,
         "direction": None if layer.direction is None else layer.direction.clone(),
         "tensors": ", ".join(_tensors(curvature)),
@@ -45,7 +45,7 @@ def load(layers: Sequence[Layer], state: Mapping[str, Any]) -> None:
     curvatures = [_continued(layer, saved[layer.name]) for layer in layers]
     for layer, curvature in zip(layers, curvatures, strict=True):
         own, shape = saved[layer.name], layer.shape
-        layer.curvature, layer.linear, layer.capture.refusal = curvature, own["linear"], own["refusal"]
+        layer.curvature, layer.gradient_is_pair, layer.capture.refusal = curvature, own["linear"], own["refusal"]
         found: Tensor | None = own["direction"]
         layer.direction = None if found is None else found.to(device=shape.device, dtype=shape.dtype, copy=True)
 
@@ -115,7 +115,7 @@ def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
             " brandla.kfac.read_state"
         )
         _check.fail_value(_FUNCTION, f"{layer.name}: the state lacks {', '.join(missing)}; {remedy}")
-    layer.follow(thaws=True)
+    layer.match_weight(thaws=True)
     try:
         return layer.curvature.loaded(_with_empty(curvature, layer.curvature.state_dict()), layer.name)
     except KeyError as key:

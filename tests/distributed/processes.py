@@ -1,7 +1,7 @@
 """Run a function in several processes that form a gloo group on the loopback interface.
 
-Processes are forked from a server that has imported torch, so the first launch costs seconds and the others a tenth of
-one. They meet in a file, not at a port. Nothing outlives a call: after ``timeout`` seconds what still runs is killed.
+Processes are forked from a server that has imported torch. So the first launch costs seconds, and later ones a tenth of
+a second. The processes meet in a file, not at a port. Those that still run after ``timeout`` seconds are killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from torch.utils._pytree import tree_map
 
-# The first DTensor imports torch._dynamo, and the oracles scipy.linalg: once here, in place of once a process.
+# The first DTensor imports torch._dynamo, and the oracles scipy.linalg. Preloading imports them only once.
 PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "scipy.linalg", "brandla"]
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
@@ -31,11 +31,11 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 def run(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, group_timeout: float = 20.0
 ) -> list[Any]:
-    """Return what ``function(*args)`` returns on each rank, a process with one thread and a group around it.
+    """Return the results of ``function(*args)`` on all ranks, which are processes with one thread in one group.
 
-    The function is one of a module under ``tests``; it, its arguments and results have to pickle, which a DTensor does
-    not. ``timeout`` seconds are for all of it, ``group_timeout`` for one collective. A rank that leaves without a word
-    has None. Raises if a rank raised, or was still running at the end.
+    The function must be in a module under ``tests``. The function, its arguments and its results must pickle, which a
+    DTensor does not. ``timeout`` seconds are for the whole call, ``group_timeout`` for one collective. A rank that
+    exits without a result has None. Raises if a rank raised, or was still running at the end.
     """
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def run(
 
 
 def _rank(rank: int, call: bytes, world_size: int, folder: Path, timeout: float, group_timeout: float) -> None:
-    # What still runs a second before its end says where it is.
+    # A rank that still runs a second before the timeout prints its stack.
     faulthandler.dump_traceback_later(max(timeout - 1, 0.1))
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -70,12 +70,12 @@ def _rank(rank: int, call: bytes, world_size: int, folder: Path, timeout: float,
 
 
 def whole(tree: Any) -> Any:
-    """Return the same with every DTensor gathered."""
+    """Return the tree with every DTensor gathered."""
     return tree_map(lambda part: part.full_tensor() if isinstance(part, DTensor) else part, tree)
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """Return the error that a call raises, in words; nothing if it goes through."""
+    """Return the type and message of the error that a call raises; an empty string if it raises none."""
     try:
         call()
     except (RuntimeError, TypeError, ValueError) as error:

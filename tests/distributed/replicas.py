@@ -1,4 +1,4 @@
-"""Replicas of a network that train under K-FAC, each on its share of the batches, and one process on all of them."""
+"""Replicas of a network train under K-FAC, each on its share of the batches; one process trains on all batches."""
 
 import os
 import time
@@ -51,12 +51,12 @@ class Case(NamedTuple):
     # The first scale of the loss, and the ranks and steps at which the scaled loss is infinite.
     scale: float | None = None
     overflows: tuple[tuple[int, int], ...] = ()
-    # Whether the number of terms of the loss is told, where G is made of its own gradients.
-    told: bool = False
+    # Whether `curvature` is called although G is made of the loss's gradients: it gives the number of terms.
+    counted: bool = False
 
 
 class Mixed(Words):
-    """Every kind of layer, of words that the inputs are read as."""
+    """Every kind of layer, on inputs that are read as words."""
 
     def __init__(self):
         super().__init__(12, 8, WIDTHS[-1])
@@ -66,7 +66,7 @@ class Mixed(Words):
 
 
 class Branches(nn.Module):
-    """Two networks of which a batch goes through one: the first if its first number is positive."""
+    """Two networks. A batch goes through the first if its first number is positive, and else through the second."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ class Branches(nn.Module):
 
 
 def share(case, rank, step, part):
-    """Return what a rank trains on in one backward pass."""
+    """Return the inputs and labels of a rank's backward pass."""
     inputs, labels = batch(case.sizes[rank], WIDTHS[0], WIDTHS[-1], seed=1000 * step + 10 * part + rank)
     inputs[0, 0] = 1.0 if rank % 2 else -1.0
     if case.broken == (rank, step):
@@ -88,9 +88,9 @@ def share(case, rank, step, part):
 
 
 class Training:
-    """A network of one process with all that trains it; ``wrapped`` is what its batches go through.
+    """One process's network and its training objects; batches go through ``wrapped``.
 
-    Alone it takes the batches of all ranks, with the mean of their losses.
+    A process that trains alone takes the batches of all ranks, with the mean of their losses.
     """
 
     def __init__(self, case, model, wrapped=None, group=None):
@@ -104,16 +104,16 @@ class Training:
         case = self.case
         inputs, labels = share(case, rank, step, part)
         outputs = self.wrapped(inputs)
-        # Of several ranks' terms in one process, each has the weight that the mean of their means gives it.
+        # In one process, the terms of several ranks have the weights that the mean of the ranks' means gives them.
         weights = None if ranks == 1 else outputs.new_full((len(inputs),), 1 / len(inputs))
-        if case.told or "curvature" in (case.options or {}):
+        if case.counted or "curvature" in (case.options or {}):
             self.preconditioner.curvature(outputs, weights=weights)
         loss = nn.functional.cross_entropy(outputs, labels) / (case.accumulate * ranks)
         self.scaler.scale(loss * (HUGE if (rank, step) in case.overflows else 1)).backward()
 
     def step(self, step, *, alone=False):
         self._passes(step, alone)
-        # No momentum, so that a new one at each step goes on as the last.
+        # Without momentum, a new optimizer at each step is the same as the last.
         optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE)
         self.scaler.unscale_(optimizer)
         self.preconditioner.step()
@@ -145,12 +145,12 @@ class Training:
         return self.parameters()
 
     def state(self):
-        """Return all that training goes on from."""
+        """Return the state from which training can continue."""
         weights = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         return {"model": weights, "kfac": self.preconditioner.state_dict(), "scaler": self.scaler.state_dict()}
 
     def resume(self, state):
-        """Go on from a state, with a new preconditioner."""
+        """Continue from a state, with a new preconditioner."""
         self.preconditioner.remove()
         self.model.load_state_dict(state["model"])
         self.scaler.load_state_dict(state["scaler"])
@@ -168,7 +168,7 @@ class Training:
 
 @contextmanager
 def unsynchronised(model):
-    """Keep the gradients of backward passes where they are."""
+    """Keep backward passes from reducing gradients over the processes."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -208,9 +208,9 @@ def is_last():
 
 
 def train(cases):
-    """Train in this group, each of the named cases in turn; return parameters, and the states before the last step.
+    """Train each of the named cases in this group; return parameters, and the states before the last step.
 
-    Check that parameters and states are those of the other ranks, bit by bit, and come from a checkpoint as well.
+    Check that parameters and states equal those of the other ranks bit by bit, and that a checkpoint continues them.
     """
     torch.set_grad_enabled(True)
     warnings.simplefilter("ignore")
@@ -242,19 +242,19 @@ def _is_same(tensors):
 
 
 def in_turn(calls):
-    """Return what several functions find, one after the other, in one launch."""
+    """Return the results of several functions, called in turn in one launch."""
     return [function(*arguments) for function, arguments in calls]
 
 
 def train_in_pairs(cases, firsts):
-    """Train in two groups of two that know nothing of each other, on the batches from each one's first step on."""
+    """Train in two independent groups of two, each on the batches from its own first step on."""
     groups = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     own = distributed.get_rank() // 2
     return [replica(case, groups[own]).run(firsts[own]) for case in cases]
 
 
 def draws(calls, steps):
-    """Return the noise that this rank sent back in each call of `KFAC.curvature`, (steps · calls, numbers)."""
+    """Return the noise that this rank sends back in each call of `KFAC.curvature`, (steps · calls, numbers)."""
     model = nn.Linear(10, 10)
     preconditioner = KFAC(DistributedDataParallel(model), Exact(), curvature="monte-carlo")
     inputs, _ = batch(100, 10, 10, dtype=torch.float32)
@@ -272,7 +272,7 @@ def draws(calls, steps):
 
 
 def first_rank_brings_all(mode):
-    """Step before any backward pass, then with gradients in the first rank alone: it has some then, and all states."""
+    """Step before any backward pass, then with gradients in the first rank alone; all ranks get the same states."""
     warnings.simplefilter("ignore")
     training = Training(Case(Brand(6), mode), network())
     training.preconditioner.step()
@@ -287,7 +287,7 @@ def first_rank_brings_all(mode):
 
 
 def train_alike(mode, options):
-    """Train on the same batches on every rank, or in one process; return what the factors got, and the parameters."""
+    """Train on the same batches on every rank, or in one process; return the factors' strategies and the parameters."""
     model = mlp(40, 44)
     wrapped = DistributedDataParallel(model) if mode else model
     preconditioner = KFAC(wrapped, Brand(12), distributed=mode or "gather", damping=0.1, **options)
@@ -297,7 +297,7 @@ def train_alike(mode, options):
 
 
 def last_rank_refuses(mode):
-    """Have the last rank leave a layer to the optimizer: all leave it, and all gradients are the same on all ranks."""
+    """Make the last rank leave a layer to the optimizer: then all ranks leave it, and have the same gradients."""
     warnings.simplefilter("ignore")
     training = replica(Case(Exact(), mode))
     model, preconditioner = training.model, training.preconditioner
@@ -312,14 +312,14 @@ def last_rank_refuses(mode):
 
 
 def leaves_gradients_out():
-    """Ask for gradients that autograd does not form; return what a wrapped model and one on its own are told."""
+    """Ask autograd to leave gradients out; return the errors for a model in DistributedDataParallel and a plain one."""
     wrapped = (wrap(nn.Linear(20, 10)) for wrap in (DistributedDataParallel, nn.Sequential))
-    told = (refusal(lambda model=model: KFAC(model, Exact(), gradient="pair")) for model in wrapped)
-    return list(filter(None, told))
+    errors = (refusal(lambda model=model: KFAC(model, Exact(), gradient="pair")) for model in wrapped)
+    return list(filter(None, errors))
 
 
 def last_rank_is_missing(mode, seconds):
-    """Step in all ranks but the last, which comes so late or, for no number, never; return what they are told."""
+    """Step in all ranks but the last, which sleeps ``seconds`` or, for None, exits; return the errors of the others."""
     training = Training(Case(Brand(4), mode, (6,) * distributed.get_world_size()), network())
     training.backward(distributed.get_rank(), 0, 0)
     if not is_last():

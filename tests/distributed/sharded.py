@@ -1,4 +1,4 @@
-"""What every rank does in the tests of row-sharded factors: the same call sharded and whole, and how they compare."""
+"""Every rank's part in the tests of row-sharded factors: it makes the same calls sharded and whole, and compares."""
 
 import re
 from functools import cache, partial
@@ -18,11 +18,11 @@ from distributed.processes import refusal, whole
 
 UPDATES = {str(update): update for update in builders.SYMMETRIC_UPDATES}
 STREAMS = ("slow", "fast", "repeated-8", "zeros-between")
-# (n, r, k). Shards of one size; uneven ones; an empty one among four; r + k >= n, also with empty shards among four and
-# among two; fewer local rows than columns of U.
+# (n, r, k): equal shards; uneven ones; an empty one among four; r + k >= n, also with empty shards among four and among
+# two; fewer local rows than columns of U.
 SIZES = ((64, 8, 4), (37, 6, 5), (5, 2, 1), (8, 5, 4), (3, 2, 2), (1, 1, 1), (33, 12, 3))
 TAILS = (0.0, 0.01, torch.tensor(0.01), "smallest", "mean")
-# Calls of which the factors may be sharded; a diagonal must be None, and `right` whole where only U is sharded.
+# Calls whose factors may be sharded. The diagonal must be None, and `right` is whole if only U is sharded.
 OF_FACTORS = (
     *("eigh_up", "eigh_down", "root_", "svd_", "damped_", "kron_damped_solve", "to_", "from_", "dense", "traces"),
     *("is_finite", "largest_eigenvalue", "grouped.root_update"),
@@ -30,12 +30,12 @@ OF_FACTORS = (
 CALLS = [name for name in ALL if name.startswith(OF_FACTORS) and "diagonal" not in name]
 CALLS.remove("svd_update, wide")
 
-# All small parts that were compared, which decide branches: to have the same bits on every rank.
+# All small parts that were compared. They decide branches, so they must have the same bits on every rank.
 SMALL = []
 
 
 def small_parts(function, *arguments):
-    """Return what a check of this rank comes by."""
+    """Run a check on this rank, and return the small parts that it compared."""
     function(*arguments)
     return SMALL
 
@@ -62,7 +62,7 @@ def mesh_of_all():
 
 
 def spread(matrix, *placement, mesh=None):
-    # Every rank has the whole, so none is sent. A shard may lie in its memory.
+    # Every rank has the whole matrix, so nothing is sent. A shard may be a view of it.
     return distribute_tensor(matrix.detach().clone(), mesh or mesh_of_all(), placement, src_data_rank=None)
 
 
@@ -85,7 +85,7 @@ def sharded(factor, *, replicate=False):
 
 
 def agree(actual, expected, label, scale=None):
-    """Compare by what rounding explains of n·ε·‖·‖, `oracles.THRESHOLD` times."""
+    """Check that the difference is below `oracles.THRESHOLD` times n·ε·‖·‖, which rounding explains."""
     actual = whole(actual)
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
@@ -102,7 +102,7 @@ def is_spread(part):
 
 
 def compare(many, one, label):
-    """Compare what sharded arguments gave with what whole ones gave: the matrices, and what their form promises."""
+    """Compare the result of sharded arguments with that of whole ones: the matrices, and orthonormality."""
     SMALL.extend(whole([part for part in tree_leaves(many) if not is_spread(part)]))
     if isinstance(one, Tensor):
         agree(many, one, label)
@@ -125,14 +125,14 @@ def compare(many, one, label):
 
 
 def check(call, *arguments, label=None):
-    """Return what a call gives for sharded arguments, once it is what the whole ones give."""
+    """Return the result of a call with sharded arguments, after comparing it with that of whole ones."""
     result = call(*arguments)
     compare(result, call(*whole(arguments)), label or call)
     return result
 
 
 def same_kind(result, argument, label):
-    """Check that what comes out is a DTensor with the placements of what went in, or no DTensor."""
+    """Check that each result is a DTensor with the placements of its argument, or that neither is one."""
     for one, other in zip(result, argument, strict=True):
         assert isinstance(one, DTensor) == isinstance(other, DTensor), label
         if isinstance(one, DTensor):
@@ -141,7 +141,7 @@ def same_kind(result, argument, label):
 
 
 def batches(stream, n, k, dtype):
-    # Streams need at least 16 rows; a smaller one has the first of them.
+    # Streams need at least 16 rows. A smaller one takes the first rows of a larger one.
     return [columns[:n].contiguous() for columns in oracles.batches(stream, max(n, 32), k, 5, dtype=dtype)]
 
 
@@ -149,7 +149,7 @@ def update_streams(name, dtype):
     """Update sharded and whole factors side by side, at every size."""
     update = partial(UPDATES[name], decay=0.9, weight=0.1)
     for index, (n, r, k) in enumerate(SIZES):
-        # Of two and of four processes, each size has another stream; small parts are of both kinds.
+        # With two and four processes, each size gets different streams, and small parts of both kinds.
         stream = STREAMS[(index + distributed.get_world_size()) % 4]
         label = (name, dtype, n, r, k, stream)
         one = brandla.track(UPDATES[name].factor.zeros(n, r, dtype=dtype))
@@ -173,12 +173,12 @@ def update_streams(name, dtype):
 
 
 def every_call(dtype):
-    """Of two processes a batch with plain small parts, of four one problem; what overwrites does it in its place."""
+    """Two processes take a batch with plain small parts, four take one problem; also calls that overwrite in place."""
     is_pair, n = distributed.get_world_size() == 2, 37
     options = {"dtype": dtype, "batch_shape": (2,) if is_pair else ()}
     for name in CALLS:
         one = given(**options, n=n)
-        # All of the larger order.
+        # Shard the arguments of the larger order.
         factors = {name: sharded(getattr(one, name), replicate=not is_pair) for name in ("eigh", "root", "one_eigh")}
         data = {name: on_rows(getattr(one, name)) for name in ("columns", "block", "square")}
         many = one._replace(**factors, **data, svd=sharded(one.svd))
@@ -193,13 +193,13 @@ def every_call(dtype):
 
 
 def lists(dtype):
-    """Factors that are updated together: their small matrices travel in the messages of one factor.
+    """Update factors together: their small matrices share the messages of one factor.
 
-    Sharded factors may stand beside plain ones, and data that are not finite on one rank alone spoil all of a factor.
+    Sharded factors may be mixed with plain ones. Non-finite data on one rank make all of a factor NaN.
     """
     r, k, weights = 6, 5, [0.1, 1.0, 1.0, 0.5]
     for name, update in UPDATES.items():
-        # Of the last, r + k is above n.
+        # For the last size, r + k is above n.
         sizes = (37, 20, 64, 9)
         factors = [brandla.track(update.make(n, r, dtype=dtype, seed=n)) for n in sizes]
         columns = [builders.make_columns(n, k, dtype=dtype, seed=n) for n in sizes]
@@ -210,7 +210,7 @@ def lists(dtype):
             data = [new if i in plain else on_rows(new) for i, new in enumerate(columns)]
             with Messages() as recorder:
                 results = update.grouped(own, data, decay=0.9, weight=weights)
-            # C and G; and what the polish of an orthonormal form needs.
+            # One message for C and G, and one more for the polish of an orthonormal form.
             assert len(recorder.seen) == 1 + (update.factor is brandla.LowRankEigh), recorder.seen
             compare(results, expected, name)
             for result, before in zip(results, own, strict=True):
@@ -240,7 +240,7 @@ def svd_streams(dtype):
 
 
 def nearly_dependent_columns(dtype):
-    """Append columns whose last directions are weak where a process holds fewer rows than the panel has columns."""
+    """Append columns with weak last directions to shards that have fewer rows than the panel has columns."""
     for n, r, k, weak in ((12, 4, 4, 8.0), (12, 6, 10, 64.0), (7, 4, 4, 4e3), (3, 0, 8, 16.0), (64, 6, 10, 64.0)):
         svd = builders.make_svd(n, 20, r, "slow", dtype=dtype)
         few = oracles.gaussian(n, 2, seed=1) @ oracles.gaussian(2, k, seed=2)
@@ -272,7 +272,7 @@ def two_sides(dtype):
 
 
 def gradients():
-    """Gradients of damped applications, which every process has of its own rows, and whole of what is small."""
+    """Compare gradients of damped applications: each process has those of its rows, and all of the small parts."""
     n = 37
     weights = builders.make_columns(n, 3, seed=8)
     right, other = builders.make_eigh(3, 2, seed=5), builders.make_columns(n, 3, seed=6)
@@ -284,7 +284,7 @@ def gradients():
             factor, damping = make(n, 6), torch.tensor(0.1, dtype=torch.float64)
             leaves = [part.clone().requires_grad_() for part in (*factor, other, damping)]
             loss = (call(type(factor)(*leaves[:2]), leaves[2], leaves[3]) * weights).sum()
-            # Of a solve with a root and no tail S is all that counts beside F.
+            # A solve with a root and no tail reads only S besides F.
             expected = torch.autograd.grad(loss, leaves)
             own = [part.requires_grad_() for part in (*sharded(factor), on_rows(other), damping.clone())]
             result = call(type(factor)(*own[:2]), own[2], own[3])
@@ -328,7 +328,7 @@ def messages(dtype):
 
 
 def refusals():
-    """Check the error of each call that must be refused, in words."""
+    """Check the message of each call that must be refused."""
     mesh, ranks = mesh_of_all(), distributed.get_world_size()
     n, r, k = 37, 4, 3
     plain, data = builders.make_eigh(n, r), builders.make_columns(n, k)
@@ -342,7 +342,7 @@ def refusals():
     sharded_gram = root._replace(gram=spread(root.gram, Shard(0)))
     split_svd = svd._replace(Vh=on_rows(svd.Vh, -1))
     reversed_ranks = spread(data, Shard(0), mesh=DeviceMesh("cpu", list(reversed(range(ranks)))))
-    # All rows on rank 0: a DTensor can be told so, but distribute_tensor lays none out like that.
+    # All rows are on rank 0. DTensor.from_local can describe this layout, but distribute_tensor never makes it.
     rows = n if distributed.get_rank() == 0 else 0
     piled = DTensor.from_local(data[:rows], mesh, [Shard(0)], run_check=False, shape=data.shape, stride=(k, 1))
     poisoned = data.clone()
@@ -353,7 +353,7 @@ def refusals():
     one_dimension = "must lie on a device mesh of one dimension"
     update, root_update, solve = brandla.eigh_update, brandla.root_update, brandla.kron_damped_solve
     zeros = partial(brandla.LowRankEigh.zeros, n, r)
-    # A rule, a function, and what it refuses: wrong layouts, and tensors of the wrong kind.
+    # A message, a function and its bad arguments: wrong layouts first, then tensors of the wrong kind.
     layouts = [
         (f"eigh_update: eigh.eigenvectors {shard}Repl.*redistribute\\(pl", update, copied, columns),
         (f"eigh_update: columns {shard}Repl", update, factor, on_all(data)),
@@ -383,8 +383,8 @@ def refusals():
         (f"eigh_refresh: eigh.eigenvectors {plain_one}", brandla.eigh_refresh, factor, data),
         (f"randomized_eigh: matrix {plain_one} or a linear operator; got a DTens", brandla.randomized_eigh, square, r),
     ]
-    told = []
+    errors = []
     with brandla.checked():
         for kind, calls in (("ValueError", layouts), ("TypeError", kinds)):
-            told += [(f"{kind}: {rule}", refusal(partial(*call))) for rule, *call in calls]
-    assert [pair for pair in told if not re.match(*pair)] == []
+            errors += [(f"{kind}: {rule}", refusal(partial(*call))) for rule, *call in calls]
+    assert [pair for pair in errors if not re.match(*pair)] == []

@@ -1,4 +1,4 @@
-"""What is captured between two steps: the passes that made the gradient, whatever else the model is used for."""
+"""A step captures the passes that made the gradient, whatever else the model is used for between two steps."""
 
 import gc
 import weakref
@@ -36,7 +36,7 @@ def offloaded(model, inputs):
 
 
 def steps(forward, parts, **options):
-    """Gradients after steps of 12 samples in some parts."""
+    """Return the gradients after three steps on 12 samples each, in ``parts``."""
     model = mlp(6, 8, 8, 4)
     preconditioner = KFAC(model, EXACT, clip=None, **options)
     for seed in range(3):
@@ -75,13 +75,13 @@ def test_neither_parts_of_a_batch_nor_where_activations_are_kept_make_a_differen
 
 
 class Training:
-    """A model in training, with what a loop may do with it, right or not, between two steps."""
+    """A model in training, and the actions of a loop between two steps, right or wrong."""
 
     def __init__(self, *, disturbed, compiled=False, **options):
         self.model = mlp(6, 8, 8, 4)
         self.run = torch.compile(self.model, backend="aot_eager") if compiled else self.model
         self.preconditioner = KFAC(self.model, EXACT, **options)
-        self.told, self.disturbed = self.preconditioner if "curvature" in options else None, disturbed
+        self.curved, self.disturbed = self.preconditioner if "curvature" in options else None, disturbed
         self.seed, self.labels = 0, batch(10, 6, 4)[1]
 
     def zero(self):
@@ -99,18 +99,18 @@ class Training:
 
     def loss_of(self, inputs, forward=None):
         run = self.run if forward is None else partial(forward, self.model)
-        return loss_of(run, (inputs, self.labels), self.told)
+        return loss_of(run, (inputs, self.labels), self.curved)
 
     def backward(self):
         self.loss.backward()
 
     def attack(self):
-        """Train on inputs moved in a direction that the graph gave; undisturbed, that of a copy of the model."""
+        """Train on inputs moved along a gradient from the graph; undisturbed, from the graph of a copied model."""
         loss = self.loss if self.disturbed else CROSS_ENTROPY(mlp(6, 8, 8, 4)(self.inputs), self.labels)
         (direction,) = torch.autograd.grad(loss, self.inputs, retain_graph=True)
         self.loss = self.loss + self.loss_of((self.inputs + 0.1 * direction.sign()).detach())
 
-    # What leaves no trace. It comes with another batch, and a larger loss.
+    # The following actions must leave no trace. They use another batch, and a larger loss.
 
     def give_up(self):
         inputs, self.labels = batch(10, 6, 4, 100)
@@ -133,7 +133,7 @@ class Training:
             self.model[3:](hidden[:, :3])
 
     def fail_backward(self):
-        """With a kind of its own, in the passes for the curvature."""
+        """Fail in the loss's backward pass, or before it in the passes for the curvature."""
 
         def forward(model, inputs):
             hidden = model[:2](inputs)
@@ -150,7 +150,7 @@ class Training:
             self.run(batch(10, 6, 4, 100)[0])
 
     def freeze(self):
-        """No gradient comes to frozen weights, and no hook of ours asks for one."""
+        """Send no gradient to frozen weights: no hook of the capture may ask for one."""
         loss = CROSS_ENTROPY(self.run(batch(10, 6, 4, 100)[0]), batch(10, 6, 4, 100)[1])
         self.model.requires_grad_(False)
         loss.backward()
@@ -166,7 +166,7 @@ class Training:
 
 
 def derivatives(model):
-    """In the inputs, by torch.func."""
+    """Return derivatives in the inputs, by torch.func."""
     inputs = batch(10, 6, 4)[0]
     return [
         torch.func.grad(lambda inputs: model(inputs).square().sum())(inputs),
@@ -201,25 +201,25 @@ COMPILED = [
     *("gradient-of-inputs-of-the-graph", "gradient-of-inputs-in-every-part"),
     *("given-up-between-forward-and-backward", "evaluated"),
 ]
-# Where autograd leaves out the gradients of weights, nothing may come to them.
+# Loops for gradient="pair": nothing but the captured calls may reach the weights' gradients.
 LEFT_OUT = ["gradient-of-inputs-first", "evaluated", "functional"]
-# Passes for the curvature do not go through a reentrant checkpoint, and the last batch that is told of counts.
-TOLD = [name for name in LOOPS if name not in ("given-up-before-checkpoints", "given-up-between-forward-and-backward")]
+# Passes for the curvature do not go through a reentrant checkpoint, and only the last call of `curvature` counts.
+CURVED = sorted(LOOPS.keys() - {"given-up-before-checkpoints", "given-up-between-forward-and-backward"})
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         *((name, {}) for name in LOOPS),
-        *((name, {"curvature": kind}) for name in TOLD for kind in ("empirical", "type-2")),
+        *((name, {"curvature": kind}) for name in CURVED for kind in ("empirical", "type-2")),
         *((name, {"gradient": "pair"}) for name in LEFT_OUT),
         *((name, {"compiled": True}) for name in COMPILED),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-# The compiler's own condition for a graph that is to be gone through more than once.
+# The compiler requires this for graphs with more than one backward pass.
 @torch._functorch.config.patch(donated_buffer=False)
-def test_what_has_not_come_to_the_gradient_is_not_in_the_factors(name, options):
+def test_passes_that_do_not_reach_the_gradient_do_not_reach_the_factors(name, options):
     compiled = "compiled" in options
     if compiled:
         torch.compiler.reset()
@@ -254,21 +254,21 @@ def by_hand(model, inputs, labels, plain):
 
 
 def in_reentrant_checkpoints_of_one_weight(model, inputs, labels, plain):
-    """Backward passes inside of one another add to the gradient of the middle layer, which is used twice."""
+    """Nested backward passes add to the gradient of the middle layer, which is used twice."""
     hidden = model[:2](inputs)
     again = [model[2](hidden) if plain else checkpoint(model[2], hidden, use_reentrant=True) for _ in range(2)]
     CROSS_ENTROPY(model[3:](again[0] + again[1].tanh()), labels).backward()
 
 
 def through_one_graph_twice(model, inputs, labels, plain):
-    """Its rows count twice, as those of two graphs do."""
+    """The graph's rows count twice, as the rows of two graphs do."""
     first, second = (CROSS_ENTROPY(model(inputs), labels) / 2 for _ in range(2))
     first.backward(retain_graph=True)
     (second if plain else first).backward()
 
 
 @pytest.mark.parametrize("backward", [by_hand, in_reentrant_checkpoints_of_one_weight, through_one_graph_twice])
-def test_what_has_come_to_the_gradient_otherwise_is_in_the_factors(backward):
+def test_other_passes_that_make_the_gradient_are_in_the_factors(backward):
     found = []
     for plain in (True, False):
         model = mlp(6, 8, 8, 4)
@@ -277,12 +277,12 @@ def test_what_has_come_to_the_gradient_otherwise_is_in_the_factors(backward):
         preconditioner.step()
         assert all(layer.curvature.started for layer in preconditioner._layers)
         found.append(gradients(model))
-    # Sums over the rows in another order, and the factors' inverses: condition 1/damping = 33 each.
+    # The rows are summed in another order, and each factor's inverse has condition 1/damping = 33.
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
-def test_inputs_are_dropped_where_a_checkpoint_drops_them():
-    """Between forward and backward nothing holds the input of the second layer but what a checkpoint keeps."""
+def test_inputs_are_dropped_if_a_checkpoint_drops_them():
+    """Between forward and backward, no capture holds the input of the second layer."""
     model = mlp(6, 8, 4)
     preconditioner = KFAC(model, EXACT)
     seen = []
@@ -294,7 +294,7 @@ def test_inputs_are_dropped_where_a_checkpoint_drops_them():
     loss.backward()
     assert len(seen) == 2
     preconditioner.step()
-    # The loss, and with it the graph, is still there.
+    # The loss is still alive, and with it the graph.
     assert loss.grad_fn is not None
     assert preconditioner.report().captured_bytes == 8 * 10 * (6 + 8 + 8 + 4)
     assert not any(layer.capture.calls for layer in preconditioner._layers)
@@ -302,7 +302,7 @@ def test_inputs_are_dropped_where_a_checkpoint_drops_them():
 
 @pytest.mark.parametrize("change", ["scaled", "replaced", "not-empty", "zeroed"])
 def test_a_gradient_that_is_more_or_less_than_the_pair_is_applied_two_sided(change):
-    """Whatever else is in the gradient reaches the step; the linear application would drop it."""
+    """Other parts of the gradient reach the step; the application to the pair would drop them."""
     results = []
     for application in ("auto", "two-sided"):
         model, data = mlp(10, 20, 4), batch(3, 10, 4)
@@ -313,11 +313,11 @@ def test_a_gradient_that_is_more_or_less_than_the_pair_is_applied_two_sided(chan
         loss = loss_of(model, data)
         loss.backward()
         if change == "zeroed":
-            # The first pass's rows stay, as the gradient was never None.
+            # The first pass's rows stay, since the gradient was never None.
             model.zero_grad(set_to_none=False)
             loss_of(model, batch(3, 10, 4, 2)).backward()
             for layer in preconditioner._layers:
-                layer.linear = True
+                layer.gradient_is_pair = True
         for parameter in model.parameters():
             if change == "scaled":
                 parameter.grad.mul_(0.25)
@@ -333,7 +333,7 @@ def test_modules_without_a_gradient_are_left_alone_until_they_have_one():
     preconditioner = KFAC(model, Exact(inverse_every=3), factor_every=5)
 
     def used(inputs):
-        """Nobody asks for what another of them makes."""
+        """Call two modules, and use the output of one."""
         model[2](inputs)
         return model[0](inputs)
 

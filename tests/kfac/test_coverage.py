@@ -1,4 +1,4 @@
-"""Modules of any type that compute a known map, weights used in two ways, experts, bags and graphs."""
+"""Modules of any type that compute a known map, tied weights, and experts."""
 
 import pytest
 import torch
@@ -28,25 +28,25 @@ DOUBLE = torch.float64
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
-    """What a test registers goes with it."""
+    """Undo the registrations of each test."""
     monkeypatch.setattr(like, "_REGISTERED", {})
 
 
 class Gated(OwnLinear):
-    """Cannot be tried with one tensor."""
+    """Cannot be called with one tensor."""
 
     def forward(self, inputs, gate):
         return super().forward(inputs) * 1
 
 
 class Noisy(OwnLinear):
-    """No linear map: its weight is another in every call."""
+    """Is no linear map, since its weight changes in every call."""
 
     def forward(self, inputs):
         return linear(inputs, self.weight + torch.randn_like(self.weight), self.bias)
 
 
-def test_what_a_user_registers_is_believed_and_the_rest_is_tried():
+def test_registered_types_are_trusted_and_others_are_tried():
     model = nn.ModuleList([Gated(), Noisy(), OwnLinear()])
     state = torch.get_rng_state()
     names = [{row.layer for row in KFAC(model, EXACT).report().factors}]
@@ -78,7 +78,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_tied_weight_takes_in_both_of_its_uses(bias):
-    """Rows of the head, and of the embedding turned around: by the definition in docs/kfac.md."""
+    """Rows of the head and transposed rows of the embedding, by the definition in docs/kfac.md."""
     model = Tied(bias)
     indices = torch.arange(12).reshape(3, 4) % 9
     preconditioner = KFAC(model, EXACT, damping=DAMPING, clip=None)
@@ -104,7 +104,7 @@ def test_a_tied_weight_takes_in_both_of_its_uses(bias):
 
 @pytest.mark.parametrize("curvature", ["empirical", "monte-carlo", "type-2"])
 def test_a_tied_weight_has_the_scale_of_both_uses(curvature):
-    """With the traces t of A ⊗ G of the same network, untied, that of the tied one is (√t + √t')²."""
+    """If A ⊗ G of the untied weights have traces t and t', the trace of the tied weight is (√t + √t')²."""
     roots = {}
     for is_tied in (False, True):
         model = Tied()
@@ -128,7 +128,7 @@ def test_none_for_either_user_leaves_a_tied_weight(name):
 
 
 class Experts(nn.Module):
-    """Two weights for each of several experts, in two parameters; ``way`` is how they are multiplied with."""
+    """Two weights for each of several experts, in two parameters, multiplied one by one or grouped."""
 
     def __init__(self, way="one-by-one", turned=False):
         super().__init__()
@@ -162,11 +162,11 @@ ENDS, LAST_IS_IDLE = torch.tensor([[4, 8, 12], [5, 12, 12]], dtype=torch.int32)
 )
 @both_orders
 def test_each_expert_in_one_parameter_is_a_layer(way, dtype, tolerance, turned):
-    """One that gets no row in a step keeps its factors, and one that has got none yet is no cause for a warning."""
+    """An expert without rows in a step keeps its factors. An expert that never had rows causes no warning."""
     torch.manual_seed(0)
     experts, (first, second) = Experts(way, turned).to(dtype), torch.randn(2, 12, 4, dtype=dtype)
     preconditioner = KFAC(experts, EXACT, **DENSE)
-    # So small that λ is the larger part of G: in float32 few digits are lost.
+    # This small loss makes λ the larger part of G, so float32 loses few digits.
     (weighted(experts(first, ENDS)) / 100).backward()
     assert_dense_step(preconditioner, tolerance)
     before = average(preconditioner, layer=2), average(preconditioner, layer=1)
@@ -183,8 +183,8 @@ def test_each_expert_in_one_parameter_is_a_layer(way, dtype, tolerance, turned):
 
 
 @both_orders
-def test_the_reduction_that_is_predicted_is_of_all_experts(turned):
-    """And of scales: β (1 − β/2) ⟨s, ∂W⟩ at the rate β, where s solves with the damped curvature."""
+def test_the_predicted_reduction_includes_all_experts(turned):
+    """And scales: β (1 − β/2) ⟨s, ∂W⟩ at the rate β, where s solves with the damped curvature."""
     model, inputs = nn.ModuleList([Experts(turned=turned), nn.LayerNorm(4)]), torch.randn(12, 4)
     preconditioner = KFAC(model, EXACT, clip=None, damping=Adaptive(initial=0.1, every=1))
 

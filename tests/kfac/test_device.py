@@ -1,4 +1,4 @@
-"""What a step asks of a device, as a CPU can show it: few kernels, no wait; and a CUDA graph as a tape of kernels."""
+"""A step launches few kernels and never waits for the device, as a CPU can show. A CUDA graph is a tape of kernels."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the inte
 
 
 def third_step(model, inputs, strategy, *, resumed=False, **options):
-    """What a GPU would be asked for: the first step compares gradients with rows. It may go on from a checkpoint."""
+    """Count the third step's launches, also from a checkpoint: the first step also compares gradients with rows."""
     preconditioner = KFAC(model, strategy, **options)
     for step in range(3):
         if resumed:
@@ -36,9 +36,9 @@ def third_step(model, inputs, strategy, *, resumed=False, **options):
 @pytest.mark.parametrize(("gradient", "resumed"), [("autograd", False), ("pair", True)])
 @pytest.mark.parametrize(("clip_by", "most"), [("rms", 3), ("kl", 7), ("spectral", 70)])
 def test_a_layer_adds_few_kernels_to_a_step(clip_by, most, gradient, resumed):
-    """1 padding for its bias and 2 products; with ``"kl"`` two Gram matrices, their product and its sum."""
+    """A padding for the bias and 2 products; with ``"kl"`` also two Gram matrices, their product and its sum."""
     options = {"clip_by": clip_by, "gradient": gradient, "resumed": resumed}
-    few, many = (third_step(launches.mlp(own), torch.randn(6, 48), Brand(8), **options) for own in (3, 7))
+    few, many = (third_step(launches.mlp(depth), torch.randn(6, 48), Brand(8), **options) for depth in (3, 7))
     assert many.kernels - few.kernels <= 4 * most
     assert many.waits == 0
 
@@ -69,7 +69,7 @@ NEVER_WAITS = Brand(8, compress="cholesky")
 
 
 class Tape(launches.Counter):
-    """What a CUDA graph holds: the kernels that were asked for, and the memory of their arguments and results."""
+    """Records what a CUDA graph holds: the launched kernels, and the memory of their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Tape(launches.Counter):
 
 
 class Run:
-    """A training run whose inputs stay where they are."""
+    """A training run whose inputs stay in the same memory."""
 
     def __init__(self, strategy: Strategy = NEVER_WAITS, **options) -> None:
         torch.manual_seed(0)
@@ -108,7 +108,7 @@ class Run:
         self.data = torch.Generator().manual_seed(1)
 
     def take(self):
-        """Put the next batch into its place."""
+        """Write the next batch into the inputs."""
         self.inputs.normal_(generator=self.data)
         self.labels.random_(10, generator=self.data)
 
@@ -119,14 +119,14 @@ class Run:
         self.optimizer.step()
 
     def warm_up(self, steps):
-        """Take steps in the way of a GPU, kernels recorded and not counted."""
+        """Take steps as on a GPU, with kernels that are recorded but not counted."""
         for _ in range(steps):
             self.take()
             with launches.on_gpu(), torch.enable_grad(), launches.Counter():
                 self.step()
 
     def capture(self, monkeypatch):
-        """Take a step, and return the tape of it."""
+        """Take a step, and return its tape."""
         self.take()
         self.optimizer.zero_grad()
         with monkeypatch.context() as patch, launches.on_gpu(), torch.enable_grad(), Tape() as tape:
@@ -158,7 +158,7 @@ def test_replays_of_a_captured_step_train_as_steps_do(options, monkeypatch):
         for name, part in one.items():
             if isinstance(part, Tensor):
                 torch.testing.assert_close(part, other[name])
-    # A report counts what replays took in, and left out.
+    # The report also counts the batches that replays skipped.
     assert captured.preconditioner.report().skipped == 0
     captured.inputs.fill_(float("nan"))
     tape.replay()
@@ -167,7 +167,7 @@ def test_replays_of_a_captured_step_train_as_steps_do(options, monkeypatch):
 
 
 def test_signs_of_a_sketch_are_new_at_every_replay(monkeypatch):
-    """E AΩΩᵀAᵀ = AAᵀ: with the same signs every time the error would stay."""
+    """Since E AΩΩᵀAᵀ = AAᵀ, the error falls with the replays. With the same signs it would stay."""
     run = Run(Brand(20, sketch=4, compress="cholesky"), decay=1 - 1e-9)
     run.optimizer.param_groups[0]["lr"] = 0.0
     run.warm_up(1)
@@ -186,7 +186,7 @@ REFUSED = [
     ({"strategy": Brand(8, compress="eigh")}, "got Brand.*compress='eigh'.* for 0"),
     ({"strategy": Brand(8, compress="cholesky", tail=0.1)}, "got Brand.*tail=0.1.* for 0"),
     ({"strategy": Brand(lambda step: 8)}, "a rank that is no schedule.*got Brand"),
-    # A factor that is no larger than the rank.
+    # One factor is no larger than the rank.
     ({"strategy": Brand(8)}, "Exact.*method='eigh'.* for 2"),
     ({"strategy": Exact(method="cholesky")}, "got Exact.*inverse_every=10"),
     ({"strategy": InverseFree()}, "for 0"),
@@ -197,7 +197,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_a_graph_cannot_repeat_is_refused(options, message, monkeypatch):
+def test_options_that_a_graph_cannot_repeat_are_refused(options, message, monkeypatch):
     run = Run(**options)
     run.warm_up(0 if "scaler" in options or not options else 1)
     with pytest.raises(RuntimeError, match=f"KFAC.step: a CUDA graph.*{message}"):

@@ -1,4 +1,4 @@
-"""Models under K-FAC that are copied, dropped, frozen, resized or moved, and weights that are shared or replaced."""
+"""Models under K-FAC are copied, dropped, frozen, resized or moved, and their weights are shared or replaced."""
 
 import copy
 import gc
@@ -36,7 +36,7 @@ def test_a_preconditioner_is_not_copied(how):
         how(KFAC(mlp(6, 8, 4), EXACT))
 
 
-def test_a_second_preconditioner_is_told_of_and_captures_beside_the_first_and_after_it():
+def test_a_second_preconditioner_warns_and_captures_beside_the_first_and_after_it():
     model = encoder()
     first = KFAC(model, EXACT)
     with pytest.warns(UserWarning, match="the model has hooks of another KFAC") as caught:
@@ -95,7 +95,7 @@ def test_weights_that_are_replaced_leave_no_hooks_behind():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_bias_of_two_layers_is_that_of_the_first(training):
-    """Of two Linears, and of two normalisations."""
+    """Both for two Linears and for two normalisations."""
     found = []
     for inverse in (EXACT, {"": EXACT, "3": None, "4": None}):
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_a_bias_of_two_layers_is_that_of_the_first(training):
         stepped(model, preconditioner, loss_of(model, batch(10, 6, 6)))
         found.append((model, preconditioner.report().unsupported))
     (both, left), (alone, _) = found
-    assert left == {"3.bias": "it is also that of 0", "4.bias": "it is also that of 1"}
+    assert left == {"3.bias": "it belongs to 0", "4.bias": "it belongs to 1"}
     torch.testing.assert_close(gradients(both[:2]), gradients(alone[:2]))
 
 
@@ -137,7 +137,7 @@ def test_a_weight_of_another_size_starts_anew(strategy, given_up):
     model[2].bias = nn.Parameter(torch.zeros(5, dtype=torch.float64))
     fresh = copy.deepcopy(model)
     found = stepped(model, preconditioner, loss_of(model, batch(10, 6, 5, 1)))
-    # The first layer's output is the same: so is all that the last one sees.
+    # The first layer's output is the same, so the last layer captures the same.
     expected = stepped(fresh, KFAC(fresh, {"": None, "2": strategy}, clip=None), loss_of(fresh, batch(10, 6, 5, 1)))
     if strategy == EXACT:
         torch.testing.assert_close(found[2:], expected[2:])

@@ -1,4 +1,4 @@
-"""Curvature of the loss in the outputs: exact, drawn, and the scale that it and a number of terms give the factors."""
+"""Curvature of the loss in the outputs, exact and drawn, and the scale that the number of terms gives the factors."""
 
 import re
 from itertools import product
@@ -19,15 +19,15 @@ def targets(loss, outputs):
     return outputs.argmax(1) * 0 if loss == "cross_entropy" else torch.zeros_like(outputs)
 
 
-def hessian_of_one(loss, outputs):
-    """Of one term, in its outputs."""
-    return hessian(lambda own: LOSSES[loss](own[None], targets(loss, own[None])), outputs)
+def hessian_of_term(loss, outputs):
+    """Return the Hessian of one term in its outputs."""
+    return hessian(lambda row: LOSSES[loss](row[None], targets(loss, row[None])), outputs)
 
 
-def curved_step(preconditioner, data, loss="cross_entropy", *, tells=True):
-    """The factors made of gradients, G or the blocks of scale and shift, after a step that tells of outputs."""
+def curved_step(preconditioner, data, loss="cross_entropy", *, with_curvature=True):
+    """Take a step, by default with a call of `curvature`; return the factors of gradients: G, or blocks of norms."""
     outputs = preconditioner._model(data[0])
-    if tells:
+    if with_curvature:
         preconditioner.curvature(outputs, loss=loss)
     stepped(preconditioner._model, preconditioner, LOSSES[loss](outputs, data[1]))
     sides = ["input" if layer.curvature.output is None else "output" for layer in preconditioner._layers]
@@ -36,11 +36,11 @@ def curved_step(preconditioner, data, loss="cross_entropy", *, tells=True):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_drawn_factors_have_the_hessian_as_mean_at_the_rate_of_independent_draws(loss):
-    """Of n draws, E ‖mean − H‖² = E ‖s sᵀ − H‖² / n. By Markov's inequality 25 times as much has probability 1/25."""
+    """For n draws, E ‖mean − H‖² = E ‖s sᵀ − H‖² / n. By Markov's inequality, 25 times as much has probability 1/25."""
     layer = nn.Linear(2, 4, dtype=DOUBLE)
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=DOUBLE)
     layer.bias.data.copy_(logits)
-    H = hessian_of_one(loss, logits)
+    H = hessian_of_term(loss, logits)
     if loss == "cross_entropy":
         p = logits.softmax(0)
         columns = p[:, None] - torch.eye(4, dtype=DOUBLE)
@@ -56,7 +56,7 @@ def test_drawn_factors_have_the_hessian_as_mean_at_the_rate_of_independent_draws
         preconditioner.remove()
 
 
-def test_nothing_but_the_captures_sees_these_passes():
+def test_only_the_captures_see_passes_for_the_curvature():
     model = mlp(5, 6, 4)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
     inputs, accumulated = batch(7, 5, 4)[0].requires_grad_(), []
@@ -75,44 +75,44 @@ def test_nothing_but_the_captures_sees_these_passes():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
-def test_positions_are_terms_of_their_own_with_weights(flat, weighted, loss):
-    """Outputs (N, C, T) of a Linear on (N, T, d): G is the mean over all N T terms, without those of weight 0."""
+def test_positions_are_separate_terms_with_weights(flat, weighted, loss):
+    """For outputs (N, C, T) of a Linear on (N, T, d), G is the weighted mean over all N T terms."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4, dtype=DOUBLE)
     inputs = torch.randn(3, 6, 5, dtype=DOUBLE)
     weights = torch.arange(18).reshape(3, 6) % 3 / 2 if weighted else torch.ones(3, 6)
     preconditioner = KFAC(layer, EXACT, curvature="type-2")
     outputs = layer(inputs).flatten(0, 1) if flat else layer(inputs).mT
-    own = weights.flatten() if flat else weights
-    preconditioner.curvature(outputs, loss=loss, weights=own if weighted else None)
+    shaped = weights.flatten() if flat else weights
+    preconditioner.curvature(outputs, loss=loss, weights=shaped if weighted else None)
     stepped(layer, preconditioner, outputs.square().mean())
     terms = zip(weights.flatten(), layer(inputs).flatten(0, 1).detach(), strict=True)
-    expected = sum(weight * hessian_of_one(loss, own) for weight, own in terms) / weights.sum()
+    expected = sum(weight * hessian_of_term(loss, row) for weight, row in terms) / weights.sum()
     torch.testing.assert_close(average(preconditioner, "output"), expected)
 
 
 def seen_passes(preconditioner, steps):
-    """What each pass for the curvature sends back from the outputs, step by step."""
+    """Return the vectors that the passes for the curvature send back from the outputs, step by step."""
     model, (inputs, labels), seen = preconditioner._model, batch(8, 5, 4), []
     for _ in range(steps):
-        outputs, of_step = model(inputs), []
-        outputs.register_hook(of_step.append)
+        outputs, vectors = model(inputs), []
+        outputs.register_hook(vectors.append)
         preconditioner.curvature(outputs)
-        seen.append(list(of_step))
+        seen.append(list(vectors))
         stepped(model, preconditioner, nn.functional.cross_entropy(outputs, labels))
     return seen
 
 
-def test_no_passes_where_no_factor_takes_data():
+def test_no_passes_if_no_factor_takes_data():
     preconditioner = KFAC(mlp(5, 6, 4), EXACT, curvature="type-2", factor_every=3)
-    assert [len(of_step) for of_step in seen_passes(preconditioner, 5)] == [4, 0, 0, 4, 0]
+    assert [len(vectors) for vectors in seen_passes(preconditioner, 5)] == [4, 0, 0, 4, 0]
 
 
 def test_draws_differ_from_step_to_step_and_are_the_same_from_a_checkpoint():
     preconditioner, resumed = (KFAC(mlp(5, 6, 4), EXACT, curvature="monte-carlo", seed=5) for _ in range(2))
     (first,), (second,) = seen_passes(preconditioner, 2)
     assert not torch.equal(first, second)
-    # Given up for the checkpoint.
+    # These captures are discarded when the checkpoint is loaded.
     resumed.curvature(resumed._model(batch(8, 5, 4)[0]))
     resumed.load_state_dict(preconditioner.state_dict())
     expected, found = seen_passes(preconditioner, 3), seen_passes(resumed, 3)
@@ -123,14 +123,14 @@ def test_draws_differ_from_step_to_step_and_are_the_same_from_a_checkpoint():
 BAD = [
     ({"loss": "hinge"}, ValueError, "KFAC.curvature: loss must be 'cross_entropy' or 'mse'; got 'hinge'"),
     ({"weights": torch.ones(3)}, ValueError, "weights must be one for each term, (8,); got shape (3,)"),
-    ({"outputs": torch.ones(8, 4)}, ValueError, "KFAC.curvature: outputs must be what the model gave"),
+    ({"outputs": torch.ones(8, 4)}, ValueError, "KFAC.curvature: outputs must be the model's, made with"),
     ({"outputs": torch.ones(8, 4).cfloat().requires_grad_()}, TypeError, "outputs must be real; got complex64"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=["loss", "weights", "graph", "dtype"])
 def test_bad_arguments_are_refused_and_nothing_is_kept(arguments, error, message):
-    """Nor is there a step without curvature."""
+    """And the step without curvature is refused."""
     model, data = mlp(5, 6, 4), batch(8, 5, 4)
     preconditioner = KFAC(model, EXACT, curvature="type-2")
     with pytest.raises(error, match=re.escape(message)):
@@ -141,7 +141,7 @@ def test_bad_arguments_are_refused_and_nothing_is_kept(arguments, error, message
         stepped(model, preconditioner, loss_of(model, data))
 
 
-# --- How many terms a loss has, once told: the G of its own gradients is that of the model's labels, in expectation
+# --- The number of terms of a loss: G from the loss's gradients is in expectation G from the model's labels
 
 
 NETWORKS = {
@@ -152,7 +152,7 @@ NETWORKS = {
     "embedding": (lambda: pooled(nn.Embedding(7, 4)), (2, 5)),
     "scale": (lambda: pooled(nn.LayerNorm(4)), (2, 5, 4)),
 }
-# A term at each of two positions of the output, which four of the first layer go into.
+# The output has a term at each of two positions, made of four positions of the first layer.
 SEGMENTATION = (lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.AvgPool1d(2), nn.Conv1d(4, 3, 1)), (1, 2, 4))
 CASES = {
     **{f"{name}-{way}": (*case, way) for name, case in NETWORKS.items() for way in ("expand", "reduce")},
@@ -167,7 +167,7 @@ def drawn(shape, *, indices=False):
 
 @pytest.mark.parametrize(("make", "shape", "sharing"), CASES.values(), ids=CASES)
 def test_the_mean_over_the_models_own_labels_is_the_exact_factor(make, shape, sharing):
-    """The mean over all labels of two terms, each with its probability."""
+    """The mean runs over all labels of two terms, weighted by their probabilities."""
     torch.manual_seed(0)
     model = make().double()
     inputs = drawn(shape, indices=isinstance(model[0], nn.Embedding))
@@ -186,12 +186,12 @@ def test_the_mean_over_the_models_own_labels_is_the_exact_factor(make, shape, sh
     torch.testing.assert_close(found["empirical"], found["type-2"])
 
 
-def test_untold_each_use_is_a_term():
-    """Four positions of each of two samples are four times as much as one term a sample; where they agree, the same."""
+def test_without_curvature_each_use_is_a_term():
+    """A layer with four positions a sample gets four times as much as with one term a sample; others get the same."""
     torch.manual_seed(0)
     model, data = NETWORKS["convolution"][0]().double(), (drawn((2, 2, 3, 3)), torch.tensor([0, 2]))
-    told, untold = (curved_step(KFAC(model, EXACT), data, tells=tells) for tells in (True, False))
-    torch.testing.assert_close(untold, [4 * told[0], told[1]])
+    by_term, by_use = (curved_step(KFAC(model, EXACT), data, with_curvature=given) for given in (True, False))
+    torch.testing.assert_close(by_use, [4 * by_term[0], by_term[1]])
 
 
 def test_a_number_of_terms_that_comes_too_late_is_refused():

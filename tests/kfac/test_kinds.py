@@ -1,4 +1,4 @@
-"""Every kind of layer: the rows that make up its gradient, its step against dense formulas, and training with all."""
+"""Every kind of layer: its rows make up its gradient, its step equals the dense formula, and all of them train."""
 
 import copy
 from functools import partial
@@ -27,7 +27,7 @@ from kfac.networks import (
 from kfac.systems import STRUCTURED, SYSTEMS, full_rank
 from oracles import gaussian
 
-# torch says that an uneven "same" costs a copy.
+# torch warns that an uneven "same" costs a copy.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 DOUBLE = torch.float64
@@ -36,15 +36,15 @@ TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def captured(module, inputs, sharing="expand"):
-    """The layer of a copy of a module after one backward pass of a loss with a random weight for each output."""
+    """Return the layer of a copied module, and its rows, after a backward pass with a random weight for each output."""
     module = copy.deepcopy(module)
     preconditioner = KFAC(module, EXACT, sharing=sharing)
     weighted(module(inputs)).backward()
-    # Running statistics are those of the call, whatever comes before the step.
+    # Rows use the running statistics of their call, even if these change before the step.
     with torch.no_grad():
         module.train()(inputs)
     (layer,) = preconditioner._layers
-    # It takes its hooks and what they caught along when it goes.
+    # Without its preconditioner, the layer would lose its hooks and the captured data.
     layer.owner = preconditioner
     rows = layer.rows("loss", None)
     assert rows is not None
@@ -83,7 +83,7 @@ LINEARS = {
 
 @pytest.mark.parametrize(("module", "shape"), (CONVOLUTIONS | LINEARS).values(), ids=CONVOLUTIONS | LINEARS)
 def test_rows_make_up_the_gradient_and_in_reduce_are_means_and_sums(module, shape):
-    """Σ γ aᵀ over samples and positions, bias included, is what autograd gives; "reduce" goes sample by sample."""
+    """Σ γ aᵀ over samples and positions, bias included, is autograd's gradient; "reduce" averages sample by sample."""
     module = module.double()
     torch.manual_seed(1)
     inputs = torch.randn(shape, dtype=DOUBLE)
@@ -153,7 +153,7 @@ SCALES = {
 
 
 def random_norm(make):
-    """A module with random scale, shift and running statistics."""
+    """Return a module with random scale, shift and running statistics."""
     torch.manual_seed(2)
     module = make().double()
     with torch.no_grad():
@@ -165,21 +165,21 @@ def random_norm(make):
 
 @pytest.mark.parametrize(("make", "shape"), (NORMS | SCALES).values(), ids=NORMS | SCALES)
 def test_rows_of_scale_and_shift_are_gradients_of_samples(make, shape):
-    """By the scale and shift of each channel, of what each sample alone has given."""
+    """A row is the gradient of one sample's output in the scale and shift of a channel."""
     module = random_norm(make)
     inputs = torch.randn(shape, dtype=DOUBLE)
     layer, rows = captured(module, inputs)
     torch.testing.assert_close(rows.inputs.sum(-2), layer.gradient()[:, 0], **TOLERANCE)
     expected = []
     for sample in range(BATCH):
-        of_one = module(inputs) * (torch.arange(BATCH) == sample).reshape(-1, *[1] * (len(shape) - 1))
-        parts = torch.autograd.grad(weighted(of_one), module.parameters())
+        output = module(inputs) * (torch.arange(BATCH) == sample).reshape(-1, *[1] * (len(shape) - 1))
+        parts = torch.autograd.grad(weighted(output), module.parameters())
         expected.append(torch.stack([part.flatten() for part in parts], -1))
     torch.testing.assert_close(rows.inputs, torch.stack(expected, 1), **TOLERANCE)
 
 
 class LargestStorage(TorchDispatchMode):
-    """Notes the largest storage that an operation returns."""
+    """Records the size of the largest storage that an operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -216,14 +216,14 @@ STRATEGIES = full_rank(12)
 
 
 class Doubled(nn.Linear):
-    """Its product is not one with its input, but is seen."""
+    """Multiplies not by its input but by twice the input, inside its forward pass."""
 
     def forward(self, inputs):
         return super().forward(2 * inputs).relu()
 
 
 class Adapter(nn.Module):
-    """Two matrices of one module, by functions and operators, with transposes."""
+    """Two matrices in one module, multiplied by functions and operators, with transposes."""
 
     def __init__(self):
         super().__init__()
@@ -236,15 +236,15 @@ class Adapter(nn.Module):
 
 
 def two_dilations():
-    """One kernel that two convolutions use in two ways: a call's rows are made by the module that was called."""
-    convolutions = [nn.Conv1d(6, 6, 3, bias=False, dilation=own, padding=own) for own in (1, 2)]
+    """Two convolutions with one kernel: the module that was called makes the rows of a call."""
+    convolutions = [nn.Conv1d(6, 6, 3, bias=False, dilation=size, padding=size) for size in (1, 2)]
     convolutions[1].weight = convolutions[0].weight
     return nn.Sequential(*convolutions)
 
 
 draw = partial(gaussian, seed=1)
 WORDS = torch.arange(12) * 7 % 20
-# With the arguments of a call, or those by keyword.
+# With the positional or keyword arguments of a call.
 MODULES = {
     "linear": (nn.Linear(40, 35), [draw(6, 2, 40)]),
     "conv": (nn.Conv2d(5, 30, 3, stride=3), [draw(3, 5, 6, 6)]),
@@ -266,7 +266,7 @@ MODULES = {
     "keyword-found": (Conv1D(), {"inputs": draw(6)}),
     "bilinear": (nn.Bilinear(6, 6, 4), [draw(5, 2, 6), draw(5, 2, 6).flip(0)]),
 }
-# Kinds that are found by what they compute, at least in part; small ones in every form.
+# Modules that K-FAC finds, at least in part, by what they compute.
 FOUND = {
     "transposed-square": Conv1D(6, 6, bias=False),
     "own-type-no-bias": OwnLinear(bias=False),
@@ -277,7 +277,7 @@ FOUND = {
     **{name: make() for name, (make, _) in SCALES.items()},
 }
 MODULES |= {name: (module, [draw(5, 2, 6)]) for name, module in FOUND.items()}
-# Large enough for Brand, in both sharings.
+# These are large enough for Brand in both sharings.
 LARGE = {"linear", "conv", "transposed", "own-type"}
 # Every kind of layer with a dense and a low-rank system, and every system with groups on both sides.
 PAIRS = [
@@ -289,7 +289,7 @@ PAIRS = [
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize(("kind", "system"), PAIRS)
 def test_one_batch_equals_the_dense_formula(kind, system, application, sharing):
-    """With groups, in both forms of the application, in both sharings, by every strategy at full rank."""
+    """For groups, both forms of the application, both sharings, and every strategy at full rank."""
     module, arguments = MODULES[kind]
     module = copy.deepcopy(module).double()
 
@@ -321,9 +321,9 @@ def words(*, attention=True):
 
 @pytest.mark.parametrize("strategy", (SYSTEMS | STRUCTURED).values(), ids=SYSTEMS | STRUCTURED)
 def test_every_kind_of_layer_trains(strategy):
-    """In seven steps, when all periods have come round, or some more. Structured: in "reduce", under autocast."""
+    """After seven steps all periods have passed; training may take more. Structured: with "reduce" and autocast."""
     half = strategy in STRUCTURED.values()
-    # A two-level step couples the layers: shortened layer by layer, it need not go downhill through an attention.
+    # A two-level step couples the layers. Clipped layer by layer, it need not be downhill through an attention.
     model = words(attention=not isinstance(strategy, TwoLevel))
     preconditioner = KFAC(model, strategy, sharing="reduce" if half else "expand", clip=0.02)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -349,10 +349,10 @@ def test_every_kind_of_layer_trains(strategy):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"gradient": "pair"}, {"curvature": "type-2"}], ids=str)
 def test_autocast_agrees_with_full_precision(options, dtype):
-    """To what rounding does to the gradients themselves, error e, a unit that changes sides of a ReLU included.
+    """The tolerance comes from the gradients' rounding error e, including units that cross a ReLU's kink.
 
-    With relative damping 1 each side of the solve has condition 2: the gradient's error is magnified 4 times at most,
-    and errors of the factors, 2 e each for A and G as products of two such rows, 2 times each: 12 e.
+    With relative damping 1, each side of the solve has condition 2, so it magnifies the gradient's error at most 4
+    times. A and G are products of two rows with error e, so their errors are 2 e each, magnified 2 times: 12 e in all.
     """
     before, after = [], []
     for enabled in (True, False):

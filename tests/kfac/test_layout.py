@@ -1,4 +1,4 @@
-"""Positions before samples, padding, packed sequences and graphs: the factors are those of the same data without."""
+"""Positions before samples, padding, packed sequences and graphs: the factors equal those of plain data."""
 
 from functools import partial
 from itertools import product
@@ -24,7 +24,7 @@ from kfac.networks import (
     with_one,
 )
 
-# Of conjugate gradients few iterations: rounding grows from one to the next until they have converged.
+# Few iterations of conjugate gradients: rounding grows from one to the next until they have converged.
 SYSTEMS = [EXACT, ConjugateGradient(iterations=3), InverseFree(preconditioner_every=1), TwoLevel(EXACT), KBFGS()]
 DOUBLE = torch.float64
 
@@ -39,7 +39,7 @@ def _unrolled(monkeypatch):
 
 
 class Model(nn.Module):
-    """Every kind of layer that takes samples and positions in either order, some found or registered, one tied."""
+    """Every kind of layer that takes samples and positions in either order: known, found, registered and tied."""
 
     def __init__(self, batch_first):
         super().__init__()
@@ -66,12 +66,12 @@ class Model(nn.Module):
         (None, "samples first, assumed"),
     ],
 )
-def test_the_order_is_an_option_where_no_module_says_it(option, order):
+def test_the_order_is_an_option_if_no_module_defines_it(option, order):
     preconditioner = KFAC(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), EXACT, batch_first=option)
     assert preconditioner.report().layouts["0"] == order
 
 
-def test_the_report_says_which_module_has_said_the_order():
+def test_the_report_names_the_module_that_defines_the_order():
     report = KFAC(Model(batch_first=False), EXACT).report()
     assert report.layouts["head"] == "positions first, as the model says"
     assert report.layouts["block.linear1"] == "positions first, as block says"
@@ -79,7 +79,7 @@ def test_the_report_says_which_module_has_said_the_order():
 
 
 def padded_step(own, strategy, filled, **options):
-    """The step of three samples of 4 positions, filled up with what the loss and the attention ignore."""
+    """Return the step on three samples of 4 positions, padded to ``filled``; loss and attention ignore the padding."""
     generator = torch.Generator().manual_seed(1)
     inputs, labels = (torch.randint(most, (3, 9), generator=generator)[:, :filled] for most in (11, 5))
     valid = torch.arange(filled).expand(3, -1) < 4
@@ -96,7 +96,7 @@ def padded_step(own, strategy, filled, **options):
 
 @pytest.mark.parametrize(
     ("strategy", "sharing"),
-    # With few rows rounding decides the eigenvectors of EK-FAC.
+    # With few rows, rounding decides the eigenvectors of EK-FAC, so "reduce" is left out.
     [*product(SYSTEMS, ("expand", "reduce")), (EKFAC(inverse_every=1), "expand")],
     ids=str,
 )
@@ -111,7 +111,7 @@ def test_neither_the_order_nor_padding_makes_a_difference(strategy, sharing):
 
 
 class Entrywise(nn.Sequential):
-    """No term reaches another's inputs: the random signs of terms have no effect."""
+    """No term reaches another term's inputs, so the random signs of terms have no effect."""
 
     batch_first = True
 
@@ -129,8 +129,8 @@ def test_padding_is_left_out_of_the_curvature_of_outputs_too():
     [(nn.Conv1d(5, 5, 1), torch.ones(3, 5, 4)), (nn.EmbeddingBag(9, 4), torch.arange(30).view(15, 2) % 9)],
     ids=["channels", "bags"],
 )
-def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(own, inputs):
-    """Channels are no positions, and bags no rows."""
+def test_a_mask_does_not_apply_to_calls_whose_dimensions_happen_to_fit(own, inputs):
+    """Channels are not positions, and entries of bags are not either."""
 
     def loss(valid, preconditioner):
         preconditioner.mask(valid)
@@ -142,14 +142,14 @@ def test_a_mask_is_not_for_calls_whose_dimensions_only_happen_to_fit(own, inputs
 @pytest.mark.parametrize(
     ("sharing", "batch_first"), [("expand", None), ("reduce", None), ("expand", True), ("expand", False)]
 )
-def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing, batch_first):
-    """A and G are those of the positions with data; also where rows are in one dimension, in either order."""
+def test_rows_of_each_accumulated_batch_have_their_own_mask(sharing, batch_first):
+    """A and G are sums over positions with data, also if all rows are in one dimension, in either order."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4).double()
     preconditioner = KFAC(layer, EXACT, sharing=sharing, batch_first=batch_first, application="two-sided")
     inputs, gradients = [], []
 
-    def laid(part):
+    def arranged(part):
         return part if batch_first is None else (part if batch_first else part.transpose(0, 1)).reshape(12, -1)
 
     for lengths in ([1, 3, 2], [4, 4, 1]):
@@ -157,10 +157,10 @@ def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing, batch_fir
         points = torch.randn(3, 4, 5, dtype=DOUBLE)
         factors = torch.randn(3, 4, 4, dtype=DOUBLE) * valid[..., None]
         preconditioner.mask(valid)
-        (layer(laid(points)) * laid(factors)).sum().backward()
+        (layer(arranged(points)) * arranged(factors)).sum().backward()
         for point, factor, length in zip(points, factors, lengths, strict=True):
-            own, gradient = point[:length], factor[:length]
-            inputs.append(own if sharing == "expand" else own.mean(0, keepdim=True))
+            data, gradient = point[:length], factor[:length]
+            inputs.append(data if sharing == "expand" else data.mean(0, keepdim=True))
             gradients.append(gradient if sharing == "expand" else gradient.sum(0, keepdim=True))
     preconditioner.step()
     assert preconditioner._recorder.valid is None
@@ -170,7 +170,7 @@ def test_rows_of_each_accumulated_batch_are_masked_by_its_own(sharing, batch_fir
 
 
 class Graphs(nn.Module):
-    """Graphs as nodes one after the other, then as a padded batch, then with the rows of that in one dimension."""
+    """Graphs as concatenated nodes, then as a padded batch, then with the padded rows in one dimension."""
 
     def __init__(self):
         super().__init__()
@@ -193,15 +193,15 @@ class Graphs(nn.Module):
         return self.head(hidden.sum(1) / valid.sum(1, keepdim=True))
 
     def of_one(self, nodes):
-        """Of a graph by itself: one sample, whose nodes are positions."""
+        """Return the output for a single graph: one sample, whose nodes are positions."""
         hidden = self.padded(self.nodes(nodes[None]).tanh()).tanh()
         return self.head(self.flat(hidden).tanh().mean(1))
 
 
 @both_sharings
 @pytest.mark.parametrize("sizes", [[3, 5, 2], [4, 4, 4]], ids=str)
-def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes, sharing):
-    """Also where no graph is padded, and the nodes are as many as the places of the padded batch."""
+def test_graphs_and_a_mask_equal_the_graphs_one_by_one(sizes, sharing):
+    """Also if no graph is padded, so that the padded batch has as many rows as there are nodes."""
     own, labels = Graphs(), torch.tensor([0, 2, 1])
     nodes = torch.randn(sum(sizes), 5, dtype=DOUBLE)
 
@@ -218,7 +218,7 @@ def test_graphs_and_a_mask_are_the_graphs_one_by_one(sizes, sharing):
 
 
 def outputs_of(module):
-    """What it makes of 3 × 6 rows; a cell as three time steps."""
+    """Return the outputs for 3 × 6 rows; a cell takes them as three time steps."""
     inputs = torch.randn(3, 6, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
     if isinstance(module, nn.RNNBase):
         return module(inputs)[0]
@@ -229,7 +229,7 @@ def outputs_of(module):
 
 
 LAYERS = [nn.LSTM, nn.GRU, nn.RNN, partial(nn.RNN, nonlinearity="relu")]
-# With the positions of a sample: what gives them is the second dimension, or the first, or nothing.
+# With the number of positions: the length of the first dimension, or the second if batch_first, or 1 for a cell.
 CASES = [
     *((make, {}, 3) for make in LAYERS),
     *((make, {"batch_first": True, "bidirectional": True, "num_layers": 2}, 6) for make in LAYERS),
@@ -302,14 +302,14 @@ def test_a_packed_sequence_has_the_rows_of_its_sequences_one_by_one(make, sharin
         return loss_of(output)
 
     def apart(preconditioner):
-        own = (module(one[:, None], started(slice(at, at + 1))) for at, one in enumerate(sequences()))
-        return sum(map(loss_of, own))
+        outputs = (module(one[:, None], started(slice(at, at + 1))) for at, one in enumerate(sequences()))
+        return sum(map(loss_of, outputs))
 
     assert_near(*(lone_step(module, loss, sharing=sharing) for loss in (together, apart)))
 
 
 def test_a_packed_sequence_is_a_padded_batch_with_a_mask():
-    """For systems that sum over the positions of a sample too."""
+    """Also for systems that sum over the positions of a sample."""
     torch.manual_seed(0)
     module = nn.LSTM(4, 5, batch_first=True, dtype=DOUBLE)
     valid = torch.arange(6) < torch.tensor([[3], [6], [1], [3]])

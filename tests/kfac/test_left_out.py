@@ -1,4 +1,4 @@
-"""Weights whose gradient autograd leaves out: steps equal those of gradients that it forms, or an error says why."""
+"""Autograd leaves gradients of weights out: steps equal those with gradients that it forms, or an error says why."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from kfac.networks import batch, gradients, loss_of, mlp
 from kfac.systems import SYSTEMS
 
 WIDTHS = (40, 30, 30, 3)
-# Of conjugate gradients few iterations: rounding grows from one to the next until they have converged.
+# Few iterations of conjugate gradients: rounding grows from one to the next until they have converged.
 STRATEGIES = {
     **{name: SYSTEMS[name] for name in ("exact", "ekfac", "singd", "foof", "two-level")},
     "brand": Brand(8),
@@ -25,7 +25,7 @@ def loss(model, seed=0):
 
 
 def by_seed(backward):
-    """Three steps, each after a backward pass from no gradients."""
+    """Take three steps, each after a backward pass without earlier gradients."""
 
     def train(model, preconditioner):
         for seed in range(3):
@@ -44,7 +44,7 @@ def plain(model, preconditioner, seed):
 
 @by_seed
 def accumulated(model, preconditioner, seed):
-    """Two backward passes a step, after one whose gradients are thrown away."""
+    """Run two backward passes a step, after a pass whose gradients are thrown away."""
     loss(model, seed + 20).backward()
     model.zero_grad()
     loss(model, seed).backward()
@@ -53,25 +53,25 @@ def accumulated(model, preconditioner, seed):
 
 @by_seed
 def used_twice(model, preconditioner, seed):
-    """A weight is used twice in one pass, with further dimensions: outputs are views, which activations overwrite."""
+    """Use a weight twice in one pass, on three dimensions: outputs are views, which activations overwrite."""
     hidden = model[:2](batch(6, WIDTHS[0], 3, seed)[0].reshape(3, 2, WIDTHS[0]))
     model[4](model[2:4](model[2:4](hidden))).square().mean().backward()
 
 
 @by_seed
 def penalised(model, preconditioner, seed):
-    """Something besides the calls is in a gradient."""
+    """Add a penalty on a weight, so that its gradient does not come from the calls alone."""
     (loss(model, seed) + model[0].weight.pow(4).sum()).backward()
 
 
 def hooked(model, preconditioner):
-    """A weight's gradient has a hook that changes it."""
+    """Change the gradient of a weight by a hook."""
     model[2].weight.register_hook(lambda gradient: 2 * gradient)
     yield from plain(model, preconditioner)
 
 
 def thawed(model, preconditioner):
-    """A weight is frozen for a time, and a bias for another."""
+    """Freeze a weight for some steps, and later its bias."""
     model[0].weight.requires_grad_(False)
     yield from plain(model, preconditioner)
     model[0].weight.requires_grad_(True)
@@ -81,7 +81,7 @@ def thawed(model, preconditioner):
 
 
 def late(model, preconditioner):
-    """A backward pass comes a step after its forward pass; weights stay."""
+    """Run each backward pass one step after its forward pass, on unchanged weights."""
     waiting = loss(model, 9)
     for seed in range(3):
         model.zero_grad()
@@ -93,13 +93,13 @@ def late(model, preconditioner):
 
 @by_seed
 def curved(model, preconditioner, seed):
-    """The curvature has passes of its own."""
+    """Send passes for the curvature, too."""
     loss_of(model, batch(6, WIDTHS[0], WIDTHS[-1], seed), preconditioner).backward()
 
 
 @by_seed
 def padded(model, preconditioner, seed):
-    """The loss forgets that a position is padding: the gradient moves by it, and the factors have no part of it."""
+    """Let padding contribute to the loss: the gradient includes it, and the factors do not."""
     preconditioner.mask(torch.tensor([[1, 1], [1, 0], [1, 1]]))
     model(batch(6, WIDTHS[0], 3, seed)[0].reshape(3, 2, WIDTHS[0])).square().mean().backward()
 
@@ -135,10 +135,10 @@ def test_steps_are_the_same_whoever_forms_the_gradient_and_however_factors_are_a
             found[-1].append(gradients(model))
             if train is not late:
                 optimizer.step()
-    # Rounding chooses a renewed eigenbasis in directions without data.
+    # In directions without data, rounding decides a renewed eigenbasis.
     compared = 1 if isinstance(options.get("inverse"), EKFAC) else None
     for others in found[1:]:
-        # Products of the same numbers, summed in another order; what follows a solve with λ = 0.03 keeps 1e-9.
+        # The same products are summed in another order. After a solve with λ = 0.03 they agree to 1e-9.
         torch.testing.assert_close(others[:compared], found[0][:compared], rtol=1e-7, atol=1e-9)
 
 
@@ -168,7 +168,7 @@ def test_a_step_without_gradients_does_nothing():
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("factor_every", [1, 2])
 def test_a_batch_that_is_not_finite_gives_no_step(bad, factor_every):
-    """Also where only an input is, of an output that no gradient comes to, at a step without data for the factors."""
+    """Also if only an input is non-finite, its output gets no gradient, and the factors take no data in this step."""
     model = mlp(40, 30, dtype=torch.float32)
     preconditioner = KFAC(model, Brand(4), gradient="pair", factor_every=factor_every)
     for step in range(2):
@@ -211,7 +211,7 @@ def test_gradients_that_are_changed_outside_raise(change):
         preconditioner.step()
 
 
-def test_a_call_that_cannot_be_captured_raises_where_its_gradient_is_left_out():
+def test_a_call_that_cannot_be_captured_raises_if_its_gradient_is_left_out():
     model = nn.Linear(20, 10)
     model.register_forward_hook(lambda module, args, output: output.sum(-1), prepend=True)
     preconditioner = KFAC(model, Exact(), gradient="pair")

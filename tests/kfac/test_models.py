@@ -1,4 +1,4 @@
-"""Models of transformers, torch_geometric and peft, tiny and with random weights: every matrix has its factors."""
+"""Tiny models of transformers, torch_geometric and peft with random weights: every matrix has its factors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from oracles import gaussian
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
-# Tables that are added as they are, and attention vectors: no input multiplies them.
+# No input multiplies these tables and vectors: the model adds them.
 _ADDED = {
     "vit": {f"vit.embeddings.{own}": "ViTEmbeddings uses it by itself" for own in ("cls_token", "position_embeddings")},
     "whisper": {
@@ -55,7 +55,7 @@ TOKENS = {"input_ids": INDICES, "labels": INDICES}
 LABELLED = {"pixel_values": IMAGES, "labels": torch.arange(4) % 2}
 SPEECH = {"input_features": gaussian(4, 8, 20, seed=1).float(), "labels": INDICES}
 PAIRS = {"input_ids": INDICES, "pixel_values": IMAGES, "return_loss": True}
-# Configuration, model, what it is configured with, and a batch.
+# Configuration, model, configuration options, and a batch.
 MODELS = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_GPT2, "eos_token_id": 0}, TOKENS),
     "bert": ("BertConfig", "BertForMaskedLM", _SIZES, TOKENS),
@@ -76,7 +76,7 @@ def transformer(name):
 
 
 def covered(model, loss):
-    """Two steps, after which all of its layers have data and all gradients are finite."""
+    """Take two steps. Then all layers have data, and all gradients are finite."""
     preconditioner = KFAC(model, Exact())
     for _ in range(2):
         assert all(part.isfinite().all() for part in stepped(model, preconditioner, loss()))
@@ -127,7 +127,7 @@ CONVOLUTIONS = {"GCNConv": {"lin"}, "GATConv": {"lin"}, "GATv2Conv": {"lin_l", "
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_every_linear_of_a_graph_network_has_its_factors(name, sharing):
-    """Nodes as samples, and graphs: the step is that of the dense definition."""
+    """With nodes or graphs as samples, the step equals the dense definition."""
     model = Network(name).double()
     edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0], [1, 2, 0, 4, 5, 6, 7, 2]])
     index, features = torch.tensor([0] * 3 + [1] * 5), torch.randn(8, 6, dtype=torch.float64)
@@ -142,5 +142,5 @@ def test_every_linear_of_a_graph_network_has_its_factors(name, sharing):
     assert {row.layer for row in report.factors} == {
         f"{at}.{own}" for at in ("first", "second") for own in CONVOLUTIONS[name]
     }
-    # Of each convolution by itself: its bias, and the vectors of its attention.
+    # Each convolution adds its own bias and attention vectors.
     assert {part.rpartition(".")[2] for part in report.unsupported} <= {"bias", "att", "att_src", "att_dst"}

@@ -1,4 +1,4 @@
-"""Options: what is refused; schedules, ranks that follow a tolerance or a bound, damping that follows the loss."""
+"""Options: bad values, schedules, ranks that follow a tolerance or a bound, and damping that follows the loss."""
 
 import re
 
@@ -31,12 +31,12 @@ from brandla.kfac.systems.structures import BlockDiagonal, Hierarchical
 from kfac.networks import EXACT, OwnLinear, batch, layer_step, mlp, stepped, with_one
 from kfac.systems import FORMS, factors_of, falling, growing, rule, seldom, some_systems
 
-# --- What is refused
+# --- Bad values and types
 
 MODEL = mlp(10, 20, 4)
 TANH = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
 TWICE = nn.ModuleDict(dict.fromkeys("ab", MODEL[0]))
-# With a value of the right kind that is out of range, and of another kind; … stands for whatever is between.
+# Values of the right type that are out of range; … matches any text.
 VALUES = [
     (lambda: KFAC(MODEL, damping=0.0), "KFAC: damping must be finite and > 0; got 0.0"),
     (lambda: [*steps_of(Exact(), 1, damping=lambda step: 1.0 - step)], "KFAC: damping must be finite and > 0; got 0.0"),
@@ -96,11 +96,11 @@ VALUES = [
     (lambda: Adaptive(factor=1.0), "Adaptive: factor must be in (0, 1); got 1.0"),
     (lambda: Adaptive(0.0), "Adaptive: 0 < least <= initial <= most < inf must hold; got 1e-08, 0.0 and"),
     (lambda: KFAC(nn.DataParallel(mlp(10, 20, 4))), "KFAC: the model must not be in nn.DataParallel; use"),
-    (lambda: KFAC(TWICE, {"b": Exact()}), "inverse must name modules of the model; 'b' is 'a': use that name"),
-    (lambda: KFAC(nn.Sequential(nn.PReLU())), "the model must have an nn.Linear… PReLU, Sequential; name"),
+    (lambda: KFAC(TWICE, {"b": Exact()}), "inverse must name modules of the model; 'b' is 'a': use this name"),
+    (lambda: KFAC(nn.Sequential(nn.PReLU())), "the model must have an nn.Linear… PReLU, Sequential; register"),
     (lambda: PINN(TANH, damping=0), "PINN: damping must be finite and > 0; got 0"),
 ]
-KINDS = [
+TYPES = [
     (lambda: KFAC(MODEL, factor_every=1.5), "factor_every must be an int; got float 1.5"),
     (lambda: KFAC(MODEL, inverse="brand"), "inverse must be a strategy such as Brand(rank=128), or None; got str"),
     (lambda: KFAC(MODEL, inverse=lambda name, module: "brand"), "inverse must be a strategy"),
@@ -121,9 +121,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    ("make", "message", "error"), [*((*own, ValueError) for own in VALUES), *((*own, TypeError) for own in KINDS)]
+    ("make", "message", "error"), [*((*case, ValueError) for case in VALUES), *((*case, TypeError) for case in TYPES)]
 )
-def test_bad_values_and_kinds_are_refused(make, message, error):
+def test_bad_values_and_types_are_refused(make, message, error):
     with pytest.raises(error, match=re.escape(message).replace("…", ".*")):
         make()
 
@@ -168,7 +168,7 @@ def test_rank_rules_keep_values_above_their_tolerance(options):
     *_, preconditioner = steps_of(strategy, 5)
     for factor in factors_of(preconditioner):
         lowrank = factor.operand()
-        # What the tolerance of compress="cholesky" is relative to is the diagonal of S.
+        # With compress="cholesky", the tolerance is relative to the diagonal of S.
         values = lowrank.eigenvalues if strategy.form == "eigh" else lowrank.gram.diagonal()
         assert lowrank.rank == 12
         assert (values[values > 0] > (1e-3 if strategy.rank is rule else 1e-2) * values.max()).all()
@@ -203,7 +203,7 @@ def test_schedules_are_named_by_their_functions_and_nothing_else():
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_rank_grows_until_the_error_bound_is_met(options):
-    """Columns of a slowly falling spectrum: rank 2 leaves far more than the target, and what is reached keeps to it."""
+    """For a slowly falling spectrum, rank 2 misses the target by far; the final rank meets it."""
     layer = mlp(80, 3, bias=False)[0]
     spectrum = torch.arange(1.0, 81, dtype=torch.float64) ** -1.0
     target, path = 0.02, []
@@ -215,11 +215,11 @@ def test_rank_grows_until_the_error_bound_is_met(options):
     (factor,) = factors_of(preconditioner)
     assert 8 <= path[-1] < 60
     assert factor.strategy.error_bound(factor.state) <= target * factor.largest()
-    # Grows by half from reading to reading, from step 0 on, the rank of a step being that of the reading before it.
+    # From step 0 on, the rank grows by half at each reading, and the next step takes the new rank.
     assert [path[step] for step in (0, 1, 10, 11, 21)] == [2, 3, 3, 5, 8]
 
 
-def test_rank_shrinks_where_the_data_has_less():
+def test_rank_shrinks_with_the_rank_of_the_data():
     layer = mlp(80, 3, bias=False)[0]
     basis, seen = torch.randn(3, 80, dtype=torch.float64), []
     preconditioner = KFAC(layer, Foof(Brand(ErrorBound(0.02, 3, 40, every=5))), decay=0.5)
@@ -250,7 +250,7 @@ def test_a_batch_of_factors_has_one_rank_and_goes_by_its_worst():
 
 
 class Quadratic:
-    """A linear model with the squared error, whose exact curvature is A ⊗ (2/C) I, and a step of it."""
+    """A linear model with the squared error, whose exact curvature is A ⊗ (2/C) I, and its training step."""
 
     def __init__(self, damping, factor=1.0, **options):
         torch.manual_seed(0)
@@ -291,8 +291,8 @@ def test_the_ratio_of_a_quadratic_is_that_of_its_hessian_and_the_damped_one(way,
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.0, 0.1 * 0.9**2), (4.0, 0.1 / 0.9**2)])
-def test_damping_falls_where_the_model_is_right_and_rises_where_the_loss_is_steeper(factor, expected):
-    """Every second step, and on from a checkpoint; its curvature knows nothing of a loss that is multiplied."""
+def test_damping_falls_if_the_model_is_right_and_rises_if_the_loss_is_steeper(factor, expected):
+    """Every second step, also from a checkpoint. The curvature ignores the factor of the loss."""
     task = Quadratic(Adaptive(0.1, every=2, factor=0.9), factor)
     assert task.step(1.0) is not None
     assert task.preconditioner._adapted == pytest.approx(expected)
@@ -308,7 +308,7 @@ def test_bounds_hold_and_a_loss_that_is_not_finite_raises_the_damping():
     assert found == [0.08, 0.1, 0.15, 0.15, 0.15]
 
 
-def test_a_look_that_comes_too_late_or_for_nothing_is_refused():
+def test_adapt_refuses_a_call_after_zero_grad_or_without_adaptive_damping():
     task = Quadratic(Adaptive(0.1, every=1))
     task.preconditioner.curvature(task.layer(task.inputs), loss="mse")
     loss = task.loss()

@@ -1,4 +1,4 @@
-"""What is told: of every factor its strategy, memory and error bound, and of a loop that is wrong each mistake once."""
+"""The report shows each factor's strategy, memory and error bound. Warnings name each mistake of a loop once."""
 
 import re
 import warnings
@@ -19,13 +19,13 @@ def reported(model, preconditioner, batches):
 
 
 @pytest.mark.filterwarnings("error:KFAC")
-def test_it_says_what_each_factor_got_and_why():
+def test_the_report_shows_the_strategy_of_each_factor_and_why():
     model = nn.Sequential(nn.Linear(10, 200), nn.ReLU(), nn.PReLU(200), nn.Linear(200, 300))
     preconditioner = KFAC(model, Brand(8))
     assert preconditioner.report().factors[0].strategy.startswith("Exact(")
     with pytest.warns(UserWarning, match="too small for the strategy"):
         reported(model, preconditioner, [torch.randn(16, 10)])
-    # Said once: a second warning would be an error.
+    # A second warning would be an error.
     report = reported(model, preconditioner, [torch.randn(16, 10)])
     rows = {(row.layer, row.side): row for row in report.factors}
     assert report.unsupported == {"2": "PReLU is not known"}
@@ -46,14 +46,14 @@ def test_it_says_what_each_factor_got_and_why():
 
 
 @pytest.mark.parametrize("strategy", [Brand(8), BrandRandomized(8), BrandCorrected(8), EKFAC()], ids=repr)
-def test_it_names_the_strategy_that_was_asked_for(strategy):
-    """Also where a batch is larger than a factor."""
+def test_the_report_names_the_chosen_strategy(strategy):
+    """Also if a batch is larger than a factor."""
     layer = nn.Linear(100, 90, bias=False)
     report = reported(layer, KFAC(layer, strategy), [torch.randn(950, 100)])
     assert {row.strategy for row in report.factors} == {str(strategy)}
 
 
-def test_it_shows_groups_and_kinds():
+def test_the_report_shows_groups_and_kinds():
     model = nn.Sequential(nn.Embedding(9, 6), nn.LayerNorm(6), nn.Conv1d(6, 6, 1, groups=3))
     report = reported(model, KFAC(model, Brand(3)), [torch.randint(9, (4, 6))])
     rows = {(row.layer, row.side): row for row in report.factors}
@@ -64,27 +64,27 @@ def test_it_shows_groups_and_kinds():
         ("2", "input"): "Exact",
         ("2", "output"): "Exact",
     }
-    # 9 frequencies, 6 blocks of 2 × 2, and what adds up the weights.
+    # 9 frequencies, 6 blocks of 2 × 2, and for each factor the sum of its weights.
     assert rows["0", "input"].bytes == 4 * (9 + 1)
     assert rows["1", "input"].bytes == 4 * (6 * 4 + 1)
     assert rows["1", "input"].dense_bytes == 4 * 6 * 4
     assert rows["2", "input"].dense_bytes == 4 * 3 * 9
 
 
-# Of each side of a Linear of 150 inputs and 100 outputs, after a batch of 4 in float32.
+# The bytes on each side of a Linear with 150 inputs and 100 outputs, after a batch of 4 in float32.
 BYTES = {
     "brand": (Brand(8), {"input": 4 * (8 * 150 + 8 * 8 + 3), "output": 4 * (8 * 100 + 8 * 8 + 3)}),
     "brand-eigh": (Brand(8, form="eigh"), {"input": 4 * (8 * 150 + 8 + 3), "output": 4 * (8 * 100 + 8 + 3)}),
     # K and the direction have n numbers each, and the direction's weight is one.
     "diagonal": (InverseFree("diagonal", variant="ikfac"), {"input": 4 * (2 * 150 + 1), "output": 4 * (2 * 100 + 1)}),
-    # H_G is in float64. Beside s and y there are the means of the step, until a second pass, and their weight.
+    # H_G is in float64. Until a second pass, the means of the step and their weight are kept beside s and y.
     "k-bfgs": (KBFGS(), {"input": 4 * (2 * 150**2 + 1), "output": 8 * 100**2 + 4 * (4 * 100 + 1)}),
     "woodbury": (Woodbury(), {"beside": 4 * (4 * (150 + 100) + 4 * 4 + 1)}),
 }
 
 
 @pytest.mark.parametrize(("strategy", "expected"), BYTES.values(), ids=BYTES)
-def test_it_has_the_memory_of_each_side(strategy, expected):
+def test_the_report_has_the_memory_of_each_side(strategy, expected):
     layer = nn.Linear(150, 100, bias=False)
     preconditioner = KFAC(layer, strategy)
     report = reported(layer, preconditioner, [torch.randn(4, 150)])
@@ -97,7 +97,7 @@ def test_it_has_the_memory_of_each_side(strategy, expected):
         assert row.reason == {InverseFree: "Diagonal()", KBFGS: "BFGS"}.get(type(strategy), "")
 
 
-def test_repr_says_what_there_is():
+def test_repr_shows_strategies_options_and_step():
     text = repr(KFAC(mlp(10, 20, 4), Brand(6), damping=lambda step: 0.1))
     assert text.startswith("KFAC(2 Brand(")
     assert "clip=0.07" in text
@@ -107,7 +107,7 @@ def test_repr_says_what_there_is():
 
 @pytest.mark.parametrize("method", ["eigh", "cholesky"])
 def test_a_relative_bound_is_the_largest_of_a_batch_and_0_without_data(method):
-    """Of three groups one gets no data, and one small data: that one's bound is far from the largest, over d₁ it is."""
+    """One of three groups gets no data, and one small data. This one has a small bound, but the largest over d₁."""
     torch.manual_seed(0)
     layer = nn.Conv1d(6, 3, 1, groups=3, bias=False, dtype=torch.float64)
     batches = [torch.randn(8, 6, 1, dtype=torch.float64) for _ in range(3)]
@@ -116,14 +116,14 @@ def test_a_relative_bound_is_the_largest_of_a_batch_and_0_without_data(method):
         inputs[:, 4:] *= 1e-3
     batches[1] = batches[0]
     batches[2][:, :2] = batches[0][:, :2]
-    # What was factorised is of the first two batches, and of rounding alone with them.
+    # The factorisation is of the first two batches, so up to there the bound is rounding alone.
     preconditioner = KFAC(layer, Exact(inverse_every=10, method=method))
     assert all(row.error_bound < 1e-13 for row in reported(layer, preconditioner, batches[:2]).factors)
     (row,) = (row for row in reported(layer, preconditioner, batches[2:]).factors if row.side == "input")
     sums = [torch.einsum("sik,sjk->ij", inputs[:, 4:], inputs[:, 4:]) / 8 for inputs in batches]
     average = (0.95**2 * sums[0] + 0.95 * sums[1] + sums[2]) / (1 + 0.95 + 0.95**2)
     expected = torch.linalg.matrix_norm(average - sums[0]) / torch.linalg.eigvalsh(sums[0])[-1]
-    # The largest eigenvalue of a matrix that is only factorised is estimated, from below.
+    # With Cholesky, the largest eigenvalue is estimated from below.
     most = 1 if method == "eigh" else 1 / 0.7
     assert 1 - 1e-9 < row.relative_error_bound / expected.item() < most + 1e-9
     assert row.error_bound < 1e-4
@@ -134,7 +134,7 @@ def test_a_relative_bound_is_the_largest_of_a_batch_and_0_without_data(method):
 
 
 def warned(backward, *, late=False, zero=False, **options):
-    """The warnings of a training loop of a small network."""
+    """Return the warnings of a training loop of a small network."""
     model = mlp(10, 12, 4, dtype=torch.float32)
     optimizer, preconditioner = torch.optim.SGD(model.parameters(), 0.01), KFAC(model, Exact(), **options)
     with warnings.catch_warnings(record=True) as caught:
@@ -167,7 +167,7 @@ def summed(model, step):
 
 
 def scaled(model, step):
-    """What a scaler does, and its unscale_, of which the preconditioner knows nothing."""
+    """Scale and unscale as a GradScaler does, without giving it to the preconditioner."""
     (1024 * loss(model, step)).backward()
     for parameter in model.parameters():
         parameter.grad.data.div_(1024)
@@ -190,7 +190,7 @@ def broken(model, step):
     [{}, {"sharing": "reduce"}, {"gradient": "pair"}, {"application": "two-sided"}, {"factor_every": 4}],
     ids=str,
 )
-def test_nothing_is_told_of_a_loop_that_is_right(backward, options):
+def test_a_correct_loop_gets_no_warning(backward, options):
     assert warned(backward, **options) == []
 
 
@@ -200,13 +200,13 @@ def test_nothing_is_told_of_a_loop_that_is_right(backward, options):
         (plain, {"late": True}, "call preconditioner.step() before optimizer.step()"),
         (plain, {"zero": True}, "step() found no gradient 3 times in a row"),
         (summed, {}, "if the loss is a sum, divide it"),
-        (scaled, {}, "what was captured is 1024 times the gradient"),
+        (scaled, {}, "the product of the captured rows is 1024 times the gradient"),
         (of_derivatives, {}, "only part of the gradient of 0"),
         (broken, {}, "a batch was skipped"),
     ],
     ids=["late", "nothing", "sum", "scaler", "derivatives", "not-finite"],
 )
-def test_a_mistake_is_told_once(backward, options, message):
+def test_a_mistake_gets_one_warning(backward, options, message):
     (found,) = warned(backward, **options)
     assert found.startswith("KFAC: ")
     assert message in found

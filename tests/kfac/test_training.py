@@ -221,7 +221,7 @@ def test_a_loss_scale_changes_nothing(way, parts, curvature, monkeypatch):
     disabled = one_step(torch.amp.GradScaler("cpu", enabled=False), **options)[1]
     torch.testing.assert_close(disabled, expected, rtol=0, atol=0)
     # Unscaling is known to be all that happened to the gradient; of one that is left out, nobody asks.
-    assert [layer.linear for layer in preconditioner._layers] == [None if way else True] * 3
+    assert [layer.gradient_is_pair for layer in preconditioner._layers] == [None if way else True] * 3
 
 
 def test_gradients_that_are_still_scaled_are_refused_and_a_batch_that_overflows_is_skipped_by_all():
@@ -276,7 +276,7 @@ def test_a_penalty_is_seen_and_rounding_in_half_precision_is_none(kind, dtype, a
         loss = nn.functional.cross_entropy(model(inputs).flatten(1), torch.arange(len(inputs)) % 4)
     loss = loss + penalty * sum(parameter.float().square().sum() for parameter in model.parameters())
     stepped(model, preconditioner, loss)
-    linear = [layer.linear for layer in preconditioner._layers]
+    linear = [layer.gradient_is_pair for layer in preconditioner._layers]
     assert (True in linear) == (not penalty)
     assert penalty or False not in linear
 

@@ -139,7 +139,7 @@ def test_graphs_from_before_are_said_not_to_be_seen_and_all_are_left_alone_after
 
     loss_of(run, data).backward()
     preconditioner = KFAC(model, EXACT)
-    unseen = r"none of the calls that made it was seen.*torch.compiler.reset\(\) after that\): 0$"
+    unseen = r"no call that made it was captured.*torch.compiler.reset\(\) after the construction\): 0$"
     with pytest.warns(UserWarning, match=unseen) as caught:
         assert step() == [True, True, False, False]
     assert caught[0].filename == __file__

@@ -1,4 +1,4 @@
-"""What is left to the optimizer: modules that are not known, and layers that turn out not to work in training."""
+"""Left to the optimizer: unknown modules, and layers whose calls cannot be captured in training."""
 
 import copy
 from functools import partial
@@ -33,8 +33,8 @@ class OwnAttention(nn.MultiheadAttention):
         return query
 
 
-def of_one_weight(one, other):
-    """Whose numbers are the same, whatever they are used for."""
+def with_one_weight(one, other):
+    """Return two modules that share their weight, whatever they use it for."""
     other.weight = one.weight
     return nn.ModuleList([one, other])
 
@@ -43,7 +43,7 @@ ADDS = "it adds positions to keys and values (add_bias_kv, add_zero_attn)"
 UNCALLED = {"1.out_proj": "the attention that holds it never calls it"}
 COMPUTED = "its weight is computed from other parameters"
 PARAMETRIZED = {"1": COMPUTED, "1.parametrizations.weight": "ParametrizationList is not known"}
-# Modules, and why each is left, or parts of it.
+# Modules, and the reasons why they or their parts are left.
 LEFT = {
     "unknown": (nn.PReLU, "PReLU is not known"),
     "maximum": (lambda: nn.EmbeddingBag(4, 3, mode="max"), "its gradient is that of a maximum"),
@@ -54,7 +54,7 @@ LEFT = {
     "lazy": (lambda: nn.LazyLinear(4), "it has no shape yet: run it once before it is preconditioned"),
     "sparse-embedding": (lambda: nn.Embedding(4, 3, sparse=True), "its gradient is sparse"),
     "scaled-embedding": (lambda: nn.Embedding(4, 3, scale_grad_by_freq=True), "its gradient is scaled by frequency"),
-    "synchronised": (lambda: nn.SyncBatchNorm(4), "its statistics are of several processes"),
+    "synchronised": (lambda: nn.SyncBatchNorm(4), "its statistics come from several processes"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), PARAMETRIZED),
     "spectral": (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False)), PARAMETRIZED),
     "spectral-norm-by-hooks": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), COMPUTED),
@@ -66,29 +66,29 @@ LEFT = {
     "recurrent": (
         lambda: nn.LSTM(4, 4),
         "LSTM is not known: its time steps are one fused call; brandla.kfac.register(torch.nn.LSTM,"
-        " like='unrolled') has them in sight",
+        " like='unrolled') runs them one by one",
     ),
     "loose-parameter": (
         lambda: Loose(nn.ReLU(), nn.PReLU()),
         {"1.scale": "Loose uses it by itself", "1.1": "PReLU is not known"},
     ),
     "two-uses-of-a-weight": (
-        lambda: of_one_weight(nn.Conv1d(3, 4, 5, bias=False), nn.Bilinear(3, 5, 4, bias=False)),
+        lambda: with_one_weight(nn.Conv1d(3, 4, 5, bias=False), nn.Bilinear(3, 5, 4, bias=False)),
         {
-            "1.0": "its weight is also that of 1.1, used differently",
-            "1.1": "its weight is also that of 1.0, used differently",
+            "1.0": "1.1 uses the same weight differently",
+            "1.1": "1.0 uses the same weight differently",
         },
     ),
     "two-biases-of-a-weight": (
-        lambda: of_one_weight(nn.Linear(6, 6), nn.Linear(6, 6)),
-        {"1.1.bias": "its weight is that of 1.0, which has another bias"},
+        lambda: with_one_weight(nn.Linear(6, 6), nn.Linear(6, 6)),
+        {"1.1.bias": "1.0 has the same weight and another bias"},
     ),
 }
 
 
 @pytest.mark.parametrize(("make", "left"), LEFT.values(), ids=LEFT)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Initializing zero-element")
-def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make, left):
+def test_the_report_lists_unsupported_modules_with_the_reason(make, left):
     report = KFAC(nn.Sequential(nn.Linear(4, 4), make()), EXACT).report()
     left = {"1": left} if isinstance(left, str) else left
     assert report.unsupported == left
@@ -100,15 +100,15 @@ def test_what_cannot_be_preconditioned_is_listed_with_the_reason(make, left):
 
 
 def step_and_gradient(model, preconditioner, loss):
-    """For each parameter, what a step makes of its gradient."""
+    """Return the step and the gradient of each parameter."""
     expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     return zip(stepped(model, preconditioner, loss), expected, strict=True)
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. the model has hooks")
 @pytest.mark.parametrize("when", [0, 2])
-def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when):
-    """A sparse input in the first or in a later step: its gradient is autograd's from then on, the rest goes on."""
+def test_a_layer_that_cannot_be_captured_is_dropped_with_one_warning(when):
+    """A sparse input in the first or a later step: from then on the layer has autograd's gradient, the rest goes on."""
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 3)), torch.randn(5, 4)
     preconditioner = KFAC(model, EXACT)
@@ -121,7 +121,7 @@ def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when):
     report = preconditioner.report()
     assert report.unsupported == {"2": "its input is not a dense tensor"}
     assert {row.layer for row in report.factors} == {"0"}
-    # Said once: a second warning would be an error. The layer stays where it is, with whatever input.
+    # A second warning would be an error. The layer stays dropped, also with dense inputs.
     model[1].forward = torch.relu
     parts = step_and_gradient(model, preconditioner, model(inputs).square().mean())
     assert [torch.equal(*part) for part in parts] == [False, False, True, True]
@@ -133,15 +133,15 @@ def test_a_layer_that_does_not_work_is_dropped_with_one_warning(when):
 LINEAR, CONV, TABLE, NORM = nn.Linear(4, 4), nn.Conv2d(2, 2, 1), nn.Embedding(4, 4), nn.InstanceNorm1d(2, affine=True)
 ROWS, IMAGES, INDICES = torch.randn(3, 4), torch.randn(3, 2, 2, 2), torch.ones(3, 2, dtype=torch.long)
 NESTED = torch.nested.nested_tensor([torch.randn(2, 4)], layout=torch.jagged)
-# By the reason, a module, what a hook of the user makes of its output before it is captured, and what it is given.
+# For each reason: a module, a user's hook that changes the output before the capture, and the input.
 ODD_CALLS = {
     "its output is of type tuple, not a tensor": (LINEAR, lambda own: (own, 1), ROWS),
     "its output is of type dict, not a tensor": (CONV, lambda own: {"output": own}, IMAGES),
-    "its output has shape (3,), where the input makes (3, 4)": (LINEAR, lambda own: own.sum(-1), ROWS),
+    "its output has shape (3,), but its input requires (3, 4)": (LINEAR, lambda own: own.sum(-1), ROWS),
     "its input is not a dense tensor": (LINEAR, lambda own: own, NESTED),
     "its input has 4 dimensions and its output 2; a batch has 4": (CONV, lambda own: own.flatten(1), IMAGES),
     "its input of shape (2, 2) is not a batch": (NORM, lambda own: own, IMAGES[0, 0]),
-    "its output has shape (3, 4), where the input makes (3, 2, 4)": (TABLE, lambda own: own.sum(1), INDICES),
+    "its output has shape (3, 4), but its input requires (3, 2, 4)": (TABLE, lambda own: own.sum(1), INDICES),
 }
 
 
@@ -181,7 +181,7 @@ def test_a_weight_that_is_parametrized_later_is_dropped():
     [{"0": "reduce", "0.1": "expand"}, lambda name, module: "reduce" if name.startswith("0.0") else "expand"],
     ids=["mapping", "rule"],
 )
-def test_options_hold_for_all_that_a_container_has(inverse, sharing, expected):
+def test_options_hold_for_all_modules_in_a_container(inverse, sharing, expected):
     """None leaves a layer to the optimizer."""
     block = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -200,7 +200,7 @@ EMPTY = {
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(("make", "inputs"), EMPTY.values(), ids=EMPTY)
 def test_an_empty_batch_counts_for_nothing(make, inputs, sharing):
-    """As an expert gets that no token was sent to; before any other, and after one."""
+    """An expert without tokens gets an empty batch, as the first batch or a later one."""
     module = make()
     preconditioner = KFAC(module, EXACT, sharing=sharing)
     for count in (0, 3, 0):

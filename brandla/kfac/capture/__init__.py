@@ -1,1 +1,1 @@
-"""From a backward pass to rows: the input of each layer, and the gradient of its output."""
+"""Turns backward passes into rows: the inputs of each layer, and the gradients of its outputs."""

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from brandla.kfac.capture.kinds.kind import Kind, Uses
 
-# Whose gradients a backward pass brings: the loss's own, or vectors whose outer products are its curvature.
+# A backward pass brings the gradients of the loss, or vectors whose outer products are the curvature of the loss.
 Pass = Literal["loss", "curvature"]
 
 
 @dataclass(eq=False)
 class Terms:
-    """The terms of a loss that one call of `KFAC.curvature` is about: their number, or the sum of their weights."""
+    """The terms of a loss in one call of `KFAC.curvature`: their number, or the sum of their weights."""
 
     total: Tensor | float
 
 
 @dataclass(eq=False)
 class Groups:
-    """Which sample each row of the inputs belongs to: nodes of several graphs in one batch."""
+    """The sample of each row of the inputs, for batches whose rows are the nodes of several graphs."""
 
     index: Tensor
     count: int
@@ -35,7 +35,7 @@ class Groups:
 def averaged(uses: Uses, valid: Tensor | None, groups: Groups | None) -> tuple[Uses, Tensor | None]:
     """Average the inputs and sum the gradients of each sample or group: (rows, positions, d) to (samples, 1, d).
 
-    Rows of padding are 0, and ``valid`` (rows, positions) says which are not; then what comes back is (samples, 1).
+    Rows of padding are 0. The mask ``valid`` (rows, positions) marks the others. The mask returned is (samples, 1).
     """
 
     def summed(part: Tensor) -> Tensor:
@@ -58,27 +58,27 @@ class Call:
     """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
 
     kind: Kind
-    # What gives the input, until it has been fetched.
+    # Returns the input; None once it has been called.
     fetch: Callable[[], Tensor] | None
     _: KW_ONLY
     # Whether the call is inside a graph of torch.compile.
     compiled: bool = False
     # Whether autograd does not form the weight's gradient in this call.
     left_out: bool = False
-    # Where several rows of the inputs are one sample.
+    # Set if several rows of the inputs are one sample.
     groups: Groups | None = None
-    # Positions (samples, positions) that are no padding, of the batch that the call is of.
+    # The positions of the batch that are not padding, (samples, positions).
     valid: Tensor | None = None
-    # What the last gradients of each kind are about.
+    # The terms of the loss that the last gradients of each kind belong to.
     terms: dict[Pass, Terms | None] = field(default_factory=lambda: {"loss": None, "curvature": None})
     gradients: dict[Pass, list[Tensor]] = field(default_factory=lambda: {"loss": [], "curvature": []})
-    # The backward pass, by autograd's number for it, of each of the loss's gradients.
+    # Autograd's number of the backward pass that brought each gradient of the loss.
     tasks: list[int] = field(default_factory=list)
-    # The input, once a gradient has come.
+    # The input, once a gradient has arrived.
     inputs: Any = None
 
     def add(self, gradient: Tensor, recorder: Recorder) -> None:
-        """Take in a gradient; the first one fetches the input from where autograd has kept it."""
+        """Store a gradient. The first one also fetches the input, which autograd has saved."""
         if self.fetch is not None:
             self.inputs, self.fetch = self.fetch(), None
         self.terms[recorder.running] = recorder.terms[recorder.running]
@@ -87,7 +87,7 @@ class Call:
         self.gradients[recorder.running].append(gradient)
 
     def keep(self, tasks: Container[int]) -> None:
-        """Forget the loss's gradients of all backward passes but these."""
+        """Forget the loss's gradients, except those of these backward passes."""
         kept = [pair for pair in zip(self.tasks, self.gradients["loss"], strict=True) if pair[0] in tasks]
         self.tasks = [task for task, _ in kept]
         self.gradients["loss"] = [gradient for _, gradient in kept]
@@ -104,23 +104,23 @@ class Call:
 
 @dataclass(eq=False)
 class Recorder:
-    """Shared by all captures of a model: which backward pass is running.
+    """The backward pass that is running, shared by all captures of a model.
 
-    ``draw`` counts backward passes for the curvature through one graph; ``has_run`` says whether there have been any.
-    ``terms`` are those that the next gradients of each kind are about, where `KFAC.curvature` has told.
+    ``draw`` counts the passes for the curvature through one graph. ``has_run`` is True after the first of them.
+    ``terms`` are the loss's terms behind the next gradients of each kind, if `KFAC.curvature` has given any.
     """
 
     running: Pass = "loss"
     draw: int = 0
     terms: dict[Pass, Terms | None] = field(default_factory=lambda: {"loss": None, "curvature": None})
     has_run: bool = False
-    # Whose rows the calls are made of that come now.
+    # The graphs whose nodes are the rows of the next calls.
     groups: Groups | None = None
-    # The positions of the coming calls that are no padding.
+    # The positions of the next calls that are not padding.
     valid: Tensor | None = None
-    # Whether captures note the place of their outputs in the graph, for backward passes that end there.
+    # Whether captures note the gradient edges of their outputs, at which backward passes for the curvature end.
     edges: bool = False
 
     def forget_terms(self) -> None:
-        """Know of no terms, until `KFAC.curvature` tells."""
+        """Forget the terms, until `KFAC.curvature` gives new ones."""
         self.terms = dict.fromkeys(self.terms)

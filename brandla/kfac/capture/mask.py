@@ -1,4 +1,4 @@
-"""Mixed precision: the scale of the loss, and batches with values that are not finite, which count for nothing."""
+"""Mixed precision: the scale of the loss, and a mask that discards batches with non-finite values."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from brandla.kfac.capture.layer import Layer
 from brandla.kfac.values import Rows, alike, by_kind
 from brandla_kernels import reads_are_free
 
-# What tensors of one kernel have in common.
-_kind = attrgetter("dtype", "device")
-# Integers of so many bytes.
+# Tensors that share both can be passed to one kernel.
+_dtype_and_device = attrgetter("dtype", "device")
+# The integer dtype of each size in bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
-    """Return the scale, without reading it back; None where there is no scaler that is in use.
+    """Return the scale, without reading it back; None without an enabled scaler.
 
-    Or raise, if the gradients of no optimizer have been unscaled since the last update of the scale.
+    Raises if no optimizer's gradients have been unscaled since the last update of the scale.
     """
     if scaler is None or not scaler.is_enabled():
         return None
-    # No public attribute tells: a second unscale_ raises, and gradients keep their version.
+    # No public attribute shows this: a second unscale_ raises, and gradients keep their version.
     states = getattr(scaler, "_per_optimizer_states", None)
     if states is not None and not any(state["found_inf_per_device"] for state in states.values()):
         message = (
@@ -38,14 +38,12 @@ def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Ten
             " between loss.backward() and preconditioner.step()"
         )
         raise RuntimeError(message)
-    # 1, as the scaler scales it.
-    scale: Tensor = scaler.scale(torch.ones((), device=device))
-    return scale
+    return scaler.scale(torch.ones((), device=device))
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Whether all numbers of a step are finite, squares of rows included, and what the step becomes if not.
+    """Whether all numbers of a step are finite, squares of rows included. It zeroes the step if they are not.
 
     Nothing waits for the device.
     """
@@ -54,42 +52,43 @@ class Mask:
     known_finite: bool
 
     @classmethod
-    def of(cls, rows: Iterable[Rows], model: nn.Module, but: Iterable[Tensor | None] = ()) -> Mask:
-        """Look once at all rows, and at all gradients of the model ``but`` those that are products of rows."""
-        left_out = {id(gradient) for gradient in but}
-        # Of entries under such a bound N times the sum of the squares is finite.
+    def of(cls, rows: Iterable[Rows], model: nn.Module, products: Iterable[Tensor | None] = ()) -> Mask:
+        """Look once at all rows, and at all gradients of the model except ``products`` of rows."""
+        skipped = {id(gradient) for gradient in products}
+        # If the entries are below this bound, N times the sum of their squares is finite.
         bounds = [
-            (part, math.sqrt(torch.finfo(part.dtype).max / max(own.uses * part.numel(), 1)))
-            for own in rows
-            for part in (own.inputs, own.gradients)
+            (part, math.sqrt(torch.finfo(part.dtype).max / max(of_layer.uses * part.numel(), 1)))
+            for of_layer in rows
+            for part in (of_layer.inputs, of_layer.gradients)
             if part.is_floating_point()
         ]
-        bounds += [(part, math.inf) for part in _gradients(model) if id(part) not in left_out]
-        found = [
+        bounds += [(part, math.inf) for part in _gradients(model) if id(part) not in skipped]
+        checked = [
             (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part, bound)
             for part, bound in bounds
             if part.numel()
         ]
-        if not found:
-            # One of several processes may have nothing.
+        if not checked:
+            # One of several processes may have no data.
             return cls(torch.tensor(True, device=next(model.parameters()).device), known_finite=True)
-        finite = _all_within(found)
+        finite = _all_within(checked)
         return cls(finite, reads_are_free(finite) and bool(finite))
 
-    def rows(self, own: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
-        """Return the rows, or zeros."""
+    def rows(self, by_layer: Mapping[Layer, Rows]) -> dict[Layer, Rows]:
+        """Return the rows if all is finite, and zeros otherwise."""
         if self.known_finite:
-            return dict(own)
-        parts = {id(part): part for rows in own.values() for part in (rows.inputs, rows.gradients)}
-        found = [part for part in parts.values() if part.is_floating_point()]
-        masked = alike(found, _kind, lambda members: self._times(torch._foreach_mul, members))
-        parts |= {id(part): new.view(part.dtype) for part, new in zip(found, masked, strict=True)}
+            return dict(by_layer)
+        parts = {id(part): part for rows in by_layer.values() for part in (rows.inputs, rows.gradients)}
+        real = [part for part in parts.values() if part.is_floating_point()]
+        masked = alike(real, _dtype_and_device, lambda members: self._multiplied(torch._foreach_mul, members))
+        parts |= {id(part): new.view(part.dtype) for part, new in zip(real, masked, strict=True)}
         return {
-            layer: Rows(parts[id(rows.inputs)], parts[id(rows.gradients)], *rows[2:]) for layer, rows in own.items()
+            layer: Rows(parts[id(rows.inputs)], parts[id(rows.gradients)], *rows[2:])
+            for layer, rows in by_layer.items()
         }
 
     def clear(self, model: nn.Module) -> None:
-        """Make all gradients of the model 0 unless finite."""
+        """Zero all gradients of the model unless all is finite."""
         if self.known_finite:
             return
         plain: list[Tensor] = []
@@ -99,46 +98,46 @@ class Mask:
                 plain.append(gradient)
             else:
                 gradient.masked_fill_(~self.finite.to(gradient.device), 0)
-        for members in by_kind(plain, map(_kind, plain)):
-            self._times(torch._foreach_mul_, members)
+        for members in by_kind(plain, map(_dtype_and_device, plain)):
+            self._multiplied(torch._foreach_mul_, members)
 
     @cached_property
-    def one(self) -> Tensor:
-        """1 if finite, else 0, in int32."""
+    def finite_int(self) -> Tensor:
+        """1 if all is finite, else 0, in int32."""
         return self.finite.to(torch.int32)
 
-    def _times(self, multiply: Callable[[list[Tensor], Tensor], Any], parts: Sequence[Tensor]) -> Any:
-        """Multiply tensors of one kind by 1 or 0, in one kernel: as integers, since 0 times NaN is NaN."""
+    def _multiplied(self, multiply: Callable[[list[Tensor], Tensor], Any], parts: Sequence[Tensor]) -> Any:
+        """Multiply tensors of one dtype and device by 1 or 0, in one kernel. As integers, since 0 times NaN is NaN."""
         integers = [part.view(_INTEGERS[part.dtype.itemsize]) for part in parts]
-        return multiply(integers, self.one.to(integers[0].device, integers[0].dtype))
+        return multiply(integers, self.finite_int.to(integers[0].device, integers[0].dtype))
 
 
 def _all_within(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Say whether all entries of each part are less than its bound in size."""
     within: list[Tensor] = []
-    for members in by_kind(parts, map(_kind, [part for part, _ in parts])):
-        own, bounds = [part for part, _ in members], [bound for _, bound in members]
-        if reads_are_free(own[0]):
-            # A norm of order infinity takes many times as long on a CPU. A NaN is the least and the greatest.
-            extremes = [extreme for part in own for extreme in torch.aminmax(part)]
+    for members in by_kind(parts, map(_dtype_and_device, [part for part, _ in parts])):
+        tensors, bounds = [part for part, _ in members], [bound for _, bound in members]
+        if reads_are_free(tensors[0]):
+            # On a CPU, a norm of order infinity takes many times as long. If there is a NaN, aminmax returns it twice.
+            extremes = [extreme for part in tensors for extreme in torch.aminmax(part)]
             bounds = [signed for bound in bounds for signed in (-bound, bound)]
         else:
-            extremes = list(torch._foreach_norm(own, math.inf))
+            extremes = list(torch._foreach_norm(tensors, math.inf))
         # NaN, and infinity over an infinite bound, are not less than 1.
         within.append((torch.stack(torch._foreach_div(extremes, bounds)) < 1).all())
     return within[0] if len(within) == 1 else torch.stack([part.to(within[0].device) for part in within]).all()
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
-    """Return all gradients; of a sparse one, its values. The generators of ``model.parameters()`` take far longer."""
+    """Return all gradients, and the values of sparse ones. The generators of ``model.parameters()`` take far longer."""
     modules, known = [model], {model}
-    found: dict[int, Tensor] = {}
+    gradients: dict[int, Tensor] = {}
     for module in modules:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.grad is not None:
-                found[id(parameter)] = parameter.grad
+                gradients[id(parameter)] = parameter.grad
         for child in module._modules.values():
             if child is not None and child not in known:
                 known.add(child)
                 modules.append(child)
-    return [gradient._values() if gradient.is_sparse else gradient for gradient in found.values()]
+    return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients.values()]

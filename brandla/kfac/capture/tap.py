@@ -1,4 +1,4 @@
-"""What autograd holds for a capture: inputs, and the taps that hand over gradients inside compiled graphs."""
+"""Autograd functions of a capture: one saves inputs, and one hands over gradients inside compiled graphs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _tickets: WeakValueDictionary[int, Ticket] = WeakValueDictionary()
 
 
 class Keep(torch.autograd.Function):
-    """Save a tensor, applied to `LEAF` and that: the result is of no use but for its node, which gives it back once.
+    """Save a tensor for one later read from the result's node. Apply it to `LEAF` and the tensor.
 
-    It is outside the model's graph, in no backward pass: an activation checkpoint drops it and computes it again, and
-    ``torch.autograd.graph.save_on_cpu`` moves it, as they do with what the layers save themselves.
+    The node is outside the model's graph, so no backward pass runs through it. As for tensors that layers save, an
+    activation checkpoint drops and recomputes the tensor, and ``torch.autograd.graph.save_on_cpu`` moves it.
     """
 
     @staticmethod
@@ -31,10 +31,10 @@ class Keep(torch.autograd.Function):
 
 
 class Ticket:
-    """The one that is told of the inputs and the output gradients of one module.
+    """Receives the inputs and the output gradients of one module inside compiled graphs.
 
-    A graph holds its number, as a tensor, since modules of one class share their graph. A number whose owner is gone
-    has no effect.
+    Modules of one class share their graph. So the graph holds the ticket's number, as a tensor. The number of a ticket
+    that is gone has no effect.
     """
 
     def __init__(self, kind: Kind, collect: Callable[[Kind, Tensor, Tensor], None]) -> None:
@@ -47,10 +47,10 @@ class Ticket:
 
 @torch.library.custom_op("brandla_kfac::collect", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def collect(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
-    """Tell the owner of the ticket; return a copy of the gradient, for which the graph cannot leave the op out."""
-    owner = _tickets.get(int(ticket))
-    if owner is not None:
-        owner.collect(owner.kind, inputs, gradient)
+    """Hand inputs and gradient to the ticket; return a copy of the gradient, so that the graph needs the op."""
+    receiver = _tickets.get(int(ticket))
+    if receiver is not None:
+        receiver.collect(receiver.kind, inputs, gradient)
     return gradient.clone()
 
 
@@ -62,7 +62,7 @@ def _(ticket: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
 class Tap(torch.autograd.Function):
     """The identity, whose backward pass hands over the gradient with no break in the graph.
 
-    It is a copy, since an activation may overwrite it. The compiler fuses it with what comes next.
+    The output is a copy, since an activation may overwrite it. The compiler fuses the copy with the next operation.
     """
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""Many processes: they exchange rows and factors, so that all of them take the same step."""
+"""Several processes exchange rows and factors, so that all of them take the same step."""

@@ -1,4 +1,4 @@
-"""Rows of several processes as those of one batch, with fewer columns where that is enough or has to be."""
+"""Joins the rows of several processes into one batch, compressed if fewer rows suffice or a limit requires it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDES: dict[Name, Side] = {"inputs": "input", "gradients": "output"}
 
 
 class Share(NamedTuple):
-    """How much of a layer's rows one process has, and whether it had to leave the layer to the optimizer."""
+    """The numbers of a layer's rows in one process, and whether it had to leave the layer to the optimizer."""
 
     inputs: int
     gradients: int
@@ -36,10 +36,9 @@ class Share(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Inputs or output gradients of a layer: rows sent by each process, and how many are kept of all together.
+    """The inputs or output gradients of a layer: the number of rows that each process sends, and the number kept.
 
-    ``draws`` gradients of every use come one after the other, all uses of the first before those of the second. The γ
-    of each process are multiplied by its one of ``weights``.
+    Each use has ``draws`` gradients, the first ones of all uses before the second ones. ``weights`` scale γ by rank.
     """
 
     layer: Layer
@@ -56,26 +55,26 @@ class Part(NamedTuple):
 
     @property
     def is_index(self) -> bool:
-        """Whether the rows are given by the places of their ones."""
+        """Whether the rows are one-hot, given by indices."""
         return self.shape.one_hot and self.name == "inputs"
 
     def empty(self, count: int, device: torch.device | str) -> Tensor:
-        """Return memory for so many rows; none on the device ``"meta"``."""
+        """Return empty memory for ``count`` rows, or an outline on the device ``"meta"``."""
         if self.is_index:
             return torch.empty(count, dtype=torch.int64, device=device)
         return torch.empty(*self.shape.groups, count, self.width, dtype=self.shape.dtype, device=device)
 
 
-def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_terms: bool) -> Iterator[Part]:
-    """Go through the parts of a layer that are sent: inputs and gradients, if a factor is made of them.
+def parts_of(layer: Layer, shares: Sequence[Share], limit: int | None, *, from_curvature: bool) -> Iterator[Part]:
+    """Yield the parts of a layer that are sent: inputs and gradients, if a factor is made of them.
 
-    The γ are those of each process's own loss, or those of the curvature of its terms (``of_terms``).
+    The γ are gradients of each process's loss, or come from the curvature of its terms (``from_curvature``).
     """
     curvature, shape = layer.curvature, layer.shape
-    # They make W losses one, their mean: γ times 1/W for its gradients. For its curvature N Σ γ γᵀ has to be the mean
-    # of the N_w Σ γ γᵀ of the processes: √(N_w / (N W)).
+    # The loss is the mean of W losses, so its gradients have γ times 1/W. For its curvature, N Σ γ γᵀ must be the mean
+    # of the N_w Σ γ γᵀ of the processes, so γ is multiplied by √(N_w / (N W)).
     world, uses = len(shares), sum(share.uses for share in shares)
-    weights = [math.sqrt(share.uses / (uses * world)) if of_terms else 1 / world for share in shares]
+    weights = [math.sqrt(share.uses / (uses * world)) if from_curvature else 1 / world for share in shares]
     # Other curvatures, and solves that read rows, need the pairs of single uses as they are.
     by_factor = isinstance(curvature, Kronecker) and not layer.strategy.reads_rows
     factors = dict(curvature.factors()) if by_factor else {}
@@ -85,40 +84,42 @@ def parts_of(layer: Layer, shares: Sequence[Share], most: int | None, *, of_term
         counts = [share.gradients if name == "gradients" else share.inputs for share in shares]
         sent, kept, draws = counts, sum(counts), 1
         if by_factor and not (shape.one_hot and name == "inputs"):
-            n, kept = factors[side].n, kept if most is None else min(most, kept)
-            # n columns hold all of A Aᵀ: worth finding where they are less than half.
+            n, kept = factors[side].n, kept if limit is None else min(limit, kept)
+            # n rows hold all of AᵀA. Compression to n rows pays off if they are less than half.
             sent = [min(kept, n) if count > min(kept, 2 * n) else count for count in counts]
             kept = sum(sent) if sum(sent) <= kept else min(kept, n)
         elif name == "gradients" or shape.single:
-            # The gradients of single layers are rows of both.
-            rows = [(own.gradients, own.uses if shape.single else own.inputs) for own in shares if own.uses]
+            # In single layers, gradients are the inputs too.
+            rows = [(share.gradients, share.uses if shape.single else share.inputs) for share in shares if share.uses]
             draws = max(gradients // inputs for gradients, inputs in rows)
         yield Part(layer, name, shape, sent, kept, draws, weights)
 
 
-def outgoing(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
+def rows_to_send(part: Part, rows: Rows | None, rank: int, seed: int) -> Tensor:
     """Return the rows that this process sends: its own, or fewer with the same sum of outer products."""
     if rows is None:
         return part.empty(part.sent[rank], part.shape.device)
-    own: Tensor = getattr(rows, part.name)
+    sent: Tensor = getattr(rows, part.name)
     if part.is_index:
-        return own.long()
+        return sent.long()
     if part.name == "gradients" or part.shape.single:
-        own = own * part.weights[rank]
-    return fewer(own.to(part.shape.dtype), part.sent[rank], seed)
+        sent = sent * part.weights[rank]
+    return compressed(sent.to(part.shape.dtype), part.sent[rank], seed)
 
 
-def assembled(
+def joined_rows(
     shares: Mapping[Layer, Sequence[Share]], parts: Sequence[Part], pieces: Sequence[list[Tensor] | None], seed: int
 ) -> dict[Layer, Rows]:
-    """Return the rows of all processes as one batch; parts that did not come here have no rows."""
+    """Return the rows of all processes as one batch. Parts that this process does not receive have no rows."""
     joined: dict[tuple[Layer, Name], Tensor] = {}
-    for part, own in zip(parts, pieces, strict=True):
-        if own is None or part.is_index:
-            found = part.empty(0, part.shape.device) if own is None else torch.cat(own)
+    for part, received in zip(parts, pieces, strict=True):
+        if received is None:
+            found = part.empty(0, part.shape.device)
+        elif part.is_index:
+            found = torch.cat(received)
         else:
-            by_draw = [piece.unflatten(-2, (part.draws, piece.shape[-2] // part.draws)) for piece in own]
-            found = fewer(torch.cat(by_draw, dim=-2).flatten(-3, -2), part.kept, seed)
+            by_draw = [piece.unflatten(-2, (part.draws, piece.shape[-2] // part.draws)) for piece in received]
+            found = compressed(torch.cat(by_draw, dim=-2).flatten(-3, -2), part.kept, seed)
         joined[part.layer, part.name] = found
     rows = {}
     for layer, of_ranks in shares.items():
@@ -132,11 +133,11 @@ def assembled(
     return rows
 
 
-def fewer(rows: Tensor, count: int, seed: int) -> Tensor:
-    """Return ``count`` rows B of length n, at most n, in place of A (..., k, n) with BᵀB ≈ AᵀA: all of it if n.
+def compressed(rows: Tensor, count: int, seed: int) -> Tensor:
+    """Return ``count`` ≤ n rows B of length n with BᵀB ≈ AᵀA in place of A (..., k, n): equal if ``count`` is n.
 
-    They are the leading right singular vectors times their values, so BᵀB is nearly the best of rank ``count``, and
-    never more than AᵀA.
+    The rows are the leading right singular vectors times their singular values. So BᵀB is nearly the best matrix of
+    rank ``count``, and AᵀA − BᵀB is semi-definite.
     """
     if rows.shape[-2] <= count:
         return rows

@@ -1,4 +1,4 @@
-"""Gradients of parameters that are sharded over processes, whole for as long as they are worked on."""
+"""Gathers the gradients of sharded parameters for the time of a step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from brandla._sharded import gathered, is_dtensor
 
 @contextmanager
 def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]:
-    """Have plain tensors as the gradients of parameters, and write them back to the shards.
+    """Replace sharded gradients by plain tensors in the block, and write these back to the shards at its end.
 
-    Every process gathers all of each such gradient. Those that are plain already stay what they are.
+    Every process gathers all of each sharded gradient. Plain gradients stay as they are.
     """
-    # Tensors hash by a function of Python's.
-    known = {id(parameter): parameter for parameter in parameters if parameter is not None}
+    # By id, since tensors hash by a Python function.
+    unique = {id(parameter): parameter for parameter in parameters if parameter is not None}
     sharded: list[tuple[Any, Any]] = [
         (parameter, parameter.grad)
-        for parameter in known.values()
+        for parameter in unique.values()
         if type(parameter.grad) is not Tensor and parameter.grad is not None and is_dtensor(parameter.grad)
     ]
     for parameter, gradient in sharded:
@@ -31,10 +31,10 @@ def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]
         for parameter, gradient in sharded:
             from torch.distributed.tensor import DTensor, Replicate
 
-            # This process's part of a tensor that is the same in all: nothing is sent.
+            # All processes have the same tensor, so each takes its shard and nothing is sent.
             mesh = gradient.device_mesh
-            alike = DTensor.from_local(parameter.grad, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            gradient.to_local().copy_(alike.redistribute(placements=gradient.placements).to_local())
+            replicated = DTensor.from_local(parameter.grad, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            gradient.to_local().copy_(replicated.redistribute(placements=gradient.placements).to_local())
     finally:
         for parameter, gradient in sharded:
             parameter.grad = gradient

@@ -1,1 +1,1 @@
-"""Kinds of modules: how calls become rows and gradients a matrix, one family of modules a file."""
+"""Kinds of modules, one family a file: each turns calls into rows and gradients into matrices."""

@@ -1,4 +1,4 @@
-"""What the loop asks of a type of module."""
+"""The base class of kinds: what the loop asks of one weight of a module."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-# Called at each use of a weight with the kind that makes rows of this call, its input and its output. What it returns
-# takes the place of the output.
+# Called at each use of a weight with the call's kind, input and output. The result replaces the output.
 Record: TypeAlias = "Callable[[Kind, Any, Any], Any]"
 
 
 class Uses(NamedTuple):
     """Inputs (*groups, samples, positions, d_in) and output gradients (..., d_out) of one call.
 
-    ``ones`` (..., 1) is the bias's input, where that is not 1 everywhere.
+    ``ones`` (..., 1) is the bias's input, if it is not 1 everywhere.
     """
 
     inputs: Tensor
@@ -27,64 +26,65 @@ class Uses(NamedTuple):
 
 
 class Kind:
-    """One weight of a module, with the bias that is added to what it gives: here a matrix that rows are multiplied by.
+    """One weight of a module and the bias added to its output. The base class is a matrix that multiplies rows.
 
-    The weight is a matrix (*groups, d_out, d_in) to the loop: a row of inputs times it, and the bias, is a row of
-    outputs, in each group by itself.
+    For the loop, the weight is a matrix (*groups, d_out, d_in). In each group, it maps a row of inputs to a row of
+    outputs, to which the bias is added.
     """
 
-    # The types of modules with one weight of this kind, called as those types are.
+    # The types of modules that have one weight of this kind.
     types: ClassVar[tuple[type[Any], ...]] = ()
-    # Inputs are indices of one-hot vectors.
+    # Whether inputs are indices of one-hot vectors.
     one_hot = False
-    # A use's input is the gradient of the whole (weight, bias) row, and there are no output gradients.
+    # Whether a use's input is the gradient of the whole (weight, bias) row. Then there are no output gradients.
     single = False
-    # The step may be applied to the pair of inputs and output gradients.
+    # Whether the step may be applied to the pair of inputs and output gradients.
     pairs = True
-    # The matrix is the weight transposed.
+    # Whether the matrix is the weight transposed.
     transposed = False
-    # Inputs and output gradients have changed places: the rows are of the transposed use of the weight.
-    turned = False
-    # The module is called once for each use, and autograd may be told not to form the weight's gradient.
-    leaves_out = False
-    # The one that is meant of several weights that lie in the parameter.
+    # Whether the rows come from a use of the transposed weight: then inputs and output gradients are exchanged.
+    uses_transpose = False
+    # Whether each use is one call of the module, so that autograd can leave the weight's gradient out.
+    can_leave_out = False
+    # The index of this weight in a parameter that holds several weights.
     index: int | None = None
-    # Weights that lie one after the other in the tensor, each of so many groups: their steps are clipped apart.
+    # The number of weights, one after the other in the tensor, that are clipped separately. Each has as many groups.
     weights = 1
-    # Positions may come before samples: inputs and outputs differ in the dimensions after both alone.
-    may_lead = False
-    # Calls are given with positions before samples, whatever the module's own order is.
+    # Whether positions may come before samples, since the weight acts on the last dimensions alone.
+    either_order = False
+    # Whether calls are recorded with positions before samples, whatever the module's own order is.
     positions_first = False
-    # Positions (samples, positions) that are no padding, where the call itself tells.
+    # The positions (samples, positions) that are not padding, if the call itself defines them.
     valid: Tensor | None = None
-    # What tells this weight from others of its module, in the layer's name, and that name.
+    # The suffix of the layer's name that identifies this weight among others of its module, and the full name.
     part = ""
     name = ""
 
     def __init__(self, module: nn.Module, weight: str = "weight", bias: str = "bias") -> None:
         self.module: Any = module
         self._weight = weight
-        # Empty, where the bias is left to another weight.
+        # Empty if the bias belongs to another weight.
         self.bias_name = bias
 
     @classmethod
     def of(cls, module: nn.Module) -> list[Kind] | str | None:
-        """Return the weights of a module, or why they are left to the optimizer; None if it is of no such kind."""
+        """Return the weights of a module, or why they are left to the optimizer; None if the type does not match."""
         if not isinstance(module, cls.types):
             return None
-        return own_forward(module, *cls.types) or cls.left(module) or why_left(module, "weight") or [cls(module)]
+        reason = overridden_forward(module, *cls.types) or cls.why_left(module) or unusable(module, "weight")
+        return reason or [cls(module)]
 
     @classmethod
-    def left(cls, module: Any) -> str:
-        """Say why a module of these types is left to the optimizer; an empty string if it is not."""
+    def why_left(cls, module: Any) -> str:
+        """Return the reason why a module of these types is left to the optimizer; empty if there is none."""
         return ""
 
     @property
     def weight(self) -> Any:
-        """The weight as it is now: a sharded one may be another tensor in a forward pass."""
-        # What nn.Module.__getattr__ would find first, without that call.
-        own = self.module._parameters.get(self._weight)
-        return getattr(self.module, self._weight) if own is None else own
+        """The current weight: a sharded one may be another tensor in a forward pass."""
+        # Looks first where nn.Module.__getattr__ looks first, without its cost.
+        weight = self.module._parameters.get(self._weight)
+        return getattr(self.module, self._weight) if weight is None else weight
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -95,21 +95,21 @@ class Kind:
         return bias if bias is not None and bias.requires_grad else None
 
     def weight_part(self, weight: Tensor) -> Tensor:
-        """Return what is this weight of a tensor of the parameter's shape: a view, to be written to."""
+        """Return this weight's part of a tensor of the parameter's shape: a view, to be written to."""
         return weight if self.index is None else weight[self.index]
 
     @property
     def was_seen(self) -> bool:
-        """Whether uses of the parameter have been seen, though none may have been of this part of it."""
+        """Whether uses of the parameter have been seen, even if none of them was a use of this weight."""
         return False
 
     @property
     def is_averaged(self) -> bool:
         """Whether rows of inputs may be averaged over the positions of a sample."""
-        return not (self.one_hot or self.single or self.turned)
+        return not (self.one_hot or self.single or self.uses_transpose)
 
     def bias_part(self, bias: Tensor) -> Tensor:
-        """Return what belongs to this weight of a tensor of the bias's shape: a view, to be written to."""
+        """Return this weight's part of a tensor of the bias's shape: a view, to be written to."""
         return bias
 
     @property
@@ -123,7 +123,7 @@ class Kind:
         return Uses(by_sample(inputs), by_sample(gradient))
 
     def reduced(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return one use a sample: inputs averaged and gradients summed over its positions, where that can be."""
+        """Return one use a sample: inputs averaged and gradients summed over its positions, if the kind allows it."""
         uses = self.uses(inputs, gradient)
         if not self.is_averaged:
             return uses
@@ -133,28 +133,28 @@ class Kind:
         )
 
     def uses_where(self, valid: Tensor, inputs: Tensor, gradient: Tensor) -> tuple[Uses, Tensor]:
-        """Return `uses` with those of other positions all 0, and a mask (samples, positions) of the ``valid`` ones."""
+        """Return `uses`, zero at positions that are not ``valid``, and the mask (samples, positions) of valid uses."""
         if self.single:
             leading = valid.reshape(gradient.shape[: 1 if gradient.ndim == 2 else 2])
             gradient = gradient.masked_fill(~leading[(..., *[None] * (gradient.ndim - leading.ndim))], 0)
             return self.uses(inputs, gradient), valid.any(-1, keepdim=True)
-        found = self.uses(inputs, gradient)
-        valid = valid.repeat_interleave(found.gradients.shape[-2] // valid.shape[1], dim=1)
+        uses = self.uses(inputs, gradient)
+        valid = valid.repeat_interleave(uses.gradients.shape[-2] // valid.shape[1], dim=1)
         empty = ~valid[..., None]
-        gradients = found.gradients.masked_fill(empty, 0)
+        gradients = uses.gradients.masked_fill(empty, 0)
         if self.one_hot:
-            return Uses(found.inputs.masked_fill(empty, -1), gradients), valid
+            return Uses(uses.inputs.masked_fill(empty, -1), gradients), valid
         # The bias's 1 is one of the inputs.
-        ones = torch.ones_like(found.inputs[..., :1]) if found.ones is None else found.ones
-        return Uses(found.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)), valid
+        ones = torch.ones_like(uses.inputs[..., :1]) if uses.ones is None else uses.ones
+        return Uses(uses.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)), valid
 
     def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
-        """Have ``record`` called at each use, or where it ``is_wanted`` alone; return handles with ``remove()``."""
+        """Call ``record`` at each use, or only if it ``is_wanted``; return handles with ``remove()``."""
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return record(*self.of_arguments(args, kwargs), output)
 
-        return [self.module.register_forward_hook(OwnHook(self.module, call), with_kwargs=True)]
+        return [self.module.register_forward_hook(BoundHook(self.module, call), with_kwargs=True)]
 
     def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
         """Return the kind that makes rows of a call of the module, and the input."""
@@ -162,17 +162,17 @@ class Kind:
         return self.of_call(), first if args else kwargs.get("input", first)
 
     def of_call(self) -> Kind:
-        """Return the kind that makes rows of the call that is going on."""
+        """Return the kind that makes rows of the call that is running."""
         return self
 
-    def knowing(self, **parts: Any) -> Self:
-        """Return the kind of one call, with what is known of that call alone."""
-        own = copy(self)
-        vars(own).update(parts)
-        return own
+    def copy_with(self, **attributes: Any) -> Self:
+        """Return a copy for one call, with attributes that hold for this call alone."""
+        for_call = copy(self)
+        vars(for_call).update(attributes)
+        return for_call
 
     def refusal(self, inputs: Any, output: Any) -> str:
-        """Say why a call cannot be made into rows; an empty string if it can."""
+        """Return the reason why a call cannot be made into rows; empty if it can."""
         for name, part in (("input", inputs), ("output", output)):
             if not isinstance(part, Tensor):
                 return f"its {name} is of type {type(part).__name__}, not a tensor"
@@ -183,7 +183,7 @@ class Kind:
         return self.misfit(inputs, output)
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Say why the shapes of a call are not those that `uses` can take; an empty string if they are."""
+        """Return the reason why `uses` cannot take the shapes of a call; empty if it can."""
         return ""
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -198,17 +198,17 @@ class Kind:
         return matrix.mT if self.transposed else matrix.reshape(self.weight_part(self.weight).shape)
 
 
-class OwnHook:
-    """A hook that stays with its module: copies, and what is loaded from a file, have one without effect."""
+class BoundHook:
+    """A hook that works for its own module alone: in a copy of the module it has no effect, also after pickling."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self._module = module
         self._call = call
 
-    def __call__(self, module: nn.Module, *of_call: Any) -> Any:
-        """Pass the call on, if it is the module's."""
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        """Pass the call on if it is a call of the hook's own module."""
         # A shallow copy of the module's attributes, as DataParallel makes, takes the hook along.
-        return self._call(*of_call) if module is self._module else None
+        return self._call(*arguments) if module is self._module else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (_nothing,)
@@ -221,24 +221,24 @@ def _nothing(*_: Any) -> None:
 COMPUTED = "its weight is computed from other parameters"
 
 
-def own_forward(module: nn.Module, *types: type[nn.Module]) -> str:
-    """Say so where the forward pass of a module is not that of one of these types: a subclass may have its own."""
-    own = type(module)
-    for kind in types:
-        # What a convolution's forward pass calls may be a subclass's own, too.
-        parts = [(getattr(own, name, None), getattr(kind, name, None)) for name in ("forward", "_conv_forward")]
-        if issubclass(own, kind) and all(one is other for one, other in parts):
+def overridden_forward(module: nn.Module, *types: type[nn.Module]) -> str:
+    """Return a reason if the module's forward pass is not that of one of these types; empty if it is."""
+    subclass = type(module)
+    for base in types:
+        # A subclass may also override the method that a convolution's forward pass calls.
+        parts = [(getattr(subclass, name, None), getattr(base, name, None)) for name in ("forward", "_conv_forward")]
+        if issubclass(subclass, base) and all(one is other for one, other in parts):
             return ""
-    return f"{own.__name__} has a forward pass of its own"
+    return f"{subclass.__name__} has a forward pass of its own"
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Say whether no module inside of this one has parameters."""
+    """Say whether no module inside this one has parameters."""
     return not any(True for child in module.children() for _ in child.parameters())
 
 
-def why_left(module: nn.Module, *names: str) -> str:
-    """Say why weights cannot be preconditioned; an empty string if they can."""
+def unusable(module: nn.Module, *names: str) -> str:
+    """Return the reason why one of these weights cannot be preconditioned; empty if all can."""
     for name in names:
         weight = getattr(module, name)
         if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -253,7 +253,7 @@ def why_left(module: nn.Module, *names: str) -> str:
 
 
 def full_dtype(part: Tensor) -> torch.dtype:
-    """Return the dtype in which sums of a tensor are taken."""
+    """Return the dtype in which a tensor is summed."""
     return torch.promote_types(part.dtype, torch.float32)
 
 
@@ -265,7 +265,7 @@ def by_sample(part: Tensor) -> Tensor:
 
 
 def wrong_shape(output: Tensor, wanted: tuple[int, ...]) -> str:
-    """Say that an output has not the shape that its input makes; an empty string if it has."""
+    """Return a reason if the output does not have the shape that its input requires; empty if it has."""
     if output.shape == wanted:
         return ""
-    return f"its output has shape {tuple(output.shape)}, where the input makes {wanted}"
+    return f"its output has shape {tuple(output.shape)}, but its input requires {wanted}"

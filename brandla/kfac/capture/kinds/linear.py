@@ -15,13 +15,13 @@ class LinearKind(Kind):
     """A Linear: rows are samples and the positions between the first and the last dimension."""
 
     types = (nn.Linear,)
-    leaves_out = True
-    may_lead = True
+    can_leave_out = True
+    either_order = True
 
     @classmethod
-    def left(cls, module: Any) -> str:
-        of_attention = isinstance(module, NonDynamicallyQuantizableLinear)
-        return "the attention that holds it never calls it" if of_attention else ""
+    def why_left(cls, module: Any) -> str:
+        is_in_attention = isinstance(module, NonDynamicallyQuantizableLinear)
+        return "the attention that holds it never calls it" if is_in_attention else ""
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
         return wrong_shape(output, (*inputs.shape[:-1], self.shape[1]))
@@ -30,15 +30,15 @@ class LinearKind(Kind):
 class TransposedKind(LinearKind):
     """x weight + bias, as the ``Conv1D`` of transformers computes it."""
 
-    leaves_out = False
+    can_leave_out = False
     transposed = True
 
 
 class BilinearKind(Kind):
-    """A Linear of x yᵀ as a vector: d_in is the product of both inputs' sizes."""
+    """A Linear of the flattened x yᵀ: d_in is the product of both inputs' sizes."""
 
     types = (nn.Bilinear,)
-    may_lead = True
+    either_order = True
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
@@ -55,18 +55,18 @@ class BilinearKind(Kind):
 
 
 class EmbeddingKind(Kind):
-    """An embedding: d_in is the number of entries, d_out their size, inputs are indices and −1 for padding.
+    """An embedding: d_in is the number of entries and d_out their size. Inputs are indices, −1 for padding.
 
-    Positions are rows in every sharing: an average of one-hot inputs would not be one-hot.
+    Positions are rows in every sharing, since an average of one-hot inputs would not be one-hot.
     """
 
     types: ClassVar[tuple[type[Any], ...]] = (nn.Embedding,)
     one_hot = True
-    may_lead = True
+    either_order = True
     transposed = True
 
     @classmethod
-    def left(cls, module: Any) -> str:
+    def why_left(cls, module: Any) -> str:
         if module.sparse:
             return "its gradient is sparse"
         return "its gradient is scaled by frequency" if module.scale_grad_by_freq else ""
@@ -75,7 +75,7 @@ class EmbeddingKind(Kind):
         return wrong_shape(output, (*inputs.shape, self.weight.shape[1]))
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
-        """Return indices and their gradients; padding, which autograd leaves out too, has −1 and 0."""
+        """Return indices and their gradients; padding, which autograd ignores too, has −1 and 0."""
         samples = inputs.shape[0] if inputs.ndim else 1
         indices = inputs.reshape(samples, -1)
         gradients = gradient.reshape(*indices.shape, gradient.shape[-1])
@@ -86,16 +86,16 @@ class EmbeddingKind(Kind):
         return Uses(indices[..., None], gradients)
 
 
-class TurnedEmbeddingKind(EmbeddingKind):
-    """An embedding whose weight is also a Linear's: a use of Wᵀ, given as one of W.
+class TiedEmbeddingKind(EmbeddingKind):
+    """An embedding tied to a Linear: it uses Wᵀ, and its rows are those of the Linear's matrix W (entries, size).
 
-    Its rows are those of the Linear's matrix (entries, size): the one-hot row stands where the gradient of an output
-    does, and the gradient of the entry where the input does. A bias has no part in it.
+    The one-hot row takes the place of the output gradient, and the gradient of the entry the place of the input. The
+    bias has no part in it.
     """
 
     one_hot = False
     transposed = False
-    turned = True
+    uses_transpose = True
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return the gradients of entries, and dense one-hot rows; both are 0 for padding."""
@@ -106,39 +106,38 @@ class TurnedEmbeddingKind(EmbeddingKind):
 
 
 class BagKind(EmbeddingKind):
-    """An embedding whose entries are added up: the gradient of each is that of its bag, over the length in a mean."""
+    """An embedding that adds up bags: an entry has the gradient of its bag, in a mean divided by the bag's length."""
 
     types: ClassVar[tuple[type[Any], ...]] = (nn.EmbeddingBag,)
-    # What its inputs hold are entries of bags, and no positions.
-    may_lead = False
+    # The second dimension of the inputs holds the entries of a bag, not positions.
+    either_order = False
     _offsets: Tensor | None = None
 
     @classmethod
-    def left(cls, module: Any) -> str:
-        return super().left(module) or ("its gradient is that of a maximum" if module.mode == "max" else "")
+    def why_left(cls, module: Any) -> str:
+        return super().why_left(module) or ("its gradient is that of a maximum" if module.mode == "max" else "")
 
     def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
-        """Return a kind that knows where the bags begin; no input where entries are weighted."""
+        """Return a kind with the offsets of the bags, and the indices. Weighted entries are refused: no tensor."""
         given = {**dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)), **kwargs}
         inputs = given["input"] if given.get("per_sample_weights") is None else "weighted indices"
-        return self.knowing(_offsets=given.get("offsets")), inputs
+        return self.copy_with(_offsets=given.get("offsets")), inputs
 
     def misfit(self, inputs: Tensor, output: Tensor) -> str:
-        """Nothing can be wrong with indices that the module has taken."""
-        return ""
+        return ""  # the module has checked its indices
 
     def uses(self, inputs: Tensor, gradient: Tensor) -> Uses:
         """Return one sample for each index; padding has −1 and 0."""
         indices = inputs.flatten()
         if self._offsets is None:
-            of_index = torch.arange(len(inputs), device=inputs.device).repeat_interleave(inputs.shape[1])
+            bags = torch.arange(len(inputs), device=inputs.device).repeat_interleave(inputs.shape[1])
         else:
             places = torch.arange(len(indices), device=inputs.device, dtype=self._offsets.dtype)
-            of_index = torch.searchsorted(self._offsets, places, right=True) - 1
-        gradients = gradient[of_index]
+            bags = torch.searchsorted(self._offsets, places, right=True) - 1
+        gradients = gradient[bags]
         if self.module.mode == "mean":
             padding = -1 if self.module.padding_idx is None else self.module.padding_idx
             is_entry = (indices != padding).to(gradient.dtype)
-            lengths = gradient.new_zeros(len(gradient)).index_add_(0, of_index, is_entry)
-            gradients = gradients / lengths.clamp_min(1)[of_index, None]
+            lengths = gradient.new_zeros(len(gradient)).index_add_(0, bags, is_entry)
+            gradients = gradients / lengths.clamp_min(1)[bags, None]
         return super().uses(indices, gradients)
