@@ -314,8 +314,7 @@ def kron_damped(*given: Any) -> Matrices:
     left, right = _side(operators[:half], matrix), _side(operators[half:], each(lambda part: part.mT, matrix))
     (on_left, on_right), both = _project((left, right), share_matrix=True)
     r1, q, r2, p = *on_left.parts.shape[-2:], *on_right.parts.shape[-2:]
-    # Y, X, Z_L U_LᵀX and T of the formula above.
-    shapes = ((r1, q), (p, r2), (r1, r2), (r2, q))
+    shapes = ((r1, q), (p, r2), (r1, r2), (r2, q))  # of Y, X, Z_L U_LᵀX and T
     y, x, inner, t = (on_left.parts.new_empty(*left.batch, *shape) for shape in shapes)
     _multiply((on_left, on_right), (y, x), (both, inner, t))
     scales = on_left.scale, on_right.scale
