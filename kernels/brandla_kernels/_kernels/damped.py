@@ -168,7 +168,7 @@ def damped_project_kernel(
     Parts of C are (problems, SPLITS, r, k), and those of U_LᵀX (problems, SPLITS2 × tiles of columns of Xᵀ, r1, r2).
     """
     program = tl.program_id(0)
-    first = 0
+    first = 0  # the first program of the projections
     if damping1_ptr is not None:
         first = problems if damping2_ptr is None else 2 * problems
         if program < first:
@@ -185,7 +185,7 @@ def damped_project_kernel(
                 _store_either(problem, program >= problems, side, other, PRECISION)
 
     tiles_r, tiles_k = tl.cdiv(r1, BLOCK_R), tl.cdiv(k1, BLOCK_K)
-    second = first + problems * SPLITS1 * tiles_r * tiles_k
+    second = first + problems * SPLITS1 * tiles_r * tiles_k  # the first program of the second side's projection
     if (program >= first) & (program < second):
         problem, split, tile_r, tile_k = place_of(tiles_r, tiles_k, SPLITS1, first)
         x = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n1, r1, X1_LAYOUT, 0, 6)
@@ -371,14 +371,12 @@ def _project(sides: Sequence[Side], *, share_matrix: bool) -> tuple[list[_Projec
 
 
 def _multiply(
-    projections: Sequence[_Projection],
-    products: Sequence[Tensor],
-    shared: tuple[Tensor | None, Tensor, Tensor] | None = None,
+    projections: Sequence[_Projection], outs: Sequence[Tensor], kron: tuple[Tensor | None, Tensor, Tensor] | None = None
 ) -> None:
-    """Start the second launch, which writes ``products``. For one W, ``shared`` are U_LᵀX in parts, Z_L U_LᵀX and T."""
-    dtype, target = products[0].dtype, target_of(products[0])
+    """Start the second launch, which writes Z C to ``outs``. For one W, ``kron`` is U_LᵀX in parts, Z_L U_LᵀX and T."""
+    dtype, target = outs[0].dtype, target_of(outs[0])
     arguments: dict[str, Any] = {"PRECISION": product_precision(target, dtype), "r2": 0, "k2": 0}
-    for number, (own, out) in enumerate(zip(projections, products, strict=True), 1):
+    for number, (own, out) in enumerate(zip(projections, outs, strict=True), 1):
         problems, splits, r, k = own.parts.shape
         kind = _DIAGONAL if own.side.is_diagonal else _MATRIX
         arguments |= {
@@ -387,8 +385,8 @@ def _multiply(
         }  # fmt: skip
     shapes = [own.parts.shape[-2:] for own in projections]
     config = configs.damped_middle(target, *map(max, zip(*shapes, strict=True)))
-    if shared is not None:
-        both, inner, t = shared
+    if kron is not None:
+        both, inner, t = kron
         assert both is not None
         arguments |= arrange({"basis": projections[1].side.basis}).arguments | {
             "both_ptr": both, "out_both_ptr": inner, "turned_ptr": t, "splits_both": both.shape[1], "n2": t.shape[-1],

@@ -52,7 +52,7 @@ def eigh_core_kernel(
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)
-        nothing += 0 * tile
+        nothing += 0 * tile  # NaN if an entry is not finite
         on_diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
         diagonal += on_diagonal
         entries = tl.maximum(entries, on_diagonal)
@@ -103,7 +103,7 @@ def eigh_rotation_kernel(
     if UNIT or TOLERANCE:
         least = tol * tl.load(levels[0] + (m - 1) * levels[1], mask=m > 0, other=0.0).to(tl.float64)
     else:
-        least = tl.full((), _EMPTY / 2, tl.float64)
+        least = tl.full((), _EMPTY / 2, tl.float64)  # leaves out empty coordinates only
     level = tl.load(levels[0] + place.to(tl.int64) * levels[1], mask=inside, other=_EMPTY).to(tl.float64)
     alive = level > least
     value = tl.where(alive & (level > 0), level, 0.0)

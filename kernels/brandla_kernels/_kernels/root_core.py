@@ -157,7 +157,7 @@ def _store_core(core, gram, cross, own, decay, weight, scale, blocks: tl.constex
         row, column = tile_at(step, core, blocks)
         tile = (core_tile(gram, cross, own, decay, weight, row, column, False) * inverse).to(norm_tile.dtype)
         store_tile(core, row, column, tile)
-        nothing += 0 * tile
+        nothing += 0 * tile  # NaN if an entry is not finite
         norm_tile += tile * tile
     poison = total_of(nothing)
     tl.debug_barrier()
@@ -335,7 +335,7 @@ def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.conste
                 tile = tl.where(lives, tile, 0.0)
             rounded = tile.to(result[0].dtype.element_ty).to(tile.dtype)
             if last == 0:
-                nothing += 0 * rounded
+                nothing += 0 * rounded  # NaN if an entry overflowed
                 largest = tl.maximum(largest, tl.abs(rounded))
             else:
                 store_tile(result, row, column, tl.where(vanished, 0.0, rounded) + beyond)
@@ -397,7 +397,7 @@ def root_core_kernel(
         _store_product(image, factor, second, blocks, column_order=chosen, inner_order=order)
         _store_product(basis, core, image, blocks, image, shift)
         _orthonormalize(basis, squares, coefficients, scratch, tl.cast(noise, COMPUTE), blocks)
-    # 5: S⁺, the norm of what is left out, and the results
+    # 5: S⁺, the norm of the part left out, and the results
     small = (factor[0], s, 1, s, s)
     _store_product(image, core, basis, blocks)
     _store_product(small, transposed(basis), image, blocks)
@@ -421,7 +421,7 @@ def root_core_kernel(
 def root_core(
     gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return S⁺, √ρ W₁, √w W₂, the norm of what is left out, and w tr G."""
+    """Return S⁺, √ρ W₁, √w W₂, the norm of the part left out, and w tr G."""
     batch, r, k, s = gram.shape[:-2], gram.shape[-1], own.shape[-1], rank
     m = r + k
     small, of_root, of_columns = (gram.new_empty(*batch, rows, s) for rows in (s, r, k))

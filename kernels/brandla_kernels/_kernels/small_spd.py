@@ -44,7 +44,7 @@ from brandla_kernels.cholesky_inverse_core import cost
 WHOLE = tl.constexpr(0)  # all columns of positive scale: enough if every one of them stands out
 SHIFTED = tl.constexpr(1)  # the same plus δ: its inverse tells which columns live
 MASKED = tl.constexpr(2)  # the live columns
-AGAIN = tl.constexpr(3)  # the shifted one once more, where the live columns broke down
+AGAIN = tl.constexpr(3)  # the shifted one once more, if the live columns broke down
 DONE = tl.constexpr(4)
 
 
@@ -186,18 +186,18 @@ def small_spd_kernel(
             block = _equilibrated(gram, weight, column, column, inside)
             block -= _earlier(transform, column, column, 0, start, BLOCK, BLOCK_INNER)
             block = symmetric(transform, column, block)
-            added = tl.where(kept, shift, 1 + shift)
+            added = tl.where(kept, shift, 1 + shift)  # a column that is taken out gets a unit pivot
             block += tl.where(column[:, None] == column[None, :], added[None, :], 0.0)
             factor, inverse, pivots = factor_block(block, 0.0, BLOCK)
             positive = tl.min((pivots > 0).to(tl.int32)) == 1
             store_tile(transform, column, column, inverse)
-            growth = tl.sum(inverse * inverse, 0)
+            growth = tl.sum(inverse * inverse, 0)  # squared lengths of the columns of L⁻ᵀ
 
             for start_row in range(0, k, BLOCK_ROWS):
                 row = start_row + tl.arange(0, BLOCK_ROWS)
                 above = (row < start)[:, None]
                 below = ((row >= stop) & (row < k))[:, None] & (column < k)[None, :]
-                first = tl.where(start_row + BLOCK_ROWS <= start, start_row, 0)
+                first = tl.where(start_row + BLOCK_ROWS <= start, start_row, 0)  # rows of L⁻ᵀ begin at the diagonal
                 tile = _equilibrated(gram, weight, row, column, below)
                 tile -= _earlier(transform, row, column, first, start, BLOCK, BLOCK_INNER)
                 solved = solved_by(inverse, factor, tile, "ieee")
@@ -214,7 +214,7 @@ def small_spd_kernel(
             sound = sound & positive
             # Later blocks read what other threads have written here.
             tl.debug_barrier()
-            start = tl.where(sound | (shift > 0), stop, k)
+            start = tl.where(sound | (shift > 0), stop, k)  # without a shift, the first failure ends it
         task = tl.where(sound & (task % 2 == 0), DONE, task + 1)
     _finish(transform, live, weight, k, BLOCK_ROWS, BLOCK_INNER)
 

@@ -59,6 +59,7 @@ def tall_product_kernel(
     x1 = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n, r1, X1_LAYOUT, 2, 6)
     y1 = matrix_of(table_ptr, problem, y1_ptr, y1_strides, r1, s, Y1_LAYOUT, 3, 6)
     tiles_s = tl.cdiv(out[4], BLOCK_S)
+    # One tile, or none: a smaller problem of a list has fewer tiles than programs.
     for tile in range(tl.program_id(0) % programs, tl.cdiv(out[3], BLOCK_N) * tiles_s, programs):
         row = (tile // tiles_s) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = (tile % tiles_s) * BLOCK_S + tl.arange(0, BLOCK_S)

@@ -39,7 +39,7 @@ UPDATE_OPS = {"cross_gram", "eigh_core", "eigh_rotation", "rotate"}
     ("batch", "dtype"), [((), torch.float64), ((2,), torch.float32)], ids=["single float64", "batch float32"]
 )
 @pytest.mark.parametrize("name", CALLS)
-def test_function_gives_on_kernels_what_it_gives_on_torch_forms(name, batch, dtype, device):
+def test_function_on_kernels_agrees_with_torch_forms(name, batch, dtype, device):
     results = ALL[name](new_arguments(dtype, batch).moved(device))
     with brandla.backend("torch"):
         expected = ALL[name](new_arguments(dtype, batch).moved(device))
@@ -48,7 +48,7 @@ def test_function_gives_on_kernels_what_it_gives_on_torch_forms(name, batch, dty
 
 
 @pytest.mark.parametrize("name", GROUPED_CALLS)
-def test_function_of_lists_gives_on_kernels_what_it_gives_on_torch_forms(name, device):
+def test_grouped_function_on_kernels_agrees_with_torch_forms(name, device):
     """Two factors of one class, one of another rank, and one with r + k > n."""
     lists, options = tree_map(
         lambda part: part.to(device) if isinstance(part, Tensor) else part,

@@ -109,7 +109,7 @@ def test_kernel_takes_a_batch_of_no_problems(case, device):
 
 @pytest.mark.usefixtures("_overflow_is_meant")
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_not_finite_spoils_its_own_problem_and_no_other(case, device):
+def test_non_finite_input_spoils_its_own_problem_and_no_other(case, device):
     op, new = OPS[op_of(case)], partial(operands, case, 9, 3, 2, "batched", FLOAT32, device)
     data = {operand.position for operand in op.signature.operands if operand.kind == "Data"}
     clean = run(op, new())
@@ -156,7 +156,7 @@ def test_cross_gram_takes_columns_of_any_length(reads, powers, device, monkeypat
 
 
 STRIDES = {
-    "gaps, batch turned": lambda part: (
+    "gaps, batch transposed": lambda part: (
         torch.nn.functional.pad(part.transpose(0, 1).contiguous().repeat_interleave(3, -1), (0, 1))[..., :-1:3]
     ).transpose(0, 1),
     "by columns, irregular batch": lambda part: torch.cat([part, part[:, :1]], 1).mT.contiguous().mT[:, :-1],
@@ -165,7 +165,7 @@ STRIDES = {
 
 @pytest.mark.parametrize("case", [*CORES, "damped_inverse", "damped_inverse, matrix"])
 def test_strides_and_batch_of_small_problems_change_no_bit(case, device):
-    """Of order 17 and 26: blocks have 16 columns."""
+    """The orders are 17 and 26, and blocks have 16 columns."""
     op, arguments = OPS[op_of(case)], operands(case, 41, 9, 17, "batched", FLOAT32, device)
     expected = run(op, arguments)
     for stride in STRIDES.values():
@@ -177,7 +177,7 @@ def test_strides_and_batch_of_small_problems_change_no_bit(case, device):
 
 
 @pytest.mark.parametrize("case", [*CASES, *CORES])
-def test_kernel_repeats_itself_to_the_bit(case, device):
+def test_two_runs_are_equal_to_the_bit(case, device):
     """This includes sums over several programs, whose parts are added in a fixed order."""
     op, rows = OPS[op_of(case)], 70 if device.type == "cpu" else 2000
     single = (operands(case, rows, 17, 5, "plain", FLOAT32, device) for _ in range(2))

@@ -23,7 +23,7 @@ def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_th
 
 @pytest.mark.parametrize("rows", [100, 10**6])
 @pytest.mark.parametrize("form", ["single", "grouped", "rounded"])
-def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
+def test_a_call_is_two_launches_with_short_enough_stretches(rows, form):
     """The second launch adds in float64, for rounded products too."""
     op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.zeros(rows, 64), torch.zeros(rows, 32))
     arguments = grouped(op, [problem] * 9) if form == "grouped" else problem[: 1 + (form == "single")]
@@ -63,7 +63,7 @@ def test_sweeps_invert_as_well_as_a_factorisation(order, damping, dtype, device)
     assert residual <= 8 * order**0.5 * eps * sizes
 
 
-def test_a_problem_that_is_not_definite_is_nan_and_alone(device):
+def test_an_indefinite_problem_is_nan_and_no_other_is(device):
     basis, rhs = (torch.ones(5, 20, k, dtype=torch.float64, device=device) for k in (17, 2))
     gram, shift = torch.eye(17).to(basis).repeat(5, 1, 1), (basis.new_full((5,), 0.5), basis.new_zeros(5))
     gram[1:4, 16, 16] = torch.tensor([-0.5, -3.0, torch.nan]).to(basis)
@@ -83,7 +83,7 @@ def seed(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 # Blocks have 32 rows and 16 to 128 columns, a call of Philox draws 32 rows of 4 columns.
 @pytest.mark.parametrize(("n", "width"), [(1, 1), (31, 4), (33, 17), (65, 131)], ids=str)
-def test_sketch_of_the_identity_is_the_test_matrix_of_problem_and_seed_of_now(n, width, dtype, seed, device):
+def test_sketch_of_the_identity_is_omega_of_the_problem_and_the_current_seed(n, width, dtype, seed, device):
     for number, problem in ((int(seed), 0), (2, 5)):
         seed.fill_(number)
         result = sketch(torch.eye(n, dtype=dtype, device=device), seed, width, problem)

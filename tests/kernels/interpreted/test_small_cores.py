@@ -83,7 +83,7 @@ def assert_promised(results, arguments):
 @pytest.mark.parametrize(
     ("size", "dtype"), [(size, dtype) for size in SIZES for dtype in (FLOAT32, FLOAT64)] + [(LARGE, FLOAT32)], ids=str
 )
-def test_results_are_those_of_the_torch_form(size, dtype, device):
+def test_results_equal_those_of_the_torch_form(size, dtype, device):
     """Distinct eigenvalues determine W up to the rounding of K over their gaps, which are above 1e-3 here."""
     arguments = arguments_of("gaussian", *size, dtype=dtype)
     results, expected = launched(arguments, device), expected_of(arguments)
@@ -99,7 +99,7 @@ def test_results_are_those_of_the_torch_form(size, dtype, device):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("_weak_float64")
-def test_every_family_by_its_definition_with_as_much_of_the_trace(family, tol, dtype, device):
+def test_every_family_meets_its_definition_and_keeps_as_much_of_the_trace(family, tol, dtype, device):
     """The device has slow float64, so the core is in the dtype of the factor."""
     arguments = arguments_of(family, 10, 7, 9, tol, dtype)
     results, expected = launched(arguments, device), expected_of(arguments)
@@ -131,7 +131,7 @@ def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device):
         assert lost <= 1.01 * least + 8 * torch.finfo(FLOAT32).eps * whole, stream
 
 
-def test_what_is_not_finite_is_nan_in_its_own_problem_alone(device):
+def test_non_finite_input_makes_its_own_problem_nan_and_no_other(device):
     spoilt = [(place, value) for place in range(5) for value in (math.nan, math.inf)]
     one = arguments_of("gaussian", 6, 4, 6)
     arguments = [torch.stack([part] * (1 + len(spoilt))) for part in one[:5]]
@@ -159,7 +159,7 @@ def test_any_scale_gives_the_same_rotation(scale, device):
     torch.testing.assert_close(rotation, expected)
 
 
-def test_what_is_not_measured_is_zero(device):
+def test_the_norm_left_out_is_zero_unless_it_is_measured(device):
     arguments = arguments_of("gaussian", 6, 4, 6)
     *results, left_out, _ = launched((*arguments[:-1], False), device)
     assert left_out == 0
@@ -189,7 +189,7 @@ def assert_same(results, expected, dtype):
 @pytest.mark.parametrize("diagonal", [False, True], ids=["root", "eigenvalues"])
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("size", ORDERS, ids=str)
-def test_core_is_that_of_the_torch_form(size, rounded, diagonal, dtype, device):
+def test_core_equals_the_torch_form(size, rounded, diagonal, dtype, device):
     problems = [core_arguments(*size, dtype, diagonal=diagonal, seed=seed) for seed in range(2)]
     for arguments in (problems[0], tuple(map(torch.stack, zip(*problems, strict=True)))):
         results = eigh_kernels.eigh_core(*(part.to(device) for part in arguments), rounded)
@@ -220,7 +220,7 @@ def test_a_core_may_be_empty_in_part_or_vanish_or_not_be_finite(diagonal, device
 @pytest.mark.parametrize("unit", [False, True], ids=["root", "unit"])
 @pytest.mark.parametrize("tol", [0.0, 0.2])
 @pytest.mark.parametrize(("m", "rank"), [(0, 0), (1, 1), (5, 0), (9, 9), (33, 20), (65, 40)])
-def test_rotation_is_that_of_the_torch_form(m, rank, tol, unit, dtype, device):
+def test_rotation_equals_the_torch_form(m, rank, tol, unit, dtype, device):
     problems = []
     for seed in range(3):
         panel = oracles.gaussian(m + 3, m, seed=seed)

@@ -57,7 +57,7 @@ def assert_definition(gram, scale, transform, live):
 
 
 @pytest.mark.parametrize("k", ORDERS)
-def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(k, device):
+def test_every_family_meets_its_definition_with_the_mask_of_the_torch_form(k, device):
     gram, scale = problem_of(k, *ORDERS[k])
     # δ of the first θ is about sixteen times the rounding of the Gram matrix; the second is the same for float32 data.
     lowest, of_float32_data = (64 * max(k, 1) * noise for noise in (EPS, torch.finfo(torch.float32).eps ** 2))
@@ -71,7 +71,7 @@ def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(k, devic
 
 
 @pytest.mark.parametrize("k", [8, 40])
-def test_where_the_live_columns_break_down_the_shifted_factor_serves(k, device):
+def test_the_shifted_factor_serves_if_the_live_columns_break_down(k, device):
     threshold = 1e-6
     # L⁻¹ of the shifted matrix. No row is longer than 1/√θ, but all rows lie in one direction. For k > 4 the matrix is
     # smaller than the shift in this direction.
