@@ -214,7 +214,7 @@ def test_grouped_kernel_computes_the_formula_of_each_problem(case, lists, device
         results = run(op, arguments)
     for index, own_sizes in enumerate(op.signature.grouped_sizes(given)):
         own, found = _own_arguments(op.signature, given, index, own_sizes), []
-        # The arguments of a sketch end with the index of the problem.
+        # Problems of a sketch are counted.
         assert op.signature.counter is None or own[-1] == index
         for result, part in zip(results, exact(case, own), strict=True):
             whole, corner = result[index].clone(), tuple(map(slice, part.shape))
