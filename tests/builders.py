@@ -1,4 +1,4 @@
-"""Values of the library with a known spectrum, and the dense matrices they stand for."""
+"""Values of the library with a known spectrum, the dense matrices they stand for, and checks of results."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,12 +51,12 @@ def make_columns(
 
 
 def dense(value: Symmetric | brandla.LowRankSVD) -> Tensor:
-    """Return the matrix a value stands for, in float64 from its own rounded parts."""
+    """Return the matrix a value stands for, computed in float64 from the value's rounded parts."""
     return type(value)(*(part.double() for part in value)).dense()
 
 
 def dense_operator(lowrank: Symmetric | brandla.Tracked, damping: float, tail: float | Tensor | str = 0.0) -> Tensor:
-    """Return M̂ + τ(I − P) + λI in float64; every value of a root that is under τ counts as τ."""
+    """Return M̂ + τ(I − P) + λI in float64; eigenvalues of a root below τ count as τ."""
     factor = lowrank.lowrank if isinstance(lowrank, brandla.Tracked) else lowrank
     n, r = factor.n, factor.rank
     if tail == "smallest":
@@ -75,27 +75,27 @@ def dense_operator(lowrank: Symmetric | brandla.Tracked, damping: float, tail: f
 
 
 def tracked(factor: Symmetric, more: float) -> brandla.Tracked:
-    """Return a factor of a matrix whose trace is larger than its own."""
+    """Return a tracked factor of a matrix whose trace exceeds the factor's own by ``more``."""
     start = brandla.track(factor)
     return start._replace(trace=start.trace + more)
 
 
 def padded(factor: Symmetric, count: int) -> Symmetric:
-    """Return a factor with columns of zeros besides: d gets zeros, and S both zero rows and zero columns."""
+    """Return a factor with ``count`` more zero columns: d gets zeros, S zero rows and columns; −count drops columns."""
     square = (factor.rank, factor.rank)
     pads = ((0, count, 0, count) if part.shape[-2:] == square else (0, count) for part in factor)
     return type(factor)(*(torch.nn.functional.pad(part, pad) for part, pad in zip(factor, pads, strict=True)))
 
 
 def values_of(value: Symmetric | brandla.LowRankSVD) -> Tensor:
-    """Return what belongs to each column: its eigenvalue, its singular value, or its squared length."""
+    """Return the eigenvalue, the singular value, or the squared length of each column."""
     if isinstance(value, brandla.LowRankSVD):
         return value.S
     return value.eigenvalues if isinstance(value, brandla.LowRankEigh) else value.gram.diagonal(dim1=-2, dim2=-1)
 
 
 def sides_of(value: Symmetric | brandla.LowRankSVD) -> list[Tensor]:
-    """Return U or F, and V where there is one."""
+    """Return U or F, and V if there is one."""
     if isinstance(value, brandla.LowRankSVD):
         return [value.U, value.Vh.mT]
     return [value.eigenvectors if isinstance(value, brandla.LowRankEigh) else value.root]
@@ -107,9 +107,9 @@ def tall_of(value: Symmetric | brandla.LowRankSVD) -> Tensor:
 
 
 def defect(value: Symmetric | brandla.LowRankSVD) -> float:
-    """Return ‖UᵀU − I‖₂, or of a root ‖FᵀF − S‖₂/‖S‖₂; of two sides or of a batch the largest."""
+    """Return ‖UᵀU − I‖₂, or of a root ‖FᵀF − S‖₂/‖S‖₂; the largest of two sides or of a batch."""
     if tall_of(value).ndim > 2:
-        return max(map(defect, unbound(value)), default=0.0)
+        return max(map(defect, members(value)), default=0.0)
     if isinstance(value, brandla.LowRankRoot):
         root, gram = (part.double() for part in value)
         return oracles.quotient(oracles.spectral_norm(root.mT @ root - gram), oracles.spectral_norm(gram))
@@ -117,7 +117,7 @@ def defect(value: Symmetric | brandla.LowRankSVD) -> float:
 
 
 def assert_factor(value: Symmetric | brandla.LowRankSVD, n: int, rank: int) -> None:
-    """Check shapes, U and V or S, and that values, but of a root, are descending and non-negative."""
+    """Check the shapes, U and V or S, and that values are descending and non-negative, except those of a root."""
     values, tall = values_of(value), tall_of(value)
     assert values.shape[-1] == rank
     assert tall.shape[-2:] == (n, rank)
@@ -130,15 +130,15 @@ def assert_factor(value: Symmetric | brandla.LowRankSVD, n: int, rank: int) -> N
 
 
 def assert_equals(value: Symmetric | brandla.LowRankSVD, matrix: Tensor, scale: float | None = None) -> None:
-    """Check the factor, and that nothing of a matrix, which is of about this size, is lost."""
+    """Check the factor, and that it equals a matrix to rounding, at the matrix's own scale unless one is given."""
     assert_factor(value, len(matrix), values_of(value).shape[-1])
-    found = dense(value)
-    assert found.shape == matrix.shape
-    assert oracles.difference_ratio(found, matrix, tall_of(value).dtype, scale) <= oracles.THRESHOLD
+    approximation = dense(value)
+    assert approximation.shape == matrix.shape
+    assert oracles.difference_ratio(approximation, matrix, tall_of(value).dtype, scale) <= oracles.THRESHOLD
 
 
 def assert_underestimates(value: Symmetric, matrix: Tensor, largest: float | None = None, decay: float = 0.0) -> None:
-    """Check 0 ⪯ M̂ ⪯ M up to rounding."""
+    """Check 0 ⪯ M̂ ⪯ M, up to the rounding of a stream of updates."""
     largest = oracles.spectral_norm(matrix) if largest is None else largest
     slack = oracles.rounding(matrix.shape[-1], tall_of(value).dtype, largest, decay)
     approximation = dense(value)
@@ -146,14 +146,14 @@ def assert_underestimates(value: Symmetric, matrix: Tensor, largest: float | Non
     assert oracles.eigh(matrix - approximation).eigenvalues.amin() >= -slack
 
 
-def unbound(value: Any) -> list[Any]:
-    """Return the members of a batch, along its first dimension."""
+def members(value: Any) -> list[Any]:
+    """Return the members of a batch along its first dimension."""
     leaves, tree = tree_flatten(value)
     return [tree_unflatten(list(parts), tree) for parts in zip(*leaves, strict=True)]
 
 
 def assert_same(result: Any, expected: Any) -> None:
-    """Check that two trees of values have one structure, and tensors of the same bits."""
+    """Check that two trees of values have the same structure, and equal tensors to the bit."""
     (parts, structure), (expected_parts, expected_structure) = tree_flatten(result), tree_flatten(expected)
     assert structure == expected_structure
     for part, other in zip(parts, expected_parts, strict=True):
@@ -168,7 +168,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def unchanged(*arguments: Any) -> Iterator[None]:
-    """Check that nothing is written to a tensor among the arguments."""
+    """Check that no tensor among the arguments is written to."""
     tensors = tensors_in(arguments)
     before = [(tensor.clone(), tensor._version, tensor.stride()) for tensor in tensors]
     yield
@@ -179,39 +179,39 @@ def unchanged(*arguments: Any) -> Iterator[None]:
         assert torch.equal(tensor.isnan(), values.isnan())
 
 
-def in_full(result: Any) -> list[Tensor]:
-    """Return what a result stands for, as matrices: eigenvectors of close eigenvalues are not comparable themselves."""
+def as_matrices(result: Any) -> list[Tensor]:
+    """Return the matrices that a result stands for: eigenvectors of close eigenvalues are not comparable themselves."""
     if isinstance(result, Tensor):
         return [result]
-    return [dense(result)] if hasattr(result, "dense") else [part for each in result for part in in_full(each)]
+    return [dense(result)] if hasattr(result, "dense") else [part for each in result for part in as_matrices(each)]
 
 
 def assert_agree(result: Any, expected: Any, relative: float) -> None:
     """Check that two results stand for the same matrices and numbers, relative to the largest entry of all."""
     assert [part.dtype for part in tree_leaves(result)] == [part.dtype for part in tree_leaves(expected)]
-    wanted = in_full(expected)
+    wanted = as_matrices(expected)
     largest = max((float(part.double().abs().max()) for part in wanted if part.numel()), default=0.0)
-    for one, other in zip(in_full(result), wanted, strict=True):
-        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=relative * largest)
+    for actual, other in zip(as_matrices(result), wanted, strict=True):
+        torch.testing.assert_close(actual.double(), other.double(), rtol=0, atol=relative * largest)
 
 
 def assert_differentiable(function: Callable[..., Any], *arguments: Any) -> None:
-    """Check the derivatives of what a function returns by every tensor among its arguments."""
+    """Check the derivatives of a function's results with respect to every tensor among its arguments."""
     leaves, tree = tree_flatten(arguments)
 
     def symmetric(part: Any) -> Any:
-        # S may only be moved to another symmetric matrix.
+        # A perturbed S must stay symmetric.
         return part._replace(gram=oracles.symmetrised(part.gram)) if isinstance(part, brandla.LowRankRoot) else part
 
     def call(*parts: Tensor) -> tuple[Tensor, ...]:
-        given = tree_map(symmetric, tree_unflatten(parts, tree), is_leaf=lambda part: isinstance(part, Symmetric))
-        return tuple(in_full(function(*given)))
+        changed = tree_map(symmetric, tree_unflatten(parts, tree), is_leaf=lambda part: isinstance(part, Symmetric))
+        return tuple(as_matrices(function(*changed)))
 
     assert gradcheck(call, [leaf.detach().clone().requires_grad_() for leaf in leaves], fast_mode=True)
 
 
 class Operator:
-    """A matrix that can only be multiplied with, and counts how often."""
+    """A matrix that offers nothing but products, and counts them."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.products = matrix, 0
@@ -236,40 +236,40 @@ class Update(NamedTuple):
     factor: type[Symmetric | brandla.LowRankSVD]
     make: Callable[..., Any]
     options: dict[str, Any]
-    is_exact: bool = True  # best truncation to rounding, and S diagonal; else to some per cent
+    is_exact: bool = True  # the best truncation to rounding, with a diagonal S; otherwise only to some per cent
 
     def __str__(self) -> str:
         return "-".join([self.name, *map(str, self.options.values())])
 
     def __call__(self, value: Any, *data: Any, **options: Any) -> Any:
-        """Return the updated value; the weight of what is not symmetric is that of its left columns."""
+        """Return the updated value; an update that is not symmetric applies the weight to its left columns."""
         if not self.is_symmetric:
             data = (options.pop("weight", 1.0) * data[0], *data[1:])[: 1 if self.appends else 2]
         return getattr(brandla, self.name)(value, *data, **self.options, **options)
 
     def in_place(self, *arguments: Any, **options: Any) -> Any:
-        """Call the function that overwrites."""
+        """Call the in-place function."""
         return getattr(brandla, f"{self.name}_")(*arguments, **self.options, **options)
 
     def grouped(self, *arguments: Any, **options: Any) -> Any:
-        """Call the function of lists."""
+        """Call the grouped function."""
         return getattr(brandla.grouped, self.name)(*arguments, **self.options, **options)
 
-    def given(
+    def arguments(
         self, m: int, n: int, r: int, k: int, spectrum: str = "medium", scale: float = 1.0, **options: Any
     ) -> Any:
-        """Return a value of m rows and new columns for it; n belongs to the right side of what is not symmetric."""
+        """Return a value of m rows and new columns for it; n is the size of the right side, if the two differ."""
         sizes = (m,) if self.is_symmetric else (m, n)
         columns = [make_columns(size, k, seed=50 - i, scale=scale, **options) for i, size in enumerate(sizes)]
         return self.make(*sizes, r, spectrum, **options), *columns
 
     def zeros(self, m: int, n: int, r: int, **options: Any) -> Any:
-        """Return the same with nothing in it."""
+        """Return a value of zeros with these sizes."""
         sizes = (m,) if self.is_symmetric else (m, 0 if self.appends else n)
         return self.factor.zeros(*sizes, r, **options)
 
-    def whole(self, value: Any, *data: Tensor, decay: float = 1.0, weight: float = 1.0) -> Tensor:
-        """Return in float64 what a value or a matrix becomes before it is truncated."""
+    def untruncated(self, value: Any, *data: Tensor, decay: float = 1.0, weight: float = 1.0) -> Tensor:
+        """Return, in float64, the matrix that the update of a value or a matrix truncates."""
         old, new = decay * (value if isinstance(value, Tensor) else dense(value)), weight * data[0].double()
         return torch.cat([old, new], -1) if self.appends else old + new @ data[-1].double().mT
 
@@ -280,7 +280,7 @@ class Update(NamedTuple):
 
     @property
     def appends(self) -> bool:
-        """Whether it takes no notice of what is right."""
+        """Whether it ignores the right columns."""
         return self.name == "svd_append"
 
 

@@ -1,4 +1,4 @@
-"""Calls of the public functions, with arguments of any dtype, batch and device: what several test files go through."""
+"""Calls of the public functions, with arguments of any dtype, batch and device, that several test files go through."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from oracles import symmetrised
 N, R, K = 40, 6, 4
 
 
-class Given(NamedTuple):
-    """Arguments: factors of order N, of order 9, new columns, and positive numbers."""
+class Arguments(NamedTuple):
+    """Factors of order N and of order 9, new columns, and positive numbers."""
 
     eigh: brandla.LowRankEigh
     root: brandla.LowRankRoot
@@ -36,11 +36,11 @@ class Given(NamedTuple):
         return tree_map(lambda part: part.to(to, copy=True), self)
 
 
-def given(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = (), n: int = N) -> Given:
+def new_arguments(dtype: torch.dtype = torch.float32, batch_shape: tuple[int, ...] = (), n: int = N) -> Arguments:
     """Return new arguments, of order n in place of N."""
     options: dict[str, Any] = {"dtype": dtype, "batch_shape": batch_shape}
     numbers = torch.arange(1, math.prod(batch_shape) + 1, dtype=dtype) / 8
-    return Given(
+    return Arguments(
         *(make_eigh(n, R, **options), make_root(n, R, **options), make_svd(n, 9, R, **options)),
         *(make_eigh(n, R, dtype=dtype), make_eigh(9, 3, **options)),
         *(make_columns(rows, k, **options) for rows, k in ((n, K), (9, K), (n, 9))),
@@ -53,21 +53,21 @@ def doubled(columns: Tensor) -> Tensor:
     return torch.cat([columns, columns], -1)
 
 
-def seeded(x: Given) -> torch.Generator | None:
-    """Return a generator, where there are numbers to draw."""
+def seeded(x: Arguments) -> torch.Generator | None:
+    """Return a generator, or None on the meta device, where no numbers are drawn."""
     return None if x.columns.is_meta else torch.Generator("cpu").manual_seed(0)
 
 
-def stream(x: Given) -> brandla.Centred:
-    """Return what a centred stream makes of two batches."""
+def stream(x: Arguments) -> brandla.Centred:
+    """Return a centred stream after two batches."""
     start = brandla.centre(x.svd._replace(U=0 * x.svd.U, S=0 * x.svd.S, Vh=x.svd.Vh[..., :0]))
     return brandla.svd_append(brandla.svd_append(start, x.columns), x.block, decay=0.9)
 
 
 update = CHOLESKY_UPDATE
-Call = Callable[[Given], Any]
+Call = Callable[[Arguments], Any]
 
-# What promises never to wait for the device.
+# Calls that promise never to wait for the device.
 WITHOUT_WAITING: dict[str, Call] = {
     "root_update": lambda x: update(x.root, x.columns),
     "root_update, tracked": lambda x: update(brandla.track(x.root), x.columns),
@@ -107,7 +107,7 @@ WITHOUT_WAITING: dict[str, Call] = {
     "gram_ema_": lambda x: (brandla_kernels.gram_ema_(x.square, x.columns, 0.9, 0.1), x.square)[1],
     "grouped.root_update": lambda x: update.grouped([x.root] * 2, [x.columns] * 2),
 }
-# What may call an eigendecomposition, which waits.
+# Calls that may run an eigendecomposition, which waits for the device.
 WAITING: dict[str, Call] = {
     "root_update, eigh": lambda x: brandla.root_update(x.root, x.columns, decay=0.9, weight=0.5),
     "root_update_, eigh": lambda x: brandla.root_update_(x.root, x.columns, decay=0.5),
@@ -123,7 +123,7 @@ WAITING: dict[str, Call] = {
     "svd_append": lambda x: brandla.svd_append(x.svd, x.columns, decay=0.9),
     "svd_update": lambda x: brandla.svd_update(x.svd, x.columns, x.small_columns, decay=x.number),
 }
-# What goes through no compiler and no interpreter.
+# Calls that tests of torch.compile leave out, and with few exceptions those of kernels.
 OTHERS: dict[str, Call] = {
     "randomized_eigh": lambda x: brandla.randomized_eigh(x.square, 3, oversample=4, generator=seeded(x)),
     "randomized_svd": lambda x: brandla.randomized_svd(x.block, 3, oversample=1, generator=seeded(x)),
@@ -188,14 +188,14 @@ OTHERS: dict[str, Call] = {
     "kernels": lambda x: [torch.ops.brandla.gram(x.columns), torch.ops.brandla.project(x.block, x.columns)],
 }
 ALL = WITHOUT_WAITING | WAITING | OTHERS
-# Where a look is free it decides which of nearly dependent columns come first, so that only their span is comparable.
+# Where reads are free, values decide which of nearly dependent columns come first: only their span is comparable.
 NOT_COMPARABLE = "eigh_refresh, begun"
-# Calls that overwrite nothing.
-NEW = [name for name in ALL if "_," not in name and not name.endswith("_") and name != NOT_COMPARABLE]
+# Calls that overwrite nothing, except the one above.
+OUT_OF_PLACE = [name for name in ALL if "_," not in name and not name.endswith("_") and name != NOT_COMPARABLE]
 
 # --- Lists
 
-# n, r, k of each factor of a list. Those of one rank are computed together, those of one order in one stack besides.
+# n, r, k of each factor of a list. Factors of one rank are computed together, those of one order also in one stack.
 LIST_SIZES = {
     "different": [(20, 5, 3), (33, 8, 40), (7, 0, 1), (12, 12, 0)],
     "one rank": [(40, 8, 5), (64, 8, 5), (90, 8, 5), (52, 8, 5)],
@@ -207,34 +207,34 @@ LIST_SIZES = {
 
 @cache
 def list_calls(sizes: str, dtype: torch.dtype = torch.float64) -> dict[str, tuple[list[Any], dict[str, Any]]]:
-    """Return the function, the lists and the options of each call, for factors of these sizes."""
+    """Return the lists and the options of each call, for factors of these sizes."""
     each = [(*size, {"seed": 50 + index, "dtype": dtype}) for index, size in enumerate(LIST_SIZES[sizes])]
-    eighs = [make_eigh(n, r, **own) for n, r, k, own in each]
-    roots = [make_root(n, r, **own) for n, r, k, own in each]
-    rights = [make_root(n + 2, min(r, 5), **own) for n, r, k, own in each]
-    svds = [make_svd(n, n + 2, r, **own) for n, r, k, own in each]
-    columns = [make_columns(n, k, **own) for n, r, k, own in each]
-    right_columns = [make_columns(n + 2, k, **own) for n, r, k, own in each]
-    rhs = [make_columns(n, 2, **own) for n, r, k, own in each]
-    widths = [own[:, : index + 1] for index, own in enumerate(columns)]
-    blocks = [make_columns(n, n + 2, **own) for n, r, k, own in each]
+    eighs = [make_eigh(n, r, **options) for n, r, k, options in each]
+    roots = [make_root(n, r, **options) for n, r, k, options in each]
+    rights = [make_root(n + 2, min(r, 5), **options) for n, r, k, options in each]
+    svds = [make_svd(n, n + 2, r, **options) for n, r, k, options in each]
+    columns = [make_columns(n, k, **options) for n, r, k, options in each]
+    right_columns = [make_columns(n + 2, k, **options) for n, r, k, options in each]
+    rhs = [make_columns(n, 2, **options) for n, r, k, options in each]
+    widths = [panel[:, : index + 1] for index, panel in enumerate(columns)]
+    blocks = [make_columns(n, n + 2, **options) for n, r, k, options in each]
     pairs = list(zip(columns, right_columns, strict=True))
-    # A column of zeros, where there is one.
+    # The last column becomes zero, if there is one.
     eighs[0] = padded(padded(eighs[0], -1), 1)
-    one, other = (make(LIST_SIZES[sizes][index][0]).to(dtype) for make, index in ((torch.ones, 0), (torch.arange, 3)))
+    ones, ramp = torch.ones(LIST_SIZES[sizes][0][0]).to(dtype), torch.arange(LIST_SIZES[sizes][3][0]).to(dtype)
     numbers, tracked = [0.1, torch.tensor(0.2), 0.3, 0.4], partial(map, brandla.track)
     decays, tails = [0.9, 0.5, 0.1, 1.0], [0.0, "smallest", 0.5, torch.tensor(0.1)]
-    own = {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]}
+    one_each = {"decay": decays, "weight": (0.1, 0.2, 0.3, 0.4), "rank": [8, None, 1, 5]}
     forms = {"rank": [8, brandla.Rank(13, tol=1e-3), 1, 5], "compress": ["eigh", "cholesky", "eigh", "cholesky"]}
-    diagonals = {"tail": "smallest", "diagonal": [one, None, None, other]}
+    diagonals = {"tail": "smallest", "diagonal": [ones, None, None, ramp]}
     fitted = {"left_tail": 0.2, "values": [None, make_columns(8, 5, dtype=dtype).square(), None, None]}
     both_kinds = [*eighs[:2], *roots[2:]]
     sides = {"left_tail": "smallest", "right_tail": [0.0, 0.1, 0.2, 0.3]}
-    # A function, its lists and its options; more than one call of it have a name behind.
+    # Names begin with the function; calls of one function differ in the words behind it.
     return {
         "eigh_update": ([eighs, columns], {}),
         "eigh_update, one value for all": ([eighs, columns], {"decay": 0.9, "weight": torch.tensor(0.1)}),
-        "eigh_update, one value each": ([eighs, columns], own),
+        "eigh_update, one value each": ([eighs, columns], one_each),
         "eigh_update, tracked": ([[*tracked(eighs)], columns], {"decay": 0.9}),
         "root_update": ([roots, columns], {"decay": decays}),
         "root_update, one value each": ([roots, columns], forms),
@@ -249,7 +249,7 @@ def list_calls(sizes: str, dtype: torch.dtype = torch.float64) -> dict[str, tupl
         "damped_solve, both kinds": ([both_kinds, rhs, numbers], {"tail": "smallest"}),
         "damped_solve, one value": ([eighs, rhs, 0.1], {}),
         "damped_solve, roots": ([roots, widths, 0.1], {}),
-        "damped_solve, vectors": ([roots, [own[:, 0] for own in rhs], 0.1], {}),
+        "damped_solve, vectors": ([roots, [block[:, 0] for block in rhs], 0.1], {}),
         "damped_solve, diagonal": ([eighs, rhs, numbers], diagonals),
         "damped_power": ([roots, rhs, numbers, [-1, -0.5, -0.25, 2]], {}),
         "damped_power, one value": ([eighs, rhs, 0.1, -0.5], {}),

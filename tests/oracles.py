@@ -1,11 +1,10 @@
 """Matrices of known spectrum, streams of columns, float64 references and error ratios.
 
-Everything here is dense, in float64 and slow: it is what the library is compared with, and it uses nothing of the
-library.
+Everything here is dense, in float64 and slow. The tests compare the library with it, so it uses nothing of the library.
 
-Error ratios follow LAPACK's test programs: an error divided by what rounding can explain, n·ε·‖·‖ in the working
-precision. A ratio above `THRESHOLD` is a failure, whatever the size, the scale or the dtype. `tolerance` is the same
-rule read the other way round, and the only tolerance of the suite.
+Error ratios follow LAPACK's test programs: an error divided by n·ε·‖·‖ in the working precision, which rounding can
+explain. A ratio above `THRESHOLD` is a failure, whatever the size, the scale or the dtype. `tolerance` is the same rule
+solved for the error, and the only tolerance of the suite.
 """
 
 import math
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 THRESHOLD = 30.0
-# Multiple of ε that ‖UᵀU − I‖₂ never exceeds, nor ‖FᵀF − S‖₂/‖S‖₂ of a root, whatever n and the number of updates.
+# A bound in units of ε on ‖UᵀU − I‖₂, and on ‖FᵀF − S‖₂/‖S‖₂ of a root, for every n and every number of updates.
 ORTHONORMAL = 200
 
 Spectrum = Callable[[int], Tensor]
@@ -82,14 +81,14 @@ def rectangular_matrix(spectrum: Tensor, m: int, n: int, seed: int) -> Tensor:
 
 def panels(n: int, k: int, seed: int = 5) -> dict[str, Tensor]:
     """Return n × k columns of every family that Gram–Schmidt or Cholesky QR has trouble with."""
-    z, two = gaussian(n, k, seed=seed), gaussian(n, 2, seed=seed + 1)
-    p, u, one = two[:, :1], two[:, 1:], torch.ones(k, k, dtype=torch.float64)
-    of_two = two @ gaussian(2, k, seed=seed + 2)
+    z, pair = gaussian(n, k, seed=seed), gaussian(n, 2, seed=seed + 1)
+    p, u, ones = pair[:, :1], pair[:, 1:], torch.ones(k, k, dtype=torch.float64)
+    in_plane = pair @ gaussian(2, k, seed=seed + 2)
     # The inverse of this triangle has entries up to 2.2^(k − 2).
-    growing = orthonormal(n, k, seed) @ (torch.eye(k, dtype=torch.float64) - 1.2 * one.triu(1))
+    growing = orthonormal(n, k, seed) @ (torch.eye(k, dtype=torch.float64) - 1.2 * ones.triu(1))
     cancelling, first_and_last = z.clone(), torch.arange(k) % max(k - 1, 1) == 0
     for j in range(2, k, 3):
-        # Each third column is minus the sum of the two before it, and a little.
+        # Every third column is minus the sum of the two before it, plus a small part.
         cancelling[:, j] = 1e-5 * z[:, j] - cancelling[:, j - 1] - cancelling[:, j - 2]
     return {
         "gaussian": z,
@@ -98,8 +97,8 @@ def panels(n: int, k: int, seed: int = 5) -> dict[str, Tensor]:
         "graded": rectangular_matrix(SPECTRA["graded"](k), n, k, seed),
         "columns of very different length": z * torch.logspace(-12, 12, k, dtype=torch.float64),
         "half the rank": z[:, : k // 2] @ gaussian(k // 2, k, seed=seed + 2),
-        "two directions": of_two,
-        "two directions and noise near rounding": of_two + 1e-13 * z,
+        "two directions": in_plane,
+        "two directions and noise near rounding": in_plane + 1e-13 * z,
         "p, p + 1e-5 z, 0.9 z": torch.cat([p, p + 1e-5 * z[:, :1], z[:, 2 : k // 2], 0.9 * z[:, : k - k // 2]], dim=1),
         "a weak column first": torch.cat([1e-7 * p, p + z[:, 1:]], dim=1),
         "every column repeated": z.repeat_interleave(2, dim=1)[:, :k],
@@ -112,8 +111,8 @@ def panels(n: int, k: int, seed: int = 5) -> dict[str, Tensor]:
         "huge": 1e17 * z,
         "growing under elimination": growing,
         "growing under elimination, one repeated": torch.cat([growing[:, 1:-1], p, p], dim=1),
-        # x, x + u√δ and u in one block: L⁻¹ is of order 1/√δ there. All that follows depends on x and u.
-        "noise, then its direction": torch.cat([p, p + 3e-7 * u, u, of_two], dim=1)[:, :k],
+        # x, x + u√δ and u are in one block, where L⁻¹ is of order 1/√δ. All later columns depend on x and u.
+        "noise, then its direction": torch.cat([p, p + 3e-7 * u, u, in_plane], dim=1)[:, :k],
     }
 
 
@@ -125,11 +124,11 @@ def symmetrised(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-# --- Streams: endless n × k batches, scaled by 1/√k as a curvature factor's are
+# --- Streams: endless n × k batches, scaled by 1/√k like those of a curvature factor
 
 
 def spectral_stream(deviations: Spectrum, copies: int = 1) -> Stream:
-    """Return normal columns with these deviations in a random basis, each column repeated `copies` times."""
+    """Return normal columns with these deviations along a random basis, each column repeated `copies` times."""
 
     def stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
         source = generator(seed)
@@ -156,7 +155,7 @@ def switching_stream(scale: float, switch_at: int = 20) -> Stream:
 
 
 def interrupted_stream(n: int, k: int, seed: int) -> Iterator[Tensor]:
-    """Yield a batch, then two zero batches, and so on, with zeros first."""
+    """Yield two zero batches and then a batch, again and again."""
     for columns in spectral_stream(power_law(0.5))(n, k, seed):
         yield torch.zeros_like(columns)
         yield torch.zeros_like(columns)
@@ -230,10 +229,10 @@ def tolerance(n: int, dtype: torch.dtype, scale: float | Tensor = 1.0) -> float:
 
 
 def rounding(n: int, dtype: torch.dtype, largest: float | Tensor, decay: float = 0.0) -> float:
-    """Return 16 ε·d₁/(1 − ρ): the rounding of each update of a stream, which decays as the stream does.
+    """Return 16 ε·d₁/(1 − ρ), the rounding of a stream's updates, which decays as the stream does, and of the oracle.
 
     An update rounds four times: the core, its eigenvectors, their scaling and the rotation, each to √m ε·d₁ for a core
-    of order m, which is 16 to 40 here. Beside it stands what rounding explains of the float64 oracle itself.
+    of order m, which is 16 to 40 here. The float64 oracle's own rounding is its `tolerance`.
     """
     return 16 * epsilon(dtype) * float(largest) / (1 - decay) + tolerance(n, torch.float64, largest)
 
@@ -244,7 +243,7 @@ def spectral_norm(matrix: Tensor) -> float:
 
 
 def quotient(error: float, unit: float) -> float:
-    """Return error / unit, where nothing is left unexplained if both are 0."""
+    """Return error / unit, and 0 if both are 0."""
     return error / unit if unit > 0 else (0.0 if error == 0 else math.inf)
 
 
@@ -256,7 +255,7 @@ def difference_ratio(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale
 
 
 def orthonormality_defect(vectors: Tensor, values: Tensor) -> float:
-    """Return ‖UᵀU − I‖₂, where a column that is zero counts as right if its value is zero.
+    """Return ‖UᵀU − I‖₂, where a zero column counts as right if its value is zero.
 
     `vectors` is (n, r) and `values` (r,).
     """

@@ -1,4 +1,4 @@
-"""``make study-accuracy``: what it measures, at sizes where that can be written out."""
+"""``make study-accuracy``: its measures equal their definitions, written out at small sizes."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ def test_periods_cost_no_more_than_b_r_and_no_shorter_one_would_do():
 
 
 def test_the_columns_are_those_of_the_weights_gradient():
-    """∂W of the mean loss over k samples is G Aᵀ of the columns over √k each."""
+    """∂W of the mean loss over k samples is G Aᵀ, where the columns of G and A are divided by √k."""
     factors, gradient = next(observations(TINY, 96, 0))
     a, g = factors["inputs"], factors["gradients"]
     assert (a.shape, g.shape) == ((97, 24), (96, 24))
@@ -54,10 +54,10 @@ def test_errors_are_those_of_their_definitions():
             "spectral": torch.linalg.matrix_norm(held - matrix, 2) / values[-1],
             "trace": 1 - torch.trace(basis.mT @ matrix @ basis) / torch.trace(matrix),
         }
-        # The factor is float32, and its vectors are orthonormal to that.
+        # The factor is float32, and its vectors are orthonormal to the rounding of float32.
         assert own.errors(factor) == pytest.approx({name: float(one) for name, one in expected.items()}, rel=1e-5)
         assert own.errors(own.best(4))["spectral"] == pytest.approx(float(values[-5] / values[-1]), rel=1e-5)
-    # The step is compared with that of the true factors. acos loses half of the digits at 1.
+    # The step is compared with the step of the true factors. acos loses half of the digits at 1.
     gradient, whole = columns(20, 25, seed=1), {side: one.best(len(one.values)) for side, one in exact.items()}
     assert step_errors(gradient, exact, whole) == pytest.approx({"step error": 0, "step angle": 0}, abs=1e-5)
     g, a = (inverse_of(factors[side].dense().double(), one.damping) for side, one in exact.items())
@@ -67,7 +67,7 @@ def test_errors_are_those_of_their_definitions():
     assert step_errors(gradient, exact, factors) == pytest.approx(expected, rel=1e-5)
 
 
-def test_trackers_do_what_they_are_called():
+def test_trackers_do_what_their_names_say():
     settings = replace(TINY, overwrite_every=2)
     about = ("B", "brand", None, 0), ("B-R", "brand", "svd", 2), ("RS", None, "svd", 2), ("SRE", None, "eigh", 3)
     chosen = [Tracker(*one) for one in about]

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 from brandla.kfac import KFAC, Brand
-from builders import assert_agree, assert_differentiable, assert_same, in_full, tensors_in, unchanged
-from calls import ALL, NEW, NOT_COMPARABLE, WAITING, WITHOUT_WAITING, Given, N, doubled, given
+from builders import as_matrices, assert_agree, assert_differentiable, assert_same, tensors_in, unchanged
+from calls import ALL, NOT_COMPARABLE, OUT_OF_PLACE, WAITING, WITHOUT_WAITING, Arguments, N, doubled, new_arguments
 from oracles import tolerance
 
 
@@ -34,7 +34,7 @@ def used_by(name):
     """Return the fields of `Given` that a call uses."""
     code = ALL[name].__code__
     nested = [constant for constant in code.co_consts if hasattr(constant, "co_names")]
-    return {name for block in (code, *nested) for name in block.co_names if name in Given._fields}
+    return {name for block in (code, *nested) for name in block.co_names if name in Arguments._fields}
 
 
 def with_data(x, change):
@@ -42,23 +42,23 @@ def with_data(x, change):
     return x._replace(**{field: change(getattr(x, field)) for field in DATA})
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", OUT_OF_PLACE)
 def test_a_batch_and_vmap_equal_single_calls(name):
-    x, call = given(torch.float64, (4,)), ALL[name]
+    x, call = new_arguments(torch.float64, (4,)), ALL[name]
     mapped = x._replace(one_eigh=tree_map(lambda part: part.expand(4, *part.shape), x.one_eigh))
-    expected = [in_full(call(tree_map(lambda part, index=index: part[index], mapped))) for index in range(4)]
-    results = [in_full(torch.vmap(call, (tree_map(lambda part: 0, mapped),), randomness="different")(mapped))]
+    expected = [as_matrices(call(tree_map(lambda part, index=index: part[index], mapped))) for index in range(4)]
+    results = [as_matrices(torch.vmap(call, (tree_map(lambda part: 0, mapped),), randomness="different")(mapped))]
     if not name.startswith(("grouped", "zeros", "randomized_svd, of a value")):
         batch = tree_map(lambda part: part.unflatten(0, (2, 2)), x._replace(one_eigh=x.number))
-        results.append([part.flatten(0, 1) for part in in_full(call(batch._replace(one_eigh=x.one_eigh)))])
-        for part in in_full(call(tree_map(lambda part: part[:0], x)._replace(one_eigh=x.one_eigh))):
+        results.append([part.flatten(0, 1) for part in as_matrices(call(batch._replace(one_eigh=x.one_eigh)))])
+        for part in as_matrices(call(tree_map(lambda part: part[:0], x)._replace(one_eigh=x.one_eigh))):
             assert part.shape[0] == 0
     for result in results:
         assert_agree(result, [torch.stack(parts) for parts in zip(*expected, strict=True)], rounding(name))
 
 
 def test_functions_that_overwrite_suggest_batch_dimensions_under_vmap():
-    x = given(batch_shape=(3,))
+    x = new_arguments(batch_shape=(3,))
     with pytest.raises(TypeError, match=r"^root_update_: root.root .*vmap .*: leading dimensions are batch"):
         torch.vmap(brandla.root_update_)(x.root, x.columns)
 
@@ -73,22 +73,22 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", [name for name in ALL if name != NOT_COMPARABLE])
 def test_layout_of_the_arguments_does_not_matter(name):
     """Matrices take every layout, vectors are every other entry of a larger one, and columns repeat one column."""
-    x = given(torch.float64)
+    x = new_arguments(torch.float64)
     views = [
         tree_map(lambda part, lay=lay: lay(part) if part.ndim > 1 else torch.stack([part, part], -1)[..., 0], x)
         for lay in LAYOUTS.values()
     ]
     for view in (*views, with_data(x, lambda part: part[:, :1].expand(part.shape))._replace(square=x.square)):
         plain = tree_map(lambda part: part.clone(memory_format=torch.contiguous_format), view)
-        with unchanged(view) if name in NEW else nullcontext():
+        with unchanged(view) if name in OUT_OF_PLACE else nullcontext():
             result = ALL[name](view)
         assert_agree(result, ALL[name](plain), rounding(name))
 
 
 # The largest eigenvalue of a LowRankEigh is a view of its eigenvalues.
-@pytest.mark.parametrize("name", [name for name in NEW if name != "traces"])
+@pytest.mark.parametrize("name", [name for name in OUT_OF_PLACE if name != "traces"])
 def test_inputs_are_neither_changed_nor_shared(name):
-    x = given(torch.float64)
+    x = new_arguments(torch.float64)
     with unchanged(x):
         result = ALL[name](x)
     inputs, outputs = (
@@ -98,32 +98,32 @@ def test_inputs_are_neither_changed_nor_shared(name):
 
 
 # Calls that give new columns only to arguments that take half precision.
-HALF = [name for name in NEW if not {"diagonal", "products", "gram", "kernels", "merge"} & {*name.split(", ")}]
+HALF = [name for name in OUT_OF_PLACE if not {"diagonal", "products", "gram", "kernels", "merge"} & {*name.split(", ")}]
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", [name for name in HALF if used_by(name) & {*DATA}])
 def test_half_precision_data_count_as_their_float32_values(name, half):
-    x = with_data(given(), lambda part: part.to(half))
+    x = with_data(new_arguments(), lambda part: part.to(half))
     assert_agree(ALL[name](x), ALL[name](with_data(x, Tensor.float)), rounding(name, torch.float32))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "number" in used_by(name)])
 def test_numbers_and_tensors_mean_the_same(name, dtype):
-    expected = ALL[name](given(dtype)._replace(number=0.125))
+    expected = ALL[name](new_arguments(dtype)._replace(number=0.125))
     tensors = (torch.tensor(0.125, dtype=of_scalar) for of_scalar in (torch.float32, torch.float64))
     for number in (*tensors, np.float32(0.125), np.float64(0.125)):
-        assert_agree(ALL[name](given(dtype)._replace(number=number)), expected, rounding(name, dtype))
+        assert_agree(ALL[name](new_arguments(dtype)._replace(number=number)), expected, rounding(name, dtype))
 
 
 # A cut between equal values has no derivative, nor has rounding, and is_finite returns no numbers.
 NOT_SMOOTH = {"root_update, k above n - r", "root_update, half", "is_finite"}
-SMOOTH = [name for name in (*WITHOUT_WAITING, *WAITING, "kron_damped_power, tails") if name in NEW]
+SMOOTH = [name for name in (*WITHOUT_WAITING, *WAITING, "kron_damped_power, tails") if name in OUT_OF_PLACE]
 
 
 @pytest.mark.parametrize("name", [name for name in SMOOTH if name not in NOT_SMOOTH])
 def test_every_function_is_differentiable_in_every_tensor(name):
-    assert_differentiable(ALL[name], given(torch.float64, (2,), 12))
+    assert_differentiable(ALL[name], new_arguments(torch.float64, (2,), 12))
 
 
 # The parts of factors that calls do not read.
@@ -140,19 +140,19 @@ SPOILT = [name for name in ALL if name.startswith(FACTORS_AND_DATA) and not any(
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("name", SPOILT)
 def test_non_finite_data_spoils_its_whole_problem_and_no_other(name, bad):
-    clean, fields = in_full(ALL[name](given(torch.float64, (3,)))), used_by(name)
+    clean, fields = as_matrices(ALL[name](new_arguments(torch.float64, (3,)))), used_by(name)
     if name.startswith(("damped", "kron")):
         # A non-finite column of the right side spoils only its own solution, and division by infinity gives 0.
         fields, bad = fields - {*DATA, "number"}, math.nan
     if "no columns" in name:
         fields -= {*DATA}
     for field in fields:
-        for place, _ in enumerate(tree_leaves(getattr(given(), field))):
+        for place, _ in enumerate(tree_leaves(getattr(new_arguments(), field))):
             if any(name.startswith(call) and [field, place] == seen for call, *seen in UNSEEN):
                 continue
-            x = given(torch.float64, (3,))
+            x = new_arguments(torch.float64, (3,))
             tree_leaves(getattr(x, field))[place][1].view(-1)[-1] = bad
-            result = in_full(ALL[name](x))
+            result = as_matrices(ALL[name](x))
             assert not any(part[1].isfinite().any() for part in result if part.is_floating_point())
             assert_agree([part[::2] for part in result], [part[::2] for part in clean], rounding(name))
 
@@ -166,9 +166,9 @@ AROUND = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "on meta": 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_and_another_default_device_change_no_bit(name):
-    expected = CALLS[name](given())
+    expected = CALLS[name](new_arguments())
     for around in AROUND.values():
-        x = given()
+        x = new_arguments()
         with around():
             result = CALLS[name](x)
         assert_same(result, expected)
@@ -191,9 +191,9 @@ def test_a_step_of_kfac_is_the_same_around(around):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tensors_without_data_give_results_of_the_same_shapes(name):
-    results = [CALLS[name](given()), CALLS[name](given().moved("meta"))]
+    results = [CALLS[name](new_arguments()), CALLS[name](new_arguments().moved("meta"))]
     if name in ("root_update, eigh", "svd_append", "damped_solve, root, tail", "to_eigh"):
         with FakeTensorMode():
-            results.append(CALLS[name](given()))
+            results.append(CALLS[name](new_arguments()))
     expected, *others = (tree_map(lambda part: (part.shape, part.dtype), result) for result in results)
     assert all(shapes == expected for shapes in others)

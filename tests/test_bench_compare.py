@@ -1,4 +1,4 @@
-"""What the benchmarks make of times: turns, medians, slopes, threads of peers, and a comparison of two runs."""
+"""How the benchmarks take and compare times: turns, medians, slopes, threads of peers, and two runs."""
 
 import json
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def test_the_fit_recovers_a_known_exponent_within_its_interval():
     for _ in range(200):
         noise = np.exp(0.03 * source.standard_normal(len(sizes)))
         fit = timing.slope(sizes, [size**2 * factor for size, factor in zip(sizes, noise, strict=True)])
-        # The deviation of the slope is 0.03 over the spread of log n: 0.0082. Six of them.
+        # Six deviations of the slope: one is 0.03 over the spread of log n, which makes 0.0082.
         assert abs(fit.value - 2) < 0.05
         held += fit.low <= 2 <= fit.high
     # 95 % of 200, less four deviations of a binomial.
@@ -50,7 +50,7 @@ def test_memory_and_calls_are_counted():
 
 @pytest.mark.parametrize("quicker", [1, 2])
 def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(quicker, monkeypatch):
-    """By a clock and a pool of the test's own: one that is real may be slow, or set by something else."""
+    """The test has its own clock and pool: real ones may be slow, or set by other code."""
     pool, clock = [8], [0.0]
 
     @contextmanager
@@ -93,7 +93,7 @@ STUDIES = {
 
 
 def worsened(case, factor):
-    """Return the name of a study, and it before and after one of its figures got worse by a factor."""
+    """Return the name of a study, and its results before and after one figure got worse by a factor."""
     old, rows, keys, half_as_good = STUDIES[case]
     new = deepcopy(old)
     for key in keys:
@@ -106,11 +106,11 @@ def regressions(name, old, new):
 
 
 @pytest.mark.parametrize("case", STUDIES)
-def test_what_got_worse_is_a_regression_and_noise_and_what_got_better_are_none(case):
+def test_a_worse_figure_is_a_regression_and_noise_or_a_better_figure_is_not(case):
     assert [regressions(*worsened(case, factor)) for factor in (1.4, 1.05, 1 / 1.4)] == [1, 0, 0]
 
 
-def test_whatever_scatters_in_either_run_widens_the_noise():
+def test_scatter_in_either_run_widens_the_noise():
     name, old, new = worsened("scaling", 1.4)
     new["rows"][0]["over_reference"][1] = 2.0
     assert not regressions(name, old, new)
@@ -128,11 +128,11 @@ def test_whatever_scatters_in_either_run_widens_the_noise():
 
 
 @pytest.mark.parametrize("scatter", [0.01, 0.2])
-def test_two_runs_of_the_same_are_not_told_apart_and_twice_the_noise_is(scatter):
+def test_equal_runs_are_not_told_apart_and_twice_the_noise_is_a_regression(scatter):
     source = np.random.default_rng(0)
 
     def measured(count, seconds):
-        # All calls of a run are off together by as much as single ones are: more than rounds alone can tell.
+        # All calls of a run share an error as large as each call's own: more than rounds alone can show.
         together, each = source.standard_normal(), source.standard_normal(count)
         return list(seconds * np.exp(scatter * (together + each)))
 
@@ -143,13 +143,13 @@ def test_two_runs_of_the_same_are_not_told_apart_and_twice_the_noise_is(scatter)
 
     first = run(1.0)
     again = compare.changes("functions", first, run(1.0), 0.0)
-    # Four deviations leave 3e-5 on one side: of 500, one with 2 %, two with 0.01 %.
+    # Beyond four deviations lie 3e-5 on one side: one of 500 cases with 2 % probability, two with 0.01 %.
     assert again["regression"].sum() <= 1
     slower = compare.changes("functions", first, run((1 + again["noise"].max()) ** 2), 0.0)
     assert slower["regression"].all()
 
 
-def test_the_command_tells_a_regression_by_its_exit_code_and_what_it_cannot_compare(tmp_path):
+def test_the_command_reports_a_regression_by_its_exit_code_and_names_what_it_cannot_compare(tmp_path):
     name, *runs = worsened("functions", 1.4)
     for place, content, quick in (("old", runs[0], False), ("new", runs[1], False), ("short", runs[1], True)):
         (tmp_path / place / "toy").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The studies: a short run leaves file and tables, and pages come of it; Ctrl-C keeps what is done."""
+"""The studies: a short run writes a file and tables, pages are made of them, and Ctrl-C keeps what was measured."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from brandla_kernels import OPS
 
 LAYOUT = pictures.ConstrainedLayoutEngine
 STUDIES = (scaling, roofline, accuracy, kfac_images)
-# Dense decompositions take most of the time of a short run, and no test looks at how wide they are.
+# Dense decompositions take most of the time of a short run, and no test depends on their width.
 NARROW = replace(accuracy.QUICK, widths=(48, 64), rank=8, batch=24)
 
 
@@ -31,7 +31,7 @@ def run(module, *options):
 
 
 def measured(module, folder, *options):
-    """Run a study at toy sizes, and return what the files of a folder hold then."""
+    """Run a study at toy sizes, and return the contents of the folder's files."""
     answer = run(module, "--out", str(folder), *options)
     assert answer.exit_code == 0, answer.output
     assert "Written:" in answer.output
@@ -45,7 +45,7 @@ def _coarse_pictures():
         patch.setattr(accuracy, "QUICK", NARROW)
         patch.setitem(accuracy.STUDY.sizes, "quick", NARROW)
         patch.setitem(scaling.STUDY.sizes, "quick", replace(scaling.TOY, r=(4,), k=(4,)))
-        # The layout takes most of the time of a picture: one is drawn with it.
+        # The layout takes most of the time of a picture, so only one picture is drawn with it.
         patch.setattr(pictures, "ConstrainedLayoutEngine", lambda **options: None)
         yield
 
@@ -76,7 +76,7 @@ def test_a_short_run_measures_everything_and_draws_it(short_runs):
 
 
 def test_no_tracker_is_better_than_the_best_of_its_rank(short_runs):
-    """In the norms that Eckart and Young are about."""
+    """The norms are those of the Eckart–Young theorem."""
     rows = accuracy.settled(results.read(short_runs / "toy")["accuracy"])
     measures = [name for name in accuracy.MEASURES if name.endswith(("spectral", "trace"))]
     best = rows[rows["tracker"] == accuracy.BEST].set_index(["width", "seed", "step"])[measures]
@@ -106,7 +106,7 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
     assert cells["seconds"].tolist() == [row["seconds"][0] for row in rows]
     assert "## [What does an update cost?](../measurements/updates.md)" in (docs / "measurements/index.md").read_text()
     assert all(f"| {method.name} |" in (docs / "kfac-study.md").read_text("utf-8") for method in kfac_images.METHODS)
-    # What a file lacks leaves a dash.
+    # A figure that no file has leaves a dash.
     assert "; best_over_trace -->– |" in (docs / "choose.md").read_text(encoding="utf-8")
     assert invoke("--check").exit_code == 0
     # A picture of other figures does not pass, nor does a page that was edited.
@@ -124,7 +124,7 @@ def test_blocks_quotes_pictures_and_tables_are_made_of_the_files_and_checked(sho
 
 @pytest.mark.parametrize("part", [slice(0, 0), slice(0, 1), slice(0, None, 3), slice(1, None, 2)])
 @pytest.mark.parametrize("name", [name for name in report.QUESTIONS if name != "gpu"])
-def test_a_question_is_answered_by_what_a_file_has(name, part):
+def test_a_question_is_answered_from_a_part_of_a_file(name, part):
     (found,) = report.machines_of(results.FOLDER).values()
     cut = {
         study: {key: rows[part] if isinstance(rows, list) else rows for key, rows in content.items()}
@@ -166,7 +166,7 @@ class Toy:
 
 
 def toy(measured, stop=None):
-    """Return the command of a study that notes which piece it measures; Ctrl-C comes amid one of them."""
+    """Return the command of a study that notes which pieces it measures; Ctrl-C comes halfway through ``stop``."""
 
     def measure(seed):
         measured.append(seed)
@@ -181,7 +181,7 @@ def toy(measured, stop=None):
     return SimpleNamespace(app=command(Study("toy", {"quick": Toy()}, pieces), "A study."))
 
 
-def test_ctrl_c_ends_with_a_file_that_says_so_and_is_taken_up_where_all_is_the_same(tmp_path):
+def test_ctrl_c_ends_with_a_file_that_says_so_and_a_run_resumes_it_if_nothing_has_changed(tmp_path):
     def kept():
         found = results.read(tmp_path)["toy"]
         return found["facts"]["interrupted"], [(row["seed"], row["step"]) for row in found["runs"]]
@@ -207,14 +207,14 @@ def test_ctrl_c_ends_with_a_file_that_says_so_and_is_taken_up_where_all_is_the_s
 
 
 @pytest.mark.parametrize(
-    ("module", "tables"), [(streams, ("right_vectors", "dying_out")), (forms, ("losses", "streams"))]
+    ("module", "tables"), [(streams, ("losses", "right_vectors", "dying_out")), (forms, ("losses", "streams"))]
 )
 def test_studies_of_figures_alone_are_tabulated(module, tables):
     pieces = list(module.pieces(True, None, {}))
     chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]
     rows = {piece.table: [{**piece.key, **row} for row in piece.measure()] for piece in chosen}
     shown = dict(module.STUDY.shown(rows))
-    assert len(shown) == len(tables)
+    assert len(shown) == len(tables) + 2 * (module is streams)  # whose losses make three tables
     text = "".join(cells.to_string() for cells in shown.values())
     assert all(str(value) in text for piece in chosen for value in piece.key.values() if module is forms)
 
@@ -232,7 +232,7 @@ def test_exponents_are_fitted_to_the_rows_of_a_method():
 
 
 def test_defaults_are_compared_and_a_run_goes_on(tmp_path, monkeypatch):
-    """Of all tasks, two: a transformer and a regression."""
+    """The run has two of the tasks, a transformer and a regression."""
     tasks = {name: defaults.TASKS[name] for name in ("letters transformer", "diabetes MLP")}
     monkeypatch.setattr(defaults, "TASKS", tasks)
     for options in ([], ["--resume"]):
@@ -257,7 +257,7 @@ def test_expand_and_reduce_are_compared(tmp_path):
 
 
 def test_a_graph_of_pixels_is_that_of_the_dense_adjacency():
-    """Features of the neighbours of every bright pixel, averaged."""
+    """The test averages the features of every bright pixel's neighbours."""
     torch.manual_seed(0)
     model, images = expand_reduce.Graphs(16, 8), torch.randn(3, 16)
     place = torch.arange(16)

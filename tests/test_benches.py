@@ -1,4 +1,4 @@
-"""The benchmarks: every task has a right answer, a wrong one is refused before it is timed, and times are in turn."""
+"""The benchmarks: every task has a right answer, a wrong answer is refused before it is timed, and runs can be cut."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from bench.gpu.device import Stub
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(96, 8, 4)
-# Of all tasks two; one peer raises, one is wrong, and Ctrl-C comes at the last task. Results go to this folder.
+# Two tasks are left. One peer raises, one is wrong, and Ctrl-C comes at the last task. Results go to this folder.
 PLUGIN = """
 import signal
 from pathlib import Path
@@ -32,7 +32,7 @@ from bench.frame import results
 from brandla import LowRankEigh
 
 results.ROOT = results.QUICK_FOLDER = Path(__file__).parent
-# Programs in the background of a script inherit that it is ignored.
+# Background programs of a script inherit that SIGINT is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 right = peers.SYMMETRIC["torch.linalg.eigh"].call
 
@@ -68,15 +68,15 @@ def test_every_implementation_is_right_and_a_wrong_result_is_refused(name):
     task = TASKS[name].task(SHAPE, Stub())
     others = TASKS[name].implementations(SHAPE, "cpu", most=SHAPE.n)[1:]
     doubled = set()
-    for one in others:
-        call = task.call(one)
-        tasks.check(one, call)
-        found = call.function(*call.arguments)
-        leaves = [torch.as_tensor(found.singular_values_)] if one == peers.INCREMENTAL else tree_leaves(found)
-        doubled |= {one for leaf in leaves if leaf.dtype == torch.float64}
-    # What the page says to compute in float64, whatever the dtype of the case. fbpca does so where it draws.
+    for peer in others:
+        call = task.call(peer)
+        tasks.check(peer, call)
+        result = call.function(*call.arguments)
+        leaves = [torch.as_tensor(result.singular_values_)] if peer == peers.INCREMENTAL else tree_leaves(result)
+        doubled |= {peer for leaf in leaves if leaf.dtype == torch.float64}
+    # The page says that these compute in float64 for every dtype. fbpca does so where it draws.
     if name in ("randomized_eigh", "svd_append, centred"):
-        assert doubled == {one for one in others if one.startswith("fbpca") or one == peers.INCREMENTAL}
+        assert doubled == {peer for peer in others if peer.startswith("fbpca") or peer == peers.INCREMENTAL}
     tasks.check(BRANDLA, task.call(BRANDLA))
     assert_refused(task.call(BRANDLA), spoiled)
     assert_refused(task.call(BRANDLA), partial(tree_map, lambda leaf: leaf * float("nan")))
@@ -84,7 +84,7 @@ def test_every_implementation_is_right_and_a_wrong_result_is_refused(name):
 
 def test_a_basis_that_is_not_orthonormal_is_refused():
     def rescaled(found):
-        # U diag(d) Uᵀ is the same, so that the orthogonality alone tells.
+        # U diag(d) Uᵀ stays the same, so only the orthogonality shows the error.
         return brandla.LowRankEigh(found.eigenvalues / 1.01**2, found.eigenvectors * 1.01)
 
     assert_refused(TASKS["eigh_update"].task(SHAPE, Stub()).call(BRANDLA), rescaled)
@@ -114,7 +114,7 @@ def test_updates_are_checked_where_a_stream_settles(name):
 
 def test_lobpcg_is_right_in_float32():
     call = TASKS["randomized_eigh"].task(Shape(512, 32, 32), Stub()).call("torch.lobpcg")
-    # With the 1,000 iterations that it has by itself, this start ends more than 20,000 ε off orthonormal.
+    # With LOBPCG's default of 1,000 iterations, this start ends more than 20,000 ε off orthonormal.
     torch.manual_seed(3)
     tasks.check("torch.lobpcg", call)
 
@@ -123,7 +123,7 @@ def test_a_run_names_the_peers_that_fail_and_ctrl_c_keeps_the_cases_that_ended(t
     (tmp_path / "spoiling.py").write_text(PLUGIN, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "bench/benches/bench_functions.py", "-p", "spoiling"]
     command += ["--quick", "--benchmark-only", "-p", "no:cacheprovider"]
-    # What pytest-benchmark would take for a worker of xdist, in which nothing is timed.
+    # With this variable, pytest-benchmark would take the run for a worker of xdist, and time nothing.
     inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
     inherited["PYTHONPATH"] = os.pathsep.join([str(tmp_path), "kernels", os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
@@ -137,7 +137,7 @@ def test_a_run_names_the_peers_that_fail_and_ctrl_c_keeps_the_cases_that_ended(t
     assert refused["torch.lobpcg"] == "RuntimeError: did not converge/in time"
     assert refused["torch.linalg.eigh"].startswith("WrongResultError: torch.linalg.eigh, randomized_eigh")
     threads = {row["by"]: row["blas_threads"] for row in found["rows"] if row["function"] == "randomized_eigh"}
-    # What NumPy computes says with how many threads; a short run has one.
+    # Peers on NumPy report their number of threads, which is one in a short run.
     assert threads == {by: 1 if by in peers.SYMMETRIC and peers.SYMMETRIC[by].on_numpy else None for by in threads}
     assert {"brandla", "scipy eigsh", "scikit-learn randomized_svd"} <= set(threads)
 
@@ -151,8 +151,8 @@ def test_a_wrong_result_of_ours_fails_and_a_peers_is_skipped():
 
 
 def test_make_bench_runs_the_files_whose_peers_it_installs():
-    # What an outer make was given is none of this one's.
+    # The options of an outer make must not reach this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--dry-run", "bench"]
-    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    assert sorted(re.findall(r"bench/benches/bench_(\w+)\.py", told)) == ["functions", "updates"]
+    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert sorted(re.findall(r"bench/benches/bench_(\w+)\.py", output)) == ["functions", "updates"]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brandla
 from builders import make_columns
-from calls import WITHOUT_WAITING, N, given
+from calls import WITHOUT_WAITING, N, new_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_function_compiles_to_one_graph_of_whole_ops(name):
         found.update(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 
-    for_compiled, for_eager, call = given(), given(), WITHOUT_WAITING[name]
+    for_compiled, for_eager, call = new_arguments(), new_arguments(), WITHOUT_WAITING[name]
     # Variants differ in what Dynamo sees, not in what AOTAutograd makes of it.
     backend = aot_autograd(fw_compiler=compiler) if name in WHOLE or "," not in name else "eager"
     compiled = torch.compile(call, fullgraph=True, backend=backend)
@@ -53,7 +53,7 @@ def test_sizes_may_be_unknown_to_the_compiler():
     def solve(eigh, rhs):
         return brandla.damped_solve(eigh, rhs, 0.1)
 
-    compiled, eigh = torch.compile(solve, fullgraph=True, backend="aot_eager", dynamic=True), given().eigh
+    compiled, eigh = torch.compile(solve, fullgraph=True, backend="aot_eager", dynamic=True), new_arguments().eigh
     for columns in (3, 5):
         rhs = make_columns(N, columns, dtype=torch.float32)
         torch.testing.assert_close(compiled(eigh, rhs), solve(eigh, rhs))
@@ -61,7 +61,7 @@ def test_sizes_may_be_unknown_to_the_compiler():
 
 @pytest.mark.parametrize("name", ["damped_solve, eigh", "root_update, tensor decay"])
 def test_gradients_come_through_a_compiled_function(name):
-    x = tree_map(Tensor.requires_grad_, given(torch.float64))
+    x = tree_map(Tensor.requires_grad_, new_arguments(torch.float64))
 
     def loss(x):
         results = WITHOUT_WAITING[name](x)
@@ -80,8 +80,8 @@ def test_exact_updates_compile_around_their_eigendecomposition(name):
     def update(value, columns):
         return getattr(brandla, name)(value, columns, decay=0.9)
 
-    one, other = (brandla.track(x.eigh if "eigh" in name else x.root) for x in (given(), given()))
-    actual = torch.compile(update, backend="eager")(one, given().columns)
-    expected = update(other, given().columns)
+    one, other = (brandla.track(x.eigh if "eigh" in name else x.root) for x in (new_arguments(), new_arguments()))
+    actual = torch.compile(update, backend="eager")(one, new_arguments().columns)
+    expected = update(other, new_arguments().columns)
     assert type(actual) is type(expected)
     torch.testing.assert_close(*(value.lowrank.dense() for value in (actual, expected)))

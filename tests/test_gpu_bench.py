@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: the stages at toy sizes, and faults that must hide no other fact."""
+"""``make gpu`` without a GPU: the stages at toy sizes, and faults that must not hide other results."""
 
 import ctypes
 import faulthandler
@@ -23,14 +23,14 @@ from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
 pytest.importorskip("triton")
-# A process of pytest has threads, of which none holds a lock while it is forked.
+# A process of pytest has threads, but none of them holds a lock during a fork.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
 def _forked(monkeypatch):
-    """Fork from here, so that processes start at once and know what a test has put in place of a stage."""
-    # Whoever is forked would wait for the thread of pytest's own watch.
+    """Fork this process, so that processes start at once and have the stages that a test has replaced."""
+    # A forked process would wait for the thread of pytest's watchdog.
     faulthandler.cancel_dump_traceback_later()
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(context, "set_forkserver_preload", lambda names: None, raising=False)
@@ -38,7 +38,7 @@ def _forked(monkeypatch):
 
 
 def dry(folder, only, *options):
-    """Run stages, and return the exit status and what the result file keeps."""
+    """Run stages, and return the exit status and the sections of the result file."""
     done = CliRunner().invoke(app, ["--dry-run", "--only", only, "--out", str(folder), *options])
     assert done.exception is None or isinstance(done.exception, SystemExit)
     return done.exit_code, json.loads((folder / "gpu.json").read_text(encoding="utf-8"))["sections"]
@@ -99,7 +99,7 @@ def test_outcomes_of_tests_are_counted_as_far_as_they_came():
 
 
 class Faulty(Stub):
-    """A device that an illegal access has poisoned for good, as a GPU would be for a process."""
+    """A device that an illegal access poisons for good, like a GPU for its process."""
 
     poisoned = False
 
@@ -125,7 +125,7 @@ def faults(found):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_no_fault_hides_another_case(apart, tmp_path, monkeypatch):
-    """An exception, a poisoned device, a crash and a hang, in one process after another or each in its own."""
+    """Faults are an exception, a poisoned device, a crash and a hang, in one process after another or in one each."""
     monkeypatch.setattr(frame, "Stub", Faulty)
     monkeypatch.setattr(frame, "HANG", 1.0)
     stage = Stage(faults, 60, (lambda dry: [*FAULTS]) if apart else None, together=2)
@@ -144,7 +144,7 @@ def test_no_fault_hides_another_case(apart, tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_cut_off_leaves_a_report(tmp_path, monkeypatch):
-    """What is killed without a word has written every finding, and names what it did not come to."""
+    """A run that is killed has written every finding, and its report names the stages that it did not reach."""
     monkeypatch.setitem(STAGES, "ops", Stage(faults, 60))
     context = multiprocessing.get_context("fork")
     run = context.Process(target=dry, args=(tmp_path, "ceilings,ops,tune"))
@@ -154,14 +154,14 @@ def test_a_run_that_is_cut_off_leaves_a_report(tmp_path, monkeypatch):
         time.sleep(0.05)
     run.kill()
     run.join()
-    said = report_file.read_text(encoding="utf-8")
-    assert "Ceilings: bytes of a copy" in said
-    assert "FAILED raises: ZeroDivisionError" in said
-    assert "cut off: ops, tune" in said
+    text = report_file.read_text(encoding="utf-8")
+    assert "Ceilings: bytes of a copy" in text
+    assert "FAILED raises: ZeroDivisionError" in text
+    assert "cut off: ops, tune" in text
     assert json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]["tune"]["status"] == "cut off"
 
 
-def test_a_line_that_an_end_cut_short_is_left_out_and_a_case_without_time_is_named(tmp_path, monkeypatch):
+def test_an_unfinished_line_is_left_out_and_a_case_without_time_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Stub, "dry", False)
     found = Findings(tmp_path / "gpu.jsonl", "ops", Stub(), 1)
     found.row("table", case="whole")
@@ -183,7 +183,7 @@ def test_without_time_stages_are_skipped_and_named(tmp_path):
 # --- The command and the checks
 
 
-def test_what_cannot_run_is_said_and_a_dry_run_writes_nothing_unless_told_where(tmp_path, monkeypatch):
+def test_impossible_runs_are_refused_and_a_dry_run_writes_nothing_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OUT", str(tmp_path))
     for options, code, words in (

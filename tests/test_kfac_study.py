@@ -1,4 +1,4 @@
-"""``make study-kfac``: its data, what each method is, and how the search and the runs end."""
+"""``make study-kfac``: its data, its methods, and how the search and the runs end."""
 
 import gzip
 import shutil
@@ -26,7 +26,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory):
-    """Files of the form of Fashion-MNIST's, of random pixels."""
+    """Files in the format of Fashion-MNIST, with random pixels."""
     folder, random = tmp_path_factory.mktemp("fashion"), np.random.default_rng(0)
     for name, count in zip(samples.FILES, np.repeat(COUNTS, 2), strict=True):
         shape = (count, 28, 28) if "images" in name else (count,)
@@ -35,7 +35,7 @@ def fashion(tmp_path_factory):
 
 
 def idx(array):
-    """Return what a file of an array holds."""
+    """Return the bytes of an idx file that holds an array."""
     sizes = np.array(array.shape, ">i4").tobytes()
     return gzip.compress(b"\0\0\x08" + bytes([array.ndim]) + sizes + array.tobytes())
 
@@ -51,7 +51,7 @@ def test_images_are_standardised_and_validation_is_apart(fashion):
     sizes = [tuple(part.images.shape) for part in found]
     validating = COUNTS[0] // samples.PARTS
     assert sizes == [(COUNTS[0], 784), (COUNTS[1], 784), (COUNTS[0] - validating, 784), (validating, 784)]
-    # The means of 37,632 pixels in float32.
+    # These are means over 37,632 pixels in float32.
     assert float(found.training.images.mean()) == pytest.approx(0, abs=1e-5)
     assert float(found.training.images.std()) == pytest.approx(1, abs=1e-5)
     seen = {tuple(row) for row in found.search_training.images.tolist()}
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_idx_file_or_has_too_few_labels_is_named(name, fashion
         samples.fashion(folder)
 
 
-def test_missing_files_are_said_in_one_line(tmp_path):
+def test_missing_files_are_reported_in_one_line(tmp_path):
     options = ["--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     answer = CliRunner().invoke(kfac_images.app, options)
     assert answer.exit_code == 2
@@ -110,7 +110,7 @@ def test_every_method_has_the_same_trials_that_cover_its_ranges(settings):
     for method in METHODS:
         for name, (low, high) in method.ranges.items():
             tried = [method.numbers(list(point))[name] for point in cube]
-            # Three digits are kept.
+            # The numbers are rounded to three digits.
             assert low * 0.995 <= min(tried) < low * (high / low) ** (1 / settings.trials) * 1.005
             assert max(tried) <= high * 1.005
 
@@ -152,8 +152,8 @@ def test_a_method_takes_the_steps_that_its_name_says(name):
     for taken, expected in zip(own.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(taken, expected, rtol=0, atol=0)
     weights = 4 * sum(weight.numel() for weight in own.parameters())
-    # Momentum is a number a weight; AdamW keeps two, and a count of steps for each of the 6 parameters. SOAP keeps two,
-    # and four squares for each matrix (d_out, d_in).
+    # Momentum keeps one number per weight. AdamW keeps two, and a count of steps for each of the 6 parameters. SOAP
+    # keeps two, and four squares for each matrix (d_out, d_in).
     squares = 4 * sum(2 * n**2 for weight in own.parameters() if weight.ndim > 1 for n in weight.shape)
     kept = {"SGD": weights, "AdamW": 2 * weights + 6 * 4, "SOAP": 2 * weights + squares}
     assert kfac_images.kept_bytes(trainer) == {
@@ -163,7 +163,7 @@ def test_a_method_takes_the_steps_that_its_name_says(name):
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
-def test_muon_is_that_of_torch(shape):
+def test_muon_equals_that_of_torch(shape):
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
     own, other = (nn.Parameter(start.clone()) for _ in range(2))
     optimizers = (
@@ -174,11 +174,11 @@ def test_muon_is_that_of_torch(shape):
         own.grad, other.grad = gradient.clone(), gradient.clone()
         for optimizer in optimizers:
             optimizer.step()
-    # torch's has products in bfloat16, of three digits.
+    # torch.optim.Muon multiplies in bfloat16, which has three digits.
     torch.testing.assert_close(own - start, other - start, rtol=0.05, atol=0.01)
 
 
-# A target and seconds, what weights are multiplied by, and what comes of it.
+# The target, the seconds, a factor on the weights, and how the run ends.
 RUNS = {
     "at its target": (0.0, 60.0, 1.0, (1, 1, None)),
     "after its steps": (2.0, 60.0, 1.0, (None, 6, None)),
@@ -214,7 +214,7 @@ def test_the_fewest_steps_are_chosen_and_then_the_best_score():
     assert chosen(TASK) == 3
     trials += [trial(9, 0.75, 4.0), trial(8, 0.75, 5.0)]
     assert chosen(TASK) == 5
-    # The rate goes with a power of the ratio of the widths, which is 4 each time, as the best trial of the second says.
+    # The rate goes with a power of the ratio of the widths, which is 4 each time; the second task's best trial sets it.
     trials += [trial(7, 0.8, 2.5, 0.5, task="wider"), trial(9, 0.8, 5.0, 0.0, task="wider")]
     assert [chosen(WIDER), chosen(WIDEST)] == [2.5, 1.25]
 
@@ -234,7 +234,7 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion):
 
 def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch):
     count = iter(range(100))
-    # The first step is left out; then every second one is dear.
+    # The first step is left out. After it, every second step is expensive.
     monkeypatch.setattr(kfac_images, "timed", lambda call, where: (call(), [1000, 10, 60][next(count) % 3]))
     expected = {"SOAP": {"milliseconds": 15, "renewing": 60}, "SGD": {"milliseconds": 35, "renewing": None}}
     for name, row in expected.items():
@@ -242,12 +242,12 @@ def test_the_cost_of_a_step_is_the_mean_of_a_period(monkeypatch):
 
 
 def test_from_the_second_step_on_every_second_one_renews(monkeypatch):
-    """Which `cost_of` takes for granted: the eigendecompositions of a step stand for its milliseconds."""
+    """`cost_of` relies on this. Here the number of eigendecompositions of a step stands for its milliseconds."""
     counts, real = [0], torch.linalg.eigh
 
-    def counted(*given, **options):
+    def counted(*arguments, **options):
         counts[-1] += 1
-        return real(*given, **options)
+        return real(*arguments, **options)
 
     def timed(call, _):
         counts.append(0)

@@ -1,4 +1,4 @@
-"""The oracles are right where a mistake in them would hide one in the library."""
+"""Checks of the oracles, in places where a mistake in them would hide one in the library."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_streams_of_a_rank_and_of_two_subspaces_are_what_they_are_called():
     assert oracles.spectral_norm(before.mT @ after) < 1e-12
 
 
-def test_a_zero_column_is_right_where_its_value_is_zero_and_nothing_is_zero_against_nothing():
+def test_a_zero_column_is_right_if_its_value_is_zero_and_a_ratio_of_two_zeros_is_zero():
     vectors, zero = torch.eye(5, 3, dtype=torch.float64), torch.zeros(3, 3)
     vectors[:, 2] = 0
     assert oracles.orthonormality_defect(vectors, torch.tensor([1.0, 1.0, 0.0])) == 0

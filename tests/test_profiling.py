@@ -1,4 +1,4 @@
-"""``make profile`` on a CPU, and what it makes of a GPU's kernels."""
+"""``make profile`` on a CPU, and its table of a GPU's kernels."""
 
 import shlex
 from contextlib import nullcontext
@@ -42,7 +42,7 @@ def test_every_op_and_function_is_profiled_on_a_cpu(op):
         assert every["GB/s"] * every["µs"] * 1e3 == pytest.approx(4 * (2 * 96 * 8 + 8 * 8))
 
 
-def test_what_is_printed_names_size_time_and_the_way_deeper():
+def test_the_output_names_sizes_times_and_the_commands_of_other_profilers():
     printed = CliRunner().invoke(app, ["--op", "cross_gram", *SMALL]).stdout
     assert "cross_gram: n 96, r 8, k 8" in printed
     assert "torch form on a CPU" in printed
@@ -62,7 +62,7 @@ def test_what_is_printed_names_size_time_and_the_way_deeper():
         (["--op", "eigh_update", "--dtype", "float64"], "use float32"),
     ],
 )
-def test_what_cannot_be_profiled_is_said(arguments, rule):
+def test_cases_that_cannot_be_profiled_are_refused(arguments, rule):
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2
     assert rule in refused.stderr
@@ -94,7 +94,7 @@ def test_half_precision_is_that_of_the_data(monkeypatch):
 
 
 def test_kernels_of_a_gpu_have_its_time_and_the_work_that_launches_tell(monkeypatch):
-    """Kernels alone count, not the calls and the named ranges around them, and work is summed by kernel."""
+    """Only kernels count, not the calls and the named ranges around them, and work is summed by kernel."""
     hook = pytest.importorskip("triton").knobs.runtime.launch_enter_hook
     told = [{"name": f"tall_product_kernel [n={n}]", "flops32": 5e7, "flops64": 6e7, "bytes": 1e6} for n in (8, 9)]
     kernel = {"device_type": DeviceType.CUDA, "is_user_annotation": False, "flops": 0}

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 import brandla
 from brandla import grouped
 from brandla.kfac import KFAC, Brand
-from calls import ALL, given
+from calls import ALL, new_arguments
 
-X = given()
+X = new_arguments()
 EIGH, COLUMNS = X.eigh, X.columns
 
 # The sizes that a range must show, and the functions, each at its first call in calls.py.
@@ -56,7 +56,7 @@ def names_of(function, *args, **kwargs):
 )
 def test_a_call_is_a_range_with_its_sizes(function, sizes):
     call = next(call for name, call in ALL.items() if name.partition(",")[0] == function)
-    assert names_of(call, given())[0] == f"brandla::{function} {sizes}"
+    assert names_of(call, new_arguments())[0] == f"brandla::{function} {sizes}"
 
 
 def test_every_public_function_that_computes_is_a_range():

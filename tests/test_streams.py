@@ -22,7 +22,7 @@ from builders import (
     defect,
     dense,
     make_columns,
-    unbound,
+    members,
     values_of,
 )
 from oracles import ORTHONORMAL
@@ -95,7 +95,7 @@ def test_a_stream_without_truncation_loses_nothing(update, case, dtype):
     sides = [oracles.batches(stream, size, k, count, seed=size - m, dtype=dtype) for size in sizes]
     for step, data in enumerate(zip(*sides, strict=True), start=1):
         rank = min(most, k * step)
-        value, matrix = update(value, *data, rank=rank), update.whole(matrix, *data)
+        value, matrix = update(value, *data, rank=rank), update.untruncated(matrix, *data)
         held = value.lowrank if update.is_symmetric else value
         assert_factor(held, m, rank)
     norm = oracles.spectral_norm(matrix)
@@ -129,7 +129,7 @@ def test_many_updates_do_not_drift(update, n, r, k, count):
     for step in range(count):
         value = update(value, *(side[step % period] for side in data), decay=0.95, weight=0.05)
         if step % (count // 10) == count // 10 - 1:
-            defects = zip(names, map(defect, unbound(value)), strict=True)
+            defects = zip(names, map(defect, members(value)), strict=True)
             ratios = {name: size / oracles.epsilon(torch.float32) for name, size in defects}
             assert {name: ratio for name, ratio in ratios.items() if not ratio <= ORTHONORMAL} == {}
 

@@ -45,9 +45,9 @@ EVERY = pytest.mark.parametrize("update", UPDATES, ids=str)
     ids=str,
 )
 def test_every_shape_gives_the_whole_update_at_full_rank(update, m, n, r, k, dtype):
-    given = update.given(m, n, r, k, dtype=dtype)
+    given = update.arguments(m, n, r, k, dtype=dtype)
     for decay, weight in ((0.5, 0.3), (0.0, 1.0), (1.0, 0.0)):
-        whole = update.whole(*given, decay=decay, weight=weight)
+        whole = update.untruncated(*given, decay=decay, weight=weight)
         assert_equals(update(*given, decay=decay, weight=weight, rank=min(*whole.shape, r + k)), whole)
 
 
@@ -56,8 +56,8 @@ def test_every_shape_gives_the_whole_update_at_full_rank(update, m, n, r, k, dty
 @pytest.mark.parametrize("rank", [0, 1, 8, 9, 14], ids=lambda rank: f"to-{rank}")
 def test_truncation_is_the_best_approximation(update, rank, spectrum, dtype):
     m, r, k, numbers = 40, 8, 6, {"decay": 0.9, "weight": 0.1}
-    given = update.given(m, 31, r, k, spectrum, dtype=dtype)
-    new, whole = update(*given, **numbers, rank=rank), update.whole(*given, **numbers)
+    given = update.arguments(m, 31, r, k, spectrum, dtype=dtype)
+    new, whole = update(*given, **numbers, rank=rank), update.untruncated(*given, **numbers)
     truncation, values = oracles.svd_truncation(whole, rank)
     scale, slack = float(values[0]), oracles.tolerance(m, dtype, values[0])
     assert_factor(new, m, rank)
@@ -123,7 +123,7 @@ def test_lengths_of_columns_do_not_matter_if_the_result_is_in_range(update, expo
 @pytest.mark.parametrize("name", ["eigh_update", "eigh_downdate", "svd_update", "svd_append"])
 def test_new_vectors_keep_the_signs_of_the_old_vectors(name, dtype):
     update = {str(update): update for update in UPDATES}.get(name)
-    old, *data = (update or EIGH_UPDATE).given(40, 31, 8, 4, dtype=dtype, scale=0.02)
+    old, *data = (update or EIGH_UPDATE).arguments(40, 31, 8, 4, dtype=dtype, scale=0.02)
     signs = torch.ones(8, dtype=dtype)
     for seed in range(8):
         # Old vectors get both signs, so that LAPACK disagrees with one of them.
@@ -151,8 +151,8 @@ def kept(value):
 @pytest.mark.parametrize("tol", [0.0, 1e-2, 0.3])
 def test_values_under_the_tolerance_vanish_with_their_vectors(update, tol, dtype):
     n, most = 50, 12
-    old, *data = update.given(n, 41, most, 8, dtype=dtype, scale=0.1)
-    new, matrix = update(old, *data, rank=brandla.Rank(max=most, tol=tol)), update.whole(old, *data)
+    old, *data = update.arguments(n, 41, most, 8, dtype=dtype, scale=0.1)
+    new, matrix = update(old, *data, rank=brandla.Rank(max=most, tol=tol)), update.untruncated(old, *data)
     _, values = oracles.svd_truncation(matrix, most)
     slack, largest = oracles.tolerance(n, dtype, values[0]), float(values[0])
     assert_factor(new, n, most)

@@ -92,7 +92,7 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
     rounding, defects, looks = 0.0, {}, {update: [] for update in UPDATES}
     for step, columns in enumerate(family.batches(kind), 1):
         matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
-        truncated = oracles.truncated_update(truncated, columns, r, DECAY, WEIGHT)
+        truncated = oracles.eigh(oracles.updated(truncated, columns, DECAY, WEIGHT)).truncation(r)
         size = oracles.spectral_norm(matrix)
         # Of each update in units of ε, which decays as everything before it does.
         rounding = DECAY * rounding + ROUNDING * size

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import brandla
 import builders
 import oracles
-from calls import ALL, given
+from calls import ALL, new_arguments
 from distributed.processes import refusal, whole
 
 UPDATES = {str(update): update for update in builders.SYMMETRIC_UPDATES}
@@ -177,7 +177,7 @@ def every_call(dtype):
     is_pair, n = distributed.get_world_size() == 2, 37
     options = {"dtype": dtype, "batch_shape": (2,) if is_pair else ()}
     for name in CALLS:
-        one = given(**options, n=n)
+        one = new_arguments(**options, n=n)
         # Shard the arguments of the larger order.
         factors = {name: sharded(getattr(one, name), replicate=not is_pair) for name in ("eigh", "root", "one_eigh")}
         data = {name: on_rows(getattr(one, name)) for name in ("columns", "block", "square")}

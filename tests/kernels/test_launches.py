@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 import brandla  # noqa: E402
 from bench import launches  # noqa: E402
 from bench.launches import BUDGETS, Counts, counts_of  # noqa: E402
-from calls import WITHOUT_WAITING, given  # noqa: E402
+from calls import WITHOUT_WAITING, new_arguments  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter has tests of its own")
 
@@ -123,7 +123,7 @@ def test_a_list_asks_for_as_many_kernels_whatever_its_length(name, monkeypatch):
 
 @pytest.mark.parametrize("name", WITHOUT_WAITING)
 def test_a_call_that_promises_never_to_wait_does_not(name):
-    x = given()
+    x = new_arguments()
     assert counts_of(lambda: WITHOUT_WAITING[name](x)).waits == 0
 
 

@@ -1,20 +1,20 @@
-"""The damped applications: projections C = UᵀV with their coefficients Z and β, products Z C, and the last sum.
+"""The damped applications: projections C = UᵀV with their coefficients Z and β, products Z C, and the final sum.
 
-Two launches for the projections of one side or of two, and one `tall_product` a side. In the first, programs sum tiles
-of C over stretches of rows, as in `inner_product`; where Z and β are not given, its first programs compute them
-meanwhile (`damped_core`), one a factor. The second adds up the stretches in their order, and multiplies by Z. No atomic
-addition takes part, so two runs are equal to the bit.
+The projections of one side or of two take two launches, and each side takes one `tall_product`. In the first launch
+programs sum tiles of C over stretches of rows, as in `inner_product`. If Z and β are not given, its first programs
+compute them meanwhile (`damped_core`), one per factor. The second launch adds up the stretches in their order, and
+multiplies by Z. There are no atomic additions, so two runs are equal to the bit.
 
-Two sides are either independent, (U_L, P) and (U_R, Q), or those of one W, (U_L, W) and (U_R, Wᵀ). Of one W, with
+Two sides are either independent, (U_L, P) and (U_R, Q), or they share one W, (U_L, W) and (U_R, Wᵀ). For one W, with
 T = Z_R U_Rᵀ, X = W U_R and Y = Z_L U_LᵀW,
 
     OUT = β_L β_R (W + U_L (Y + (Z_L U_LᵀX) T) + X T),
 
-the two launches compute Y, X, Z_L U_LᵀX and T: the program that has a tile of X multiplies it by U_Lᵀ before it lets go
-of it. One more makes the sum in the inner brackets, and one the outer. W is read three times: for U_LᵀW, for W U_R, and
-for the sum. One pass for both projections would have to write a part of U_LᵀW for every block of BLOCK_N rows of W and
-read it again, 2·r_L/BLOCK_N times the size of W: more than the pass it saves from r_L = BLOCK_N/2 on, and at the ranks
-this is for the products take longer than either.
+the two launches compute Y, X, Z_L U_LᵀX and T: the program that sums a tile of X multiplies it by U_Lᵀ while it holds
+the tile. A third launch makes the sum in the inner brackets, and a fourth the outer sum. W is read three times: for
+U_LᵀW, for W U_R, and for the outer sum. One pass for both projections would have to write a part of U_LᵀW for every
+block of BLOCK_N rows of W and read it again, 2·r_L/BLOCK_N times the size of W. From r_L = BLOCK_N/2 on this is more
+than the pass it saves, and at the ranks in use the products take longer than either.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from brandla_kernels._kernels.tall_product import tall_product
 from brandla_kernels._signature import Matrices
 from brandla_kernels.tall import columns, device_of, dtype_of, each, rows
 
-# What the second launch multiplies a sum by.
+# The form of Z that the second launch multiplies a sum by.
 _NOTHING = tl.constexpr(0)
 _DIAGONAL = tl.constexpr(1)
 _MATRIX = tl.constexpr(2)
-# Rows of U_LᵀX at a time.
+# Rows of U_LᵀX that a program computes at a time.
 _BLOCK_L = tl.constexpr(32)
 
 
-class Half(NamedTuple):
-    """β (I + U Z Uᵀ) and V: ``small`` is Z for ``numbers`` (β,), and eigenvalues or S for (λ, τ)."""
+class Side(NamedTuple):
+    """β (I + U Z Uᵀ), and V: ``small`` is Z if ``numbers`` is (β,), and eigenvalues or S if ``numbers`` is (λ, τ)."""
 
     basis: Matrices
     rhs: Matrices
@@ -59,20 +59,20 @@ class Half(NamedTuple):
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether Z is one number a column of U."""
+        """Whether Z has one number per column of U."""
         if isinstance(self.small, list):
             return self.small[0].ndim == 1
         return self.small.ndim == len(self.batch) + 1
 
     @property
-    def unknown(self) -> Matrices | None:
-        """Eigenvalues, as matrices of one column, or S; None where Z is given."""
+    def to_invert(self) -> Matrices | None:
+        """Eigenvalues, as matrices of one column, or S; None if Z is given."""
         if len(self.numbers) == 1:
             return None
         return each(lambda values: values[..., None], self.small) if self.is_diagonal else self.small
 
-    def coefficients(self, side: int, like: Tensor, core: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return Z and β, contiguous, and what the first launch takes to compute them, Z of an S in ``core``."""
+    def coefficients(self, number: int, like: Tensor, core: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return Z and β, contiguous, and the kernel arguments that compute them, the inverse of an S in ``core``."""
         if len(self.numbers) == 1:
             assert isinstance(self.small, Tensor)
             return self.small.contiguous(), self.numbers[0].contiguous(), {}
@@ -80,12 +80,12 @@ class Half(NamedTuple):
         middle = like.new_empty(problems, *([r] if self.is_diagonal else [r, r]))
         work = None if self.is_diagonal else like.new_empty(problems, workspace(r), dtype=core)
         # Views, unless a batch of numbers has irregular strides.
-        damping, tail = (number.reshape(-1) for number in self.numbers)
+        damping, tail = (values.reshape(-1) for values in self.numbers)
         scale = like.new_empty(problems)
         return middle, scale, {
-            f"damping{side}_ptr": damping, f"damping{side}_stride": damping.stride(0),
-            f"tail{side}_ptr": tail, f"tail{side}_stride": tail.stride(0),
-            f"middle{side}_ptr": middle, f"scale{side}_ptr": scale, f"work{side}_ptr": work,
+            f"damping{number}_ptr": damping, f"damping{number}_stride": damping.stride(0),
+            f"tail{number}_ptr": tail, f"tail{number}_stride": tail.stride(0),
+            f"middle{number}_ptr": middle, f"scale{number}_ptr": scale, f"work{number}_ptr": work,
         }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _store_projection(
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of XᵀY, summed over a stretch; return its rows and columns, and the tile."""
+    """Store a tile of XᵀY, summed over one stretch of rows; return its row and column indices, and the tile."""
     index_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     index_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     first, last = stretch_of(x[3], split, SPLITS, BLOCK_N)
@@ -106,7 +106,7 @@ def _store_projection(
 
 @triton.jit
 def _store_both(both_ptr, x, index_k, index_r, total, r1, r2, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Store the part of U_LᵀX of a tile of Xᵀ."""
+    """Store the part that ``total``, a tile of Xᵀ, adds to U_LᵀX; ``x`` is U_L."""
     right = tl.trans(total.to(COMPUTE))
     for start_l in range(0, r1, _BLOCK_L):
         index_l = start_l + tl.arange(0, _BLOCK_L)
@@ -117,13 +117,13 @@ def _store_both(both_ptr, x, index_k, index_r, total, r1, r2, COMPUTE: tl.conste
 
 @triton.jit
 def _address(is_second, second, first):
-    """Return one of two pointers. Their choice as pointers stops Triton 3.6's compiler for AMD (triton pull 10701)."""
+    """Return one of two pointers. A choice between pointers fails in Triton 3.6's AMD compiler (triton pull 10701)."""
     return tl.where(is_second, second.to(tl.int64), first.to(tl.int64)).to(first.dtype)
 
 
 @triton.jit
 def _store_either(problem, is_second, side, other, PRECISION: tl.constexpr):
-    """Store Z and β of one of two sides: those of one kind share the code, whose compilation takes seconds."""
+    """Store Z and β of one of two sides. Sides of one kind, d or S, share the code, whose compilation takes seconds."""
     if (side[6] is None) == (other[6] is None):
         small = (
             _address(is_second, other[0][0], side[0][0]), tl.where(is_second, other[0][1], side[0][1]),
@@ -163,12 +163,12 @@ def damped_project_kernel(
     damping2_stride=0, tail2_stride=0,
     parts2_ptr=None, both_ptr=None, SPLITS2: tl.constexpr = 1,
 ):  # fmt: skip
-    """Grid: problems of each side whose Z is to be computed; problems × SPLITS × tiles of C of each side.
+    """Grid: the problems of each side whose Z is to be computed, then problems × SPLITS × tiles of C of each side.
 
-    Parts are (problems, SPLITS, r, k), and of both (problems, SPLITS2 × tiles of columns of Xᵀ, r1, r2).
+    Parts of C are (problems, SPLITS, r, k), and those of U_LᵀX (problems, SPLITS2 × tiles of columns of Xᵀ, r1, r2).
     """
     program = tl.program_id(0)
-    first = 0
+    first = 0  # the first program of the projections
     if damping1_ptr is not None:
         first = problems if damping2_ptr is None else 2 * problems
         if program < first:
@@ -185,7 +185,7 @@ def damped_project_kernel(
                 _store_either(problem, program >= problems, side, other, PRECISION)
 
     tiles_r, tiles_k = tl.cdiv(r1, BLOCK_R), tl.cdiv(k1, BLOCK_K)
-    second = first + problems * SPLITS1 * tiles_r * tiles_k
+    second = first + problems * SPLITS1 * tiles_r * tiles_k  # the first program of the second side's projection
     if (program >= first) & (program < second):
         problem, split, tile_r, tile_k = place_of(tiles_r, tiles_k, SPLITS1, first)
         x = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n1, r1, X1_LAYOUT, 0, 6)
@@ -225,9 +225,9 @@ def _sum(source, row, column, parts, part_size):
 def _store_middle(
     problem, tile, out, source, parts, middle_ptr, KIND: tl.constexpr, PRECISION: tl.constexpr, blocks: tl.constexpr
 ):
-    """Store a tile of Z Σ parts, if the product has so many, and return its number among those of the next product.
+    """Store tile ``tile`` of Z Σ parts if this product has it, and return its number among the next product's tiles.
 
-    Z and the parts are contiguous.
+    A negative number belongs to an earlier product. Z and the parts are contiguous.
     """
     r, part_size, across = out[3], out[3] * out[4], tl.cdiv(out[4], blocks[1])
     tiles = tl.cdiv(r, blocks[0]) * across
@@ -251,7 +251,7 @@ def _store_middle(
 
 
 @counted("r1 k1 r2 k2")
-# For what divides these no kernel is better.
+# Triton would compile further kernels for values that are 1 or multiples of 16, none of them faster.
 @triton.jit(do_not_specialize=["tiles", "splits1", "splits2", "splits_both"])
 def damped_middle_kernel(
     parts1_ptr, middle1_ptr, out1_ptr, tiles, r1, k1, splits1, r2, k2,
@@ -261,7 +261,7 @@ def damped_middle_kernel(
     both_ptr=None, out_both_ptr=None, splits_both=1, turned_ptr=None, n2=0,
     basis_ptr=None, table_ptr=None, basis_strides=(0, 0, 0), BASIS_LAYOUT: tl.constexpr = 0,
 ):  # fmt: skip
-    """Grid: problems × tiles of Z₁C₁, of Z₂C₂ or C₂ᵀ, and of one W also of Z₁ (U_LᵀW U_R) and of Z₂ U_Rᵀ."""
+    """Grid: problems × tiles of Z₁C₁, then of Z₂C₂; or, for one W, then of C₂ᵀ, Z₁ (U_LᵀW U_R) and Z₂ U_Rᵀ."""
     blocks: tl.constexpr = (BLOCK_R, BLOCK_K, BLOCK_P)
     problem, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     out = (out1_ptr + problem * r1 * k1, k1, 1, r1, k1)
@@ -284,116 +284,114 @@ def damped_middle_kernel(
             _store_middle(problem, tile, out, basis, 1, middle2_ptr, KIND2, PRECISION, blocks)
 
 
-class _Sums(NamedTuple):
-    """What the first launch leaves of a side."""
+class _Projection(NamedTuple):
+    """A side after the first launch: the parts of C = UᵀV, Z and β."""
 
-    half: Half
+    side: Side
     parts: Tensor  # (problems, splits, r, k)
     middle: Tensor
     scale: Tensor
 
 
 def damped(*given: Any) -> Matrices:
-    """Return β (V + U Z UᵀV) of U, Z, β and V; of U, d or S, λ, τ and V with the Z and β of an inverse."""
-    *side, rhs = given
-    return _applied(_half(side, rhs))[0]
+    """Return β (V + U Z UᵀV) from U, Z, β and V, or as a damped inverse from U, d or S, λ, τ and V."""
+    *operator, rhs = given
+    return _apply(_side(operator, rhs))[0]
 
 
 def pair_damped(*given: Any) -> tuple[Matrices, Matrices]:
-    """Return two of them: of what belongs to the left side, to the right side, and the two V."""
-    *sides, left_rhs, right_rhs = given
-    left, right = sides[: len(sides) // 2], sides[len(sides) // 2 :]
-    first, second = _applied(_half(left, left_rhs), _half(right, right_rhs))
+    """Return two of them, from the arguments of the left side, those of the right side, and the two V."""
+    *operators, left_rhs, right_rhs = given
+    half = len(operators) // 2
+    first, second = _apply(_side(operators[:half], left_rhs), _side(operators[half:], right_rhs))
     return first, second
 
 
 def kron_damped(*given: Any) -> Matrices:
     """Return the left operator times W times the right operator."""
-    *sides, matrix = given
-    transposed = each(lambda one: one.mT, matrix)
-    left, right = _half(sides[: len(sides) // 2], matrix), _half(sides[len(sides) // 2 :], transposed)
-    (of_left, of_right), both = _project((left, right), of_one=True)
-    r1, k1, r2, k2, q = *of_left.parts.shape[-2:], *of_right.parts.shape[-2:], rows(right.basis)
-    shapes = ((r1, k1), (k2, r2), (r1, r2), (r2, q))
-    on_left, on_right, inner, turned = (of_left.parts.new_empty(*left.batch, *shape) for shape in shapes)
-    _multiply((of_left, of_right), (on_left, on_right), (both, inner, turned))
-    summed = tall_product([(inner, turned)], add=on_left)
-    scales = of_left.scale, of_right.scale
-    return tall_product([(left.basis, summed), (on_right, turned)], add=matrix, scales=scales)
+    *operators, matrix = given
+    half = len(operators) // 2
+    left, right = _side(operators[:half], matrix), _side(operators[half:], each(lambda part: part.mT, matrix))
+    (on_left, on_right), both = _project((left, right), share_matrix=True)
+    r1, q, r2, p = *on_left.parts.shape[-2:], *on_right.parts.shape[-2:]
+    shapes = ((r1, q), (p, r2), (r1, r2), (r2, q))  # of Y, X, Z_L U_LᵀX and T
+    y, x, inner, t = (on_left.parts.new_empty(*left.batch, *shape) for shape in shapes)
+    _multiply((on_left, on_right), (y, x), (both, inner, t))
+    scales = on_left.scale, on_right.scale
+    return tall_product([(left.basis, tall_product([(inner, t)], add=y)), (x, t)], add=matrix, scales=scales)
 
 
-def _half(side: Sequence[Any], rhs: Matrices) -> Half:
-    basis, small, *numbers = side
-    return Half(basis, rhs, small, tuple(numbers))
+def _side(operator: Sequence[Any], rhs: Matrices) -> Side:
+    basis, small, *numbers = operator
+    return Side(basis, rhs, small, tuple(numbers))
 
 
-def _applied(*halves: Half) -> list[Matrices]:
-    """Return one application, or two independent ones."""
-    sums, _ = _project(halves, of_one=False)
-    inner = [own.parts.new_empty(*own.half.batch, *own.parts.shape[-2:]) for own in sums]
-    _multiply(sums, inner)
+def _apply(*sides: Side) -> list[Matrices]:
+    """Return the operator of one side applied to its V, or those of two independent sides."""
+    projections, _ = _project(sides, share_matrix=False)
+    inner = [own.parts.new_empty(*own.side.batch, *own.parts.shape[-2:]) for own in projections]
+    _multiply(projections, inner)
     return [
-        tall_product([(own.half.basis, small)], add=own.half.rhs, scales=(own.scale,))
-        for own, small in zip(sums, inner, strict=True)
+        tall_product([(own.side.basis, small)], add=own.side.rhs, scales=(own.scale,))
+        for own, small in zip(projections, inner, strict=True)
     ]
 
 
-def _project(halves: Sequence[Half], *, of_one: bool) -> tuple[list[_Sums], Tensor | None]:
-    """Start the first launch."""
+def _project(sides: Sequence[Side], *, share_matrix: bool) -> tuple[list[_Projection], Tensor | None]:
+    """Start the first launch; return the projections, and the parts of U_LᵀX if two sides share one W."""
     given: dict[str, Matrices | None] = dict.fromkeys(("x1", "y1", "x2", "y2", "small1", "small2"))
-    for side, half in enumerate(halves, 1):
-        given |= {f"x{side}": half.basis, f"y{side}": half.rhs, f"small{side}": half.unknown}
-    operands, basis = arrange(given), halves[0].basis
+    for number, side in enumerate(sides, 1):
+        given |= {f"x{number}": side.basis, f"y{number}": side.rhs, f"small{number}": side.to_invert}
+    operands, basis = arrange(given), sides[0].basis
     problems, dtype, target, device = operands.problems, dtype_of(basis), target_of(basis), device_of(basis)
-    in_lines = all(aligned(matrix) for half in halves for matrix in (half.basis, half.rhs))
-    shapes = [(columns(half.basis), columns(half.rhs)) for half in halves]
+    all_aligned = all(aligned(matrix) for side in sides for matrix in (side.basis, side.rhs))
+    shapes = [(columns(side.basis), columns(side.rhs)) for side in sides]
     most_r, most_k = map(max, zip(*shapes, strict=True))
-    config = configs.damped_project(target, dtype, most_r, most_k, in_lines, of_one)
+    config = configs.damped_project(target, dtype, most_r, most_k, all_aligned, share_matrix)
     block_r, block_k, block_n = (config.blocks[name] for name in ("BLOCK_R", "BLOCK_K", "BLOCK_N"))
     tiles = [problems * configs.tiles(r, block_r) * configs.tiles(k, block_k) for r, k in shapes]
     arguments: dict[str, Any] = operands.arguments | products_in(target, dtype)
     arguments |= {"problems": problems, "n2": 0, "r2": 0, "k2": 0}
-    sums, programs, core = [], 0, core_dtype(target, dtype)
-    for side, (half, (r, k), own_tiles) in enumerate(zip(halves, shapes, tiles, strict=True), 1):
-        n = rows(half.basis)
+    projections, programs, core = [], 0, core_dtype(target, dtype)
+    for number, (side, (r, k), side_tiles) in enumerate(zip(sides, shapes, tiles, strict=True), 1):
+        n = rows(side.basis)
         splits = configs.splits(target, configs.tiles(n, block_n), sum(tiles))
         parts = torch.empty(problems, splits, r, k, dtype=dtype, device=device)
-        middle, scale, own = half.coefficients(side, parts, core)
-        arguments |= {f"n{side}": n, f"r{side}": r, f"k{side}": k, f"SPLITS{side}": splits, f"parts{side}_ptr": parts}
-        arguments |= own
-        sums.append(_Sums(half, parts, middle, scale))
-        programs += splits * own_tiles + (problems if own else 0)
+        middle, scale, to_compute = side.coefficients(number, parts, core)
+        sizes = {f"n{number}": n, f"r{number}": r, f"k{number}": k, f"SPLITS{number}": splits}
+        arguments |= sizes | {f"parts{number}_ptr": parts} | to_compute
+        projections.append(_Projection(side, parts, middle, scale))
+        programs += splits * side_tiles + (problems if to_compute else 0)
     both = None
-    if of_one:
-        (_, splits, r2, k2), r1 = sums[1].parts.shape, shapes[0][0]
+    if share_matrix:
+        (_, splits, r2, k2), r1 = projections[1].parts.shape, shapes[0][0]
         both = torch.empty(problems, splits * configs.tiles(k2, block_k), r1, r2, dtype=dtype, device=device)
     start(damped_project_kernel, (programs,), arguments | {"both_ptr": both}, config)
-    return sums, both
+    return projections, both
 
 
 def _multiply(
-    sums: Sequence[_Sums], inner: Sequence[Tensor], of_one: tuple[Tensor | None, Tensor, Tensor] | None = None
+    projections: Sequence[_Projection], outs: Sequence[Tensor], kron: tuple[Tensor | None, Tensor, Tensor] | None = None
 ) -> None:
-    """Start the second launch."""
-    dtype, target = inner[0].dtype, target_of(inner[0])
+    """Start the second launch, which writes Z C to ``outs``. For one W, ``kron`` is U_LᵀX in parts, Z_L U_LᵀX and T."""
+    dtype, target = outs[0].dtype, target_of(outs[0])
     arguments: dict[str, Any] = {"PRECISION": product_precision(target, dtype), "r2": 0, "k2": 0}
-    for side, (own, out) in enumerate(zip(sums, inner, strict=True), 1):
+    for number, (own, out) in enumerate(zip(projections, outs, strict=True), 1):
         problems, splits, r, k = own.parts.shape
-        kind = _DIAGONAL if own.half.is_diagonal else _MATRIX
+        kind = _DIAGONAL if own.side.is_diagonal else _MATRIX
         arguments |= {
-            f"parts{side}_ptr": own.parts, f"middle{side}_ptr": own.middle, f"out{side}_ptr": out,
-            f"splits{side}": splits, f"r{side}": r, f"k{side}": k, f"KIND{side}": kind.value,
+            f"parts{number}_ptr": own.parts, f"middle{number}_ptr": own.middle, f"out{number}_ptr": out,
+            f"splits{number}": splits, f"r{number}": r, f"k{number}": k, f"KIND{number}": kind.value,
         }  # fmt: skip
-    shapes = [own.parts.shape[-2:] for own in sums]
+    shapes = [own.parts.shape[-2:] for own in projections]
     config = configs.damped_middle(target, *map(max, zip(*shapes, strict=True)))
-    if of_one is not None:
-        both, of_both, turned = of_one
+    if kron is not None:
+        both, inner, t = kron
         assert both is not None
-        arguments |= arrange({"basis": sums[1].half.basis}).arguments | {
-            "both_ptr": both, "out_both_ptr": of_both, "turned_ptr": turned,
-            "splits_both": both.shape[1], "n2": turned.shape[-1],
+        arguments |= arrange({"basis": projections[1].side.basis}).arguments | {
+            "both_ptr": both, "out_both_ptr": inner, "turned_ptr": t, "splits_both": both.shape[1], "n2": t.shape[-1],
         }  # fmt: skip
-        shapes += [of_both.shape[-2:], turned.shape[-2:]]
+        shapes += [inner.shape[-2:], t.shape[-2:]]
     block_r, block_k = config.blocks["BLOCK_R"], config.blocks["BLOCK_K"]
     tiles = sum(configs.tiles(r, block_r) * configs.tiles(k, block_k) for r, k in shapes)
     start(damped_middle_kernel, (problems * tiles,), arguments | {"tiles": tiles}, config)

@@ -1,16 +1,16 @@
-"""Coefficients of a damped inverse, by one program a factor: β = 1/(τ + λ), and Z from eigenvalues or from S.
+"""Coefficients of a damped inverse, with one program per factor: β = 1/(τ + λ), and Z from eigenvalues or from S.
 
-Of eigenvalues d, Z is (τ − d)/(d + λ), entry by entry. Of S, Z is −(S + λI)⁻¹, by block sweeps in the dtype of the
-workspace: with P the pivot block of the columns k, and P⁻¹ = W Wᵀ, a sweep takes A to
+For eigenvalues d, Z is (τ − d)/(d + λ), entry by entry. For S, Z is −(S + λI)⁻¹, by block sweeps in the dtype of the
+workspace. With P the pivot block of the columns k, and P⁻¹ = W Wᵀ, a sweep takes A to
 
     A₀ − H Hᵀ,    H = A[:, k] W with −W in the rows k,
 
-where A₀ is A with rows and columns k set to 0. The blocks that are still to come are then what a Cholesky factorisation
-leaves of them, and after all sweeps A is −(S + λI)⁻¹. It stays symmetric, and an H takes one step of refinement, as in
-`small_spd`. Where a pivot is not positive, S + λI is not positive definite, and all of Z becomes NaN.
+where A₀ is A with rows and columns k set to 0. The blocks not yet swept then hold what a Cholesky factorisation would
+leave of them, and after all sweeps A is −(S + λI)⁻¹. A stays symmetric, and H takes one step of refinement, as in
+`small_spd`. If a pivot is not positive, S + λI is not positive definite, and all of Z becomes NaN.
 
-The program works on a matrix of its own in the second-level cache, beside which the projections of the same
-launch run: the two need nothing of one another.
+The program keeps its matrix in the second-level cache. The projections of the same launch run at the same time: neither
+needs results of the other.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _COLUMNS = tl.constexpr(32)
 
 
 def workspace(r: int) -> int:
-    """Return how many numbers a program takes for Z of order r: A, H and a block."""
+    """Return the numbers in a program's workspace for Z of order r: A, H and a block."""
     block = int(BLOCK.value)
     return r * r + (r + block) * block
 
 
 @triton.jit
 def store_coefficients(problem, side, PRECISION: tl.constexpr):
-    """Store β and Z (r, r), or without a workspace Z (r), contiguous; small ones of a list are continued by zeros.
+    """Store β and Z (r, r), or without a workspace Z (r), contiguous; a smaller d or S of a list is padded with zeros.
 
-    A side is d or S, r, and pointers: λ, τ, and of all problems Z, β and workspaces.
+    A side is d or S, r, pointers to this problem's λ and τ, and pointers to Z, β and workspaces of all problems.
     """
     small, r, damping_ptr, tail_ptr, middle_ptr, scale_ptr, work_ptr = side
     damping, tail = tl.load(damping_ptr).to(tl.float64), tl.load(tail_ptr).to(tl.float64)
@@ -73,10 +73,10 @@ def _store_negative_inverse(small, r, damping, result, work_ptr, PRECISION: tl.c
     for first in range(0, r, BLOCK):
         inner = first + index
         block = symmetric(scratch, index, load_tile(matrix, inner, inner))
-        # What sticks out of the last block is the identity.
+        # The last block is continued by the identity.
         block += tl.where((index[:, None] == index[None, :]) & (inner >= r)[None, :], 1.0, 0.0)
         factor, inverse, pivots = factor_block(block, 0.0, BLOCK)
-        # No comparison with NaN holds.
+        # A comparison with NaN is false, so a NaN pivot is not sound either.
         sound = sound & (tl.min((pivots > 0).to(tl.int32)) == 1)
         for start_row in range(0, r, _ROWS):
             row = start_row + tl.arange(0, _ROWS)
@@ -104,5 +104,5 @@ def _store_negative_inverse(small, r, damping, result, work_ptr, PRECISION: tl.c
 
 @triton.jit
 def _among(index, first):
-    """Say which indices belong to the block of columns that begins at ``first``."""
+    """Return which indices belong to the block of columns that begins at ``first``."""
     return (index >= first) & (index < first + BLOCK)

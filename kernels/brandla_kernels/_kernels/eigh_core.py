@@ -1,7 +1,7 @@
-"""What is small around the eigendecomposition of an update: the core before it, values and rotation after it.
+"""The small steps around an update's eigendecomposition: the core before it, values and rotation after it.
 
-``eigh_core`` and ``eigh_rotation`` have the mathematics. The core takes one program a factor, which goes over its tiles
-twice: for its diagonal and whether it is finite, and to store it. Each tile of a rotation takes a program of its own.
+``eigh_core`` and ``eigh_rotation`` have the mathematics. A core takes one program, which goes over the tiles twice:
+first for the diagonal and whether the core is finite, then to store it. Each tile of a rotation takes its own program.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def eigh_core_kernel(
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL)
-        nothing += 0 * tile
+        nothing += 0 * tile  # NaN if an entry is not finite
         on_diagonal = tl.where(row[:, None] == column[None, :], tile, 0.0)
         diagonal += on_diagonal
         entries = tl.maximum(entries, on_diagonal)
     largest = tl.max(tl.max(entries, 1), 0)
-    # No comparison with NaN holds.
+    # A comparison with NaN is false, so a NaN is not finite either.
     finite = (total_of(nothing) == 0) & (total_of(diagonal) <= most)
     holds = finite & (largest >= _TINY)
     scale = tl.where(holds, _power_of_two(largest), 1.0)
@@ -98,19 +98,19 @@ def eigh_rotation_kernel(
     scale = tl.load(matrix_of(table_ptr, problem, scale_ptr, scale_strides, 1, 1, SCALE_LAYOUT, 3, 4)[0])
     row, column = tile_row * BLOCK + tl.arange(0, BLOCK), tile_column * BLOCK + tl.arange(0, BLOCK)
     inside = column < s
-    # Eigenvalues ascend, values descend.
+    # Eigenvalues come in ascending order, and values go out in descending order.
     place = tl.where(inside, m - 1 - column, m)
     if UNIT or TOLERANCE:
         least = tol * tl.load(levels[0] + (m - 1) * levels[1], mask=m > 0, other=0.0).to(tl.float64)
     else:
-        least = tl.full((), _EMPTY / 2, tl.float64)
+        least = tl.full((), _EMPTY / 2, tl.float64)  # leaves out empty coordinates only
     level = tl.load(levels[0] + place.to(tl.int64) * levels[1], mask=inside, other=_EMPTY).to(tl.float64)
     alive = level > least
     value = tl.where(alive & (level > 0), level, 0.0)
     if UNIT:
         own = tl.load(vectors[0] + column.to(tl.int64) * vectors[1] + place.to(tl.int64) * vectors[2], mask=inside)
         factor = tl.where(value > 0, 1 / tl.sqrt(tl.where(value > 0, value * scale, 1.0)), 0.0)
-        # By the sign bit, as `copysign`: of −0 too.
+        # Tests the sign bit, as `copysign` does: −0 counts as negative.
         factor = tl.where(own.to(tl.float64).to(tl.int64, bitcast=True) < 0, -factor, factor)
     else:
         factor = tl.where(alive, 1.0, 0.0)
@@ -149,13 +149,13 @@ def eigh_core(
 def eigh_rotation(
     levels: Tensor, vectors: Tensor, rows: Tensor, scale: Tensor, rank: int, tol: float, unit: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values, the rotation, and the largest value that is left out."""
+    """Return the values, the rotation, and the largest value left out."""
     batch, m = levels.shape[:-1], levels.shape[-1]
     values, rotation = levels.new_empty(*batch, rank), levels.new_empty(*batch, m, rank)
     left_out = levels.new_empty(batch)
-    small = {"levels": levels[..., None], "vectors": vectors, "rows": rows[..., None], "scale": scale[..., None, None]}
+    given = {"levels": levels[..., None], "vectors": vectors, "rows": rows[..., None], "scale": scale[..., None, None]}
     config = configs.eigh_core()
-    arguments = arrange(small).arguments | {
+    arguments = arrange(given).arguments | {
         "values_ptr": values, "rotation_ptr": rotation, "left_out_ptr": left_out, "m": m, "s": rank,
         "tol": float(tol), "UNIT": bool(unit), "TOLERANCE": tol > 0,
     }  # fmt: skip

@@ -1,10 +1,10 @@
 """C = Xᵀ Y for tall X and Y: a sum over n, split over programs and added up in a fixed order.
 
-X is (n, r), Y is (n, k), C is (r, k). `project` and the Gram matrices are calls of this kernel. C has few tiles and n
-is long, so the rows are split: a program sums one tile of C over one stretch of rows into a workspace, and a second
-kernel adds the stretches in their order. No atomic addition takes part, so two runs are equal to the bit.
+X is (n, r), Y is (n, k), C is (r, k). `project` and the Gram matrices call this kernel. C has few tiles and n is large,
+so the rows are split: a program sums one tile of C over one stretch of rows into a workspace, and a second kernel adds
+the stretches in their order. There are no atomic additions, so two runs are equal to the bit.
 
-A Gram matrix is symmetric: only tiles on and above the diagonal are summed, and both triangles are written.
+A Gram matrix is symmetric: only tiles on and above the diagonal are summed. The second kernel writes both triangles.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sum_over_rows(
     x, index_x, y, index_y, first, last, scale_x, scale_y,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of XᵀY over rows ``first`` to ``last``, of matrices times a scale unless it is None."""
+    """Return a tile of XᵀY over rows ``first`` to ``last``; the scales multiply X and Y, unless they are None."""
     total = tl.zeros((index_x.shape[0], index_y.shape[0]), tl.float64 if COMPUTE == tl.float64 else tl.float32)
     for start_n in range(first, last, BLOCK_N):
         row = start_n + tl.arange(0, BLOCK_N)
@@ -70,10 +70,10 @@ def sum_parts_kernel(
     parts_ptr, above_ptr, below_ptr, first, rows, columns,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × tiles of a part. All is contiguous, and summed in the dtype of what is stored.
+    """Grid: problems × tiles of a part. All tensors are contiguous, and the sum is in the dtype of the result.
 
-    Rows from ``first`` on are a symmetric matrix, below another one or alone. What lies below its diagonal is taken
-    from the mirror image.
+    Rows from ``first`` on are a symmetric matrix, alone or below another matrix. Its entries below the diagonal come
+    from their mirror images.
     """
     problem, _, tile_r, tile_k = place_of(tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_K), 1)
     row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
@@ -116,30 +116,30 @@ def _inner_product(x: Matrices, y: Matrices, dtype: torch.dtype, out_dtype: torc
     target = target_of(x)
     config = configs.inner_product(target, dtype, r, k, operands.aligned)
     tiles = configs.tiles(r, config.blocks["BLOCK_R"]) * configs.tiles(k, config.blocks["BLOCK_K"])
-    busy, block_n = tiles * operands.problems, config.blocks["BLOCK_N"]
+    programs, block_n = tiles * operands.problems, config.blocks["BLOCK_N"]
     if out_dtype == torch.float64:
-        splits = configs.long_splits(target, n, block_n, busy, dtype)
+        splits = configs.long_splits(target, n, block_n, programs, dtype)
     else:
-        splits = configs.splits(target, configs.tiles(n, block_n), busy)
+        splits = configs.splits(target, configs.tiles(n, block_n), programs)
     parts = torch.empty(operands.problems, splits, r, k, dtype=dtype, device=device_of(x))
     sizes = {"n": n, "r": r, "k": k, "SYMMETRIC": symmetric, "SPLITS": splits}
     arguments = operands.arguments | {"parts_ptr": parts} | sizes | products_in(target, dtype)
-    start(inner_product_kernel, (splits * busy,), arguments, config)
-    out = stacked_like(x, y, (r, k), out_dtype)
-    sum_parts(parts, **{"below" if symmetric else "above": out})
+    start(inner_product_kernel, (splits * programs,), arguments, config)
+    out = empty_stack(x, y, (r, k), out_dtype)
+    sum_parts(parts, above=None if symmetric else out, below=out if symmetric else None)
     return out
 
 
-def stacked_like(x: Matrices, y: Matrices, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return an unwritten stack of small matrices, one for each problem; X or Y may be one for all of a batch."""
+def empty_stack(x: Matrices, y: Matrices, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised stack of small matrices, one per problem; a batch may share one X or one Y."""
     batch = (len(x),) if isinstance(x, list) else max(x.shape[:-2], y.shape[:-2], key=len)  # type: ignore[union-attr]
     return torch.empty(*batch, *shape, dtype=dtype, device=device_of(x))
 
 
 def sum_parts(parts: Tensor, above: Tensor | None = None, below: Tensor | None = None) -> None:
-    """Add up parts (problems, splits, rows, columns) in order, and write their rows to one or two matrices, contiguous.
+    """Add up parts (problems, splits, rows, columns) in order, and write their rows to one or two contiguous matrices.
 
-    The one ``below`` is symmetric. Its parts are read on and above the diagonal only.
+    The matrix ``below`` is symmetric: only entries of its parts on and above the diagonal are read.
     """
     count, splits, r, k = parts.shape
     config = configs.sum_parts()

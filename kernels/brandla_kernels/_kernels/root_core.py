@@ -1,26 +1,26 @@
-"""The small core of a root's update in one launch, one program a factor; ``root_core`` has the mathematics.
+"""The small core of a root's update in one launch, with one program per factor; ``root_core`` has the mathematics.
 
-All lies in a workspace of 3m² + 2ms numbers a factor, m = r + k, which the second-level cache holds, and is computed in
-the dtype of that workspace; K is put together in float64. One phase follows another, with a barrier between them:
+A program works in a workspace of 3m² + 2ms numbers, m = r + k, which the second-level cache holds. It computes in the
+dtype of its workspace, but assembles K in float64. Its phases follow one another, with a barrier between them:
 
-1. The largest diagonal entry of K, and the trace that A adds; K over that entry, whether it is finite, and its norm.
-2. K + σI = ΛΛᵀ, Λ = Rᵀ; the squared lengths of the columns of Λ are the diagonal of L = ΛᵀΛ; their descending order.
-3. ΠᵀLΠ, its factor Λ₂, and the order of the lengths of the columns of that.
+1. The largest diagonal entry of K, and the trace that A adds. K over that entry, whether K is finite, and its norm.
+2. K + σI = ΛΛᵀ, Λ = Rᵀ. The squared column lengths of Λ are the diagonal of L = ΛᵀΛ; they give its order Π, descending.
+3. ΠᵀLΠ, its factor Λ₂, and the order of the column lengths of Λ₂.
 4. Y = RᵀLΠΛ₂Z = (K + σI) (ΛΠ) (Λ₂Z), with unit columns, and W = orth(Y).
-5. X = KW and S⁺ = WᵀX; what falls below the tolerance; ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F; the results.
+5. X = KW and S⁺ = WᵀX. Columns below the tolerance become zero. ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F, and the results.
 
-**Factorisations** take the columns in blocks of BLOCK, as `small_spd` does, with its step of refinement. A pivot that
-is not positive drops its column. An order is a count: for each entry, how many are larger, or equal and before it.
+**Factorisations** take the columns in blocks of BLOCK, with a step of refinement, as in `small_spd`. A pivot that is
+not positive drops its column. In an order, the place of an entry is the count of entries larger, or equal before it.
 
-**W = orth(Y)** goes over blocks of BLOCK columns, three times over each: less its projection on the columns before it,
-and times the inverse Cholesky factor of its Gram matrix. The first time a shift takes the place of weak pivots, the
-second time columns with a pivot below rounding become zero, the third time those that lost three quarters of their
-squared length, which were rounding noise ("twice is enough").
+**W = orth(Y)** goes over blocks of BLOCK columns, with three passes over each block. A pass subtracts the projection on
+the columns before the block, and multiplies by the inverse Cholesky factor of the block's Gram matrix. In the first
+pass a shift takes the place of weak pivots. In the second, columns whose pivot is below rounding become zero. In the
+third, columns that lost three quarters of their squared length do: they were rounding noise ("twice is enough").
 
 Programs share nothing, loops and branches depend on values that are the same in all threads, and sums have a fixed
-order, so two runs are equal to the bit. Barriers and memory: as in `small_spd`.
+order, so two runs are equal to the bit. Barriers and memory are as in `small_spd`.
 
-What bounds it, by count: ``docs/kernels.md``.
+``docs/kernels.md`` counts what bounds it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from brandla_kernels.eigh_core import TINY
 from brandla_kernels.root_core import cost
 
 _TINY = tl.constexpr(TINY)
-# ``blocks`` are the columns of a block of a factorisation, rows and columns of a tile, terms of a product, and the
-# precision of products.
+# The tuple ``blocks`` holds the columns of a factorisation's block, the rows and columns of a tile, the terms that a
+# product takes at a time, and the precision of products.
 
 
 @triton.jit
@@ -56,8 +56,8 @@ def tiles_of(matrix, blocks: tl.constexpr):
 
 @triton.jit
 def tile_at(step, matrix, blocks: tl.constexpr):
-    """Return rows and columns of a tile on a walk over a matrix, column by column."""
-    # At least 1: Triton's AMD backend fails to compile a division by what is 0 in the first turn of a loop.
+    """Return the row and column indices of a tile; steps go down one column of tiles after another."""
+    # At least 1: Triton's AMD backend fails to compile a division by a number that is 0 in a loop's first iteration.
     down = tl.maximum(tl.cdiv(matrix[3], blocks[1]), 1)
     return (step % down) * blocks[1] + tl.arange(0, blocks[1]), (step // down) * blocks[2] + tl.arange(0, blocks[2])
 
@@ -74,7 +74,7 @@ def _largest(tile):
 
 @triton.jit
 def _product(x, row, y, column, last, blocks: tl.constexpr, order=None):
-    """Return Σ_p X[row, p] Y[p, column] over p < ``last``, of X[row, order[p]] where there is an order."""
+    """Return Σ_p X[row, p] Y[p, column] over p < ``last``, with X[row, order[p]] if an order is given."""
     total = tl.zeros((row.shape[0], column.shape[0]), x[0].dtype.element_ty)
     return add_product(total, x, row, y, column, last, blocks[4], blocks[3], order)
 
@@ -86,7 +86,7 @@ def _store_product(
 ):  # fmt: skip
     """Store X Y, or ``scale`` A + ``sign`` X Y; with LOWER only tiles that reach the diagonal or lie below it.
 
-    Rows of X, columns of Y and what they are multiplied over are taken in an order, where there is one.
+    The orders, where given, permute the rows of X, the columns of Y, and the columns of X that meet the rows of Y.
     """
     down = tl.cdiv(out[3], blocks[1])
     for step in range(tiles_of(out, blocks)):
@@ -103,7 +103,7 @@ def _store_product(
             tile = _product(x, from_row, y, from_column, x[4], blocks, inner_order)
             if add is not None:
                 tile = load_tile(add, row, column) * scale + tile * sign
-                # A may be what is stored: all threads have read the tile before any writes it.
+                # A may be OUT: all threads must have read the tile before any thread writes it.
                 tl.debug_barrier()
             store_tile(out, row, column, tile)
     tl.debug_barrier()
@@ -111,9 +111,9 @@ def _store_product(
 
 @triton.jit
 def core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL: tl.constexpr):
-    """Return a tile of K in float64; of a root U √d, with UᵀA as C, where S is the column d."""
+    """Return a tile of K in float64. With DIAGONAL the root is U √d: S is the column d, and C is UᵀA."""
     r, k = cross[3], cross[4]
-    # Old rows lie outside what the new columns have.
+    # An old row gets the index k, which lies outside the matrices of the new columns: it loads zeros.
     new_row, new_column = tl.where(row < r, k, row - r), tl.where(column < r, k, column - r)
     part = load_tile(cross, row, new_column, tl.float64)
     part += load_tile(transposed(cross), new_row, column, tl.float64)
@@ -121,7 +121,7 @@ def core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL: tl.constex
         first = tl.zeros((1,), tl.int32)
         down, across = load_tile(gram, row, first, tl.float64), load_tile(transposed(gram), first, column, tl.float64)
         old = tl.where(row[:, None] == column[None, :], down, 0.0)
-        # Of the two lengths one is that of a new column, for which d has no entry.
+        # C lies where one index is old and the other is new. d has no entry for the new one, so the sum is the old d.
         part = part * tl.sqrt(down + across)
     else:
         old = load_tile(gram, row, column, tl.float64)
@@ -131,7 +131,7 @@ def core_tile(gram, cross, own, decay, weight, row, column, DIAGONAL: tl.constex
 
 @triton.jit
 def _diagonal_of_core(gram, own, decay, weight, blocks: tl.constexpr):
-    """Return the largest entry on the diagonal of K, or 1 if none is positive, and the sum of those that A adds."""
+    """Return the largest diagonal entry of K, or 1 if none is positive, and the trace that A adds."""
     largest, trace = tl.zeros((blocks[1],), tl.float64), tl.zeros((blocks[1],), tl.float64)
     for start in range(0, tl.maximum(gram[3], own[3]), blocks[1]):
         index = start + tl.arange(0, blocks[1])
@@ -139,30 +139,30 @@ def _diagonal_of_core(gram, own, decay, weight, blocks: tl.constexpr):
         old = tl.load(gram[0] + place * (gram[1] + gram[2]), mask=index < gram[3], other=0.0).to(tl.float64)
         new = tl.load(own[0] + place * (own[1] + own[2]), mask=index < own[3], other=0.0)
         old, new = old * decay, new * weight
-        # No comparison with NaN holds.
+        # A comparison with NaN is false, so NaN never becomes the largest.
         largest = tl.where(old > largest, old, largest)
         largest = tl.where(new > largest, new, largest)
         trace += new
     most = tl.max(largest, 0)
-    # The inverse of a normal number is finite.
+    # At least _TINY, a normal number: its inverse is finite.
     return tl.where(most > 0, tl.maximum(most, _TINY), 1.0), tl.sum(trace, 0)
 
 
 @triton.jit
 def _store_core(core, gram, cross, own, decay, weight, scale, blocks: tl.constexpr):
-    """Store K over ``scale``, or 0 where it is not finite; return 0, or NaN where it is not finite, and its norm."""
+    """Store K over ``scale``, or zeros if K is not finite; return a poison, 0 or in that case NaN, and the norm."""
     norm_tile = tl.zeros((blocks[1], blocks[2]), core[0].dtype.element_ty)
     nothing, inverse = norm_tile, 1 / scale
     for step in range(tiles_of(core, blocks)):
         row, column = tile_at(step, core, blocks)
         tile = (core_tile(gram, cross, own, decay, weight, row, column, False) * inverse).to(norm_tile.dtype)
         store_tile(core, row, column, tile)
-        nothing += 0 * tile
+        nothing += 0 * tile  # NaN if an entry is not finite
         norm_tile += tile * tile
     poison = total_of(nothing)
     tl.debug_barrier()
     if poison != 0:
-        # Orders of numbers that are none would lead out of the workspace.
+        # NaN has no place in an order: places would stay unwritten, and read as indices lead out of the workspace.
         for step in range(tiles_of(core, blocks)):
             row, column = tile_at(step, core, blocks)
             store_tile(core, row, column, tl.zeros((blocks[1], blocks[2]), norm_tile.dtype))
@@ -180,7 +180,7 @@ def _store_identity(basis, blocks: tl.constexpr):
 
 @triton.jit
 def _cholesky(source, factor, scratch, shift, blocks: tl.constexpr):
-    """Factor a matrix plus ``shift`` on its diagonal, of which the lower triangle is read; it may be overwritten."""
+    """Factor a matrix plus ``shift`` on its diagonal. Only its lower triangle is read; the factor may overwrite it."""
     m = source[3]
     index = tl.arange(0, blocks[0])
     for start in range(0, m, blocks[0]):
@@ -195,14 +195,14 @@ def _cholesky(source, factor, scratch, shift, blocks: tl.constexpr):
             tile = load_tile(source, row, column)
             tile -= _product(factor, row, transposed(factor), column, start, blocks)
             solved = solved_by(inverse, lower, tile, blocks[4])
-            # Source and factor may be one: all threads have read the tile before any writes it, here and below.
+            # Here, and in each update in place below, all threads must have read the tile before any thread writes it.
             tl.debug_barrier()
             store_tile(factor, row, column, solved)
         above = (factor[0], factor[1], factor[2], start, m)
         for start_row in range(0, start, blocks[1]):
             row = start_row + tl.arange(0, blocks[1])
             store_tile(above, row, column, tl.zeros((blocks[1], blocks[0]), above[0].dtype.element_ty))
-        # Blocks to come read what other threads have written here.
+        # Later blocks read what other threads have written here.
         tl.debug_barrier()
 
 
@@ -221,7 +221,7 @@ def _column_squares(matrix, squares, blocks: tl.constexpr):
 
 @triton.jit
 def _longest_first(matrix, squares, order, blocks: tl.constexpr):
-    """Store the indices of the columns of a square matrix, the longest first, and the first of equal ones first."""
+    """Store the column indices of a square matrix, longest column first; equally long columns keep their order."""
     _column_squares(matrix, squares, blocks)
     m = matrix[4]
     for start in range(0, m, blocks[2]):
@@ -287,13 +287,13 @@ def _largest_on_diagonal(small, blocks: tl.constexpr):
 
 @triton.jit
 def _alive(small, column, least):
-    """Say which columns have an entry on the diagonal of S⁺ above ``least``."""
+    """Return which columns have a diagonal entry of S⁺ above ``least``."""
     return tl.load(small[0] + column * (small[3] + 1), mask=column < small[3], other=0.0) > least
 
 
 @triton.jit
 def _clear_weak(matrix, small, least, blocks: tl.constexpr):
-    """Clear the columns of W or X whose entry on the diagonal of S⁺ is at most ``least``."""
+    """Clear the columns of W or X whose diagonal entry of S⁺ is at most ``least``."""
     for step in range(tiles_of(matrix, blocks)):
         row, column = tile_at(step, matrix, blocks)
         tile = tl.where(_alive(small, column, least)[None, :], load_tile(matrix, row, column), 0.0)
@@ -318,11 +318,12 @@ def _norm_left_out(core, basis, image, small, rest, blocks: tl.constexpr):
 
 @triton.jit
 def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.constexpr, blocks: tl.constexpr):
-    """Store S⁺ in its dtype, and return the poison of it and of what is beyond that dtype."""
+    """Store S⁺ in the dtype of the result; return the poison, which an entry beyond that dtype makes NaN too."""
     nothing = tl.zeros((blocks[1], blocks[2]), small[0].dtype.element_ty)
     largest = nothing
     for last in range(2):
-        # Values of a factor that are all below the normal numbers become 0; values beyond its dtype are not finite.
+        # The first pass looks for overflow and for the largest entry. The second stores NaN after an overflow, zeros if
+        # no entry is a normal number.
         beyond = total_of(nothing) + poison
         vanished = _largest(largest) < tiny
         for step in range(tiles_of(small, blocks)):
@@ -334,7 +335,7 @@ def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.conste
                 tile = tl.where(lives, tile, 0.0)
             rounded = tile.to(result[0].dtype.element_ty).to(tile.dtype)
             if last == 0:
-                nothing += 0 * rounded
+                nothing += 0 * rounded  # NaN if an entry overflowed
                 largest = tl.maximum(largest, tl.abs(rounded))
             else:
                 store_tile(result, row, column, tl.where(vanished, 0.0, rounded) + beyond)
@@ -343,7 +344,7 @@ def _store_small(result, small, scale, least, tiny, poison, TOLERANCE: tl.conste
 
 @triton.jit
 def _store_rotation(out, basis, scale, poison, blocks: tl.constexpr):
-    """Store rows of W times ``scale``."""
+    """Store rows of W times ``scale``, or NaN if there is poison."""
     for step in range(tiles_of(out, blocks)):
         row, column = tile_at(step, out, blocks)
         store_tile(out, row, column, (load_tile(basis, row, column) + poison) * scale)
@@ -396,7 +397,7 @@ def root_core_kernel(
         _store_product(image, factor, second, blocks, column_order=chosen, inner_order=order)
         _store_product(basis, core, image, blocks, image, shift)
         _orthonormalize(basis, squares, coefficients, scratch, tl.cast(noise, COMPUTE), blocks)
-    # 5: S⁺, what is left out, and the results
+    # 5: S⁺, the norm of the part left out, and the results
     small = (factor[0], s, 1, s, s)
     _store_product(image, core, basis, blocks)
     _store_product(small, transposed(basis), image, blocks)
@@ -420,7 +421,7 @@ def root_core_kernel(
 def root_core(
     gram: Tensor, cross: Tensor, own: Tensor, decay: Tensor, weight: Tensor, rank: int, tol: float, measure: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return S⁺, √ρ W₁, √w W₂, the norm of what is left out, and w tr G."""
+    """Return S⁺, √ρ W₁, √w W₂, the norm of the part left out, and w tr G."""
     batch, r, k, s = gram.shape[:-2], gram.shape[-1], own.shape[-1], rank
     m = r + k
     small, of_root, of_columns = (gram.new_empty(*batch, rows, s) for rows in (s, r, k))
@@ -440,7 +441,7 @@ def root_core(
     arguments |= launch.products_in(target, dtype) | {
         "small_ptr": small, "of_root_ptr": of_root, "of_columns_ptr": of_columns, "left_out_ptr": left_out,
         "added_ptr": added, "r": r, "m": m, "s": s, "tol": float(tol), "eps": info.eps, "tiny": info.tiny,
-        # The rounding of inner products, which tells weak columns from dependent ones.
+        # The rounding of inner products: a column with a smaller pivot counts as dependent.
         "noise": 64 * torch.finfo(dtype).eps,
         "WHOLE": rank == m and not (m and tol), "TOLERANCE": tol > 0, "MEASURE": bool(measure),
     }  # fmt: skip

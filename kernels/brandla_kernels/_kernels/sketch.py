@@ -1,13 +1,13 @@
 """Y = X Ω for a matrix Ω of random signs that is drawn where it is needed and never stored.
 
-X is (m, n), Ω is (n, width), Y is (m, width). A program computes a tile of BLOCK_M rows and BLOCK_W columns of Y. A
-call of Philox draws 32 rows of four columns of Ω, as the bits of four words, which become the signs of ones in
-registers; `brandla_kernels.sketch` has the map. X is the only matrix that is read.
+X is (m, n), Ω is (n, width), Y is (m, width). A program computes a tile of BLOCK_M rows and BLOCK_W columns of Y. One
+call of Philox draws 32 rows of four columns of Ω as the bits of four words. In registers each bit becomes the sign of
+a one; `brandla_kernels.sketch` has the map. X is the only matrix that is read.
 
-±1 is exact in every precision. Float32 X is cut into three bfloat16 parts, which hold its 24 bits, 8 in each, and three
-products on the bfloat16 units are then exact up to the float32 sum: half the time of ``tf32x3`` on NVIDIA.
+±1 is exact in every precision. Float32 X is cut into three bfloat16 parts, which hold its 24 bits, 8 in each. Three
+products on the bfloat16 units are then exact up to the float32 sum, in half the time of ``tf32x3`` on NVIDIA.
 
-Where Y has few tiles and n is long, the rows of Ω are split: a program sums over one stretch of them into a workspace,
+If Y has few tiles and n is large, the rows of Ω are split: a program sums over one stretch of rows into a workspace,
 and a second kernel adds the stretches in their order.
 """
 
@@ -34,7 +34,7 @@ _STREAM = tl.constexpr(STREAM)
 
 @triton.jit
 def _held(x, UNIT: tl.constexpr):
-    """Return float32 ``x`` in UNIT, which can hold it. Bfloat16 is the upper half of float32: no rounding is needed."""
+    """Return float32 ``x`` in UNIT, which can hold it exactly. Bfloat16 is the upper half of float32: no rounding."""
     if UNIT == tl.bfloat16:
         return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
@@ -43,7 +43,7 @@ def _held(x, UNIT: tl.constexpr):
 
 @triton.jit
 def _cut(x):
-    """Return the leading 8 bits of float32 ``x``, which bfloat16 can hold, and the rest; that of ∞ is 0."""
+    """Return the leading 8 bits of float32 ``x``, which bfloat16 can hold, and the rest; the rest of ∞ is 0."""
     leading = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return leading, tl.where(x == leading, 0.0, x - leading)
 
@@ -52,7 +52,7 @@ def _cut(x):
 def signs_tile(
     seed, problem, first_row, first_column, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
 ):
-    """Draw BLOCK_N rows and BLOCK_W columns of Ω in UNIT, from a multiple of 32 rows and of 4 columns on."""
+    """Draw BLOCK_N rows and BLOCK_W columns of Ω in UNIT, starting at a multiple of 32 rows and of 4 columns."""
     block = first_row // _ROWS + tl.arange(0, BLOCK_N // _ROWS)
     quad = first_column // _COLUMNS + tl.arange(0, BLOCK_W // _COLUMNS)
     word0, word1, word2, word3 = tl.philox(seed, quad[None, :], block[:, None], problem, _STREAM)
@@ -66,7 +66,7 @@ def signs_tile(
 @counted(
     "m n width",
     lambda _, out, x: cost(x[0], x[1], out[1]).flops,
-    # One stretch of the sum lies behind the other: all of them are written.
+    # OUT is one stretch of the sum; the kernel writes them all.
     lambda given: {"out_ptr": given["SPLITS"]},
 )
 @triton.jit
@@ -78,7 +78,7 @@ def sketch_kernel(
     SPLITS: tl.constexpr, COMPUTE: tl.constexpr, UNIT: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Grid: problems × SPLITS × tiles of Y. One stretch of the sum lies ``split_stride`` behind the other."""
+    """Grid: problems × SPLITS × tiles of Y. Each stretch of the sum lies ``split_stride`` behind the one before."""
     problem, split, tile_m, tile_w = place_of(tl.cdiv(m, BLOCK_M), tl.cdiv(width, BLOCK_W), SPLITS)
     first_row, first_column = tile_m * BLOCK_M, tile_w * BLOCK_W
     row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_W)
@@ -101,7 +101,7 @@ def sketch_kernel(
             total = tl.dot(_held(high, UNIT), signs, total, input_precision="ieee", out_dtype=total.dtype)
         else:
             total = tl.dot(values, signs, total, input_precision="ieee", out_dtype=total.dtype)
-    # Y was allocated for this: row by row without gaps.
+    # Y was allocated row by row, without gaps.
     store_tile((out[0] + split.to(tl.int64) * split_stride, width, 1, x[3], width), row, column, total)
 
 
@@ -121,7 +121,7 @@ def sketch(matrix: Tall, seed: Tensor, width: int, problem: int = 0) -> Tall:
         problems, steps = math.prod(matrix.shape[:-2]), configs.tiles(columns(matrix), config.blocks["BLOCK_N"])
         splits = configs.splits(target, steps, tiles * problems)
         if splits > 1:
-            # The first stretch of each problem, and the others behind it.
+            # The kernel is given the first stretch of each problem; the others lie behind it.
             parts = out.new_empty(problems, splits, rows(matrix), width)
             first = parts[:, 0]
     operands = arrange({"out": first, "x": matrix})
@@ -138,10 +138,10 @@ def sketch(matrix: Tall, seed: Tensor, width: int, problem: int = 0) -> Tall:
 
 
 def _units(target: Target, data: torch.dtype) -> tuple[torch.dtype, torch.dtype, bool]:
-    """Return the dtype that X is loaded in, that of its products, and whether it is cut into three parts of that."""
+    """Return the dtype X is loaded in, the dtype of its products, and whether it is cut into three parts for these."""
     if data == torch.float64:
         return data, data, False
     if target.backend == "interpreter":
-        # Its arithmetic on bfloat16 is wrong; float32 holds the parts as well.
+        # The interpreter's arithmetic on bfloat16 is wrong; float32 holds the parts as well.
         return torch.float32, torch.float32, data == torch.float32
     return (torch.float32, torch.bfloat16, True) if data == torch.float32 else (data, data, False)

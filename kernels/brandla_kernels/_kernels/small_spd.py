@@ -1,32 +1,32 @@
-"""The rank-aware Cholesky core of a batch of small matrices: one launch, one program a matrix.
+"""The rank-aware Cholesky core of a batch of small matrices: one launch, with one program per matrix.
 
-For G (k, k) the kernel writes T and the mask of its live columns; ``cholesky_inverse_core`` has the mathematics. One
-factorisation, of the equilibrated matrix E with columns taken out or a shift added, takes the columns in blocks of
-BLOCK. It runs as column operations on E with the identity on top of it,
+For G (k, k) the kernel writes T and the mask of its live columns; ``cholesky_inverse_core`` has the mathematics. Each
+factorisation is of the equilibrated matrix E, with columns taken out or a shift added. It takes the columns in blocks
+of BLOCK, as column operations on E with the identity on top,
 
     [ I ]             [ L⁻ᵀ ]
     [ E ]  ·  L⁻ᵀ  =  [  L  ],
 
-so that the inverse is no second algorithm: at block j, for the rows i of both,
+so the inverse needs no second algorithm: at block j, for the rows i of both,
 
     Yᵢ = Cᵢ − Σ_p Tᵢₚ Lⱼₚᵀ,    Lⱼⱼ Lⱼⱼᵀ = Yⱼ,    Tᵢⱼ = Yᵢ Lⱼⱼ⁻ᵀ,
 
-where C is E below block j and 0 above it. L⁻ᵀ is upper triangular and L is lower triangular, hence both fit into one
-matrix, and that matrix is the output T: it holds L⁻ᵀ in the blocks on and above the diagonal and L below it. At the end
-L is overwritten by zeros, and L⁻ᵀ is scaled. The only workspace beside it holds one weight a column.
+where C is E below block j and 0 above it. L⁻ᵀ is upper triangular and L is lower triangular, so both fit into the
+output T. It holds L⁻ᵀ in the blocks on and above the diagonal, and L below it. At the end zeros overwrite L, and L⁻ᵀ is
+scaled. The only other workspace holds one weight per column.
 
-The diagonal block is factored and inverted in registers by a loop over its columns, with the same operations. Products
-with the explicit inverse Lⱼⱼ⁻ᵀ alone would not be backward stable: with two nearly equal columns in a block, whose
-pivot is about the shift δ, they disturb the pivots to come by ε/√δ, which is far more than δ. One step of iterative
-refinement, Y Lⱼⱼ⁻ᵀ + (Y − Y Lⱼⱼ⁻ᵀ Lⱼⱼᵀ) Lⱼⱼ⁻ᵀ, brings that to the ε of a substitution.
+A loop over its columns factors and inverts the diagonal block in registers, with the same operations. Products with the
+explicit inverse Lⱼⱼ⁻ᵀ alone would not be backward stable: two nearly equal columns in a block have a pivot of about the
+shift δ, and then such products disturb later pivots by ε/√δ, which is far more than δ. One step of iterative
+refinement, Y Lⱼⱼ⁻ᵀ + (Y − Y Lⱼⱼ⁻ᵀ Lⱼⱼᵀ) Lⱼⱼ⁻ᵀ, reduces the error to the ε of a substitution.
 
-T is written and read by different threads of one program: a barrier follows each block, whose columns only later blocks
-read, and two more surround the way of the diagonal block through memory. (They order shared and global memory within a
-program; on gfx942 and gfx950 LLVM adds no wait for stores to them, since a program's waves share one cache.) Programs
-share nothing. Loops and branches depend on values that are the same in all threads, and sums have a fixed order, so two
-runs are equal to the bit.
+Different threads of a program write and read T. Only later blocks read the columns of a block, so one barrier after
+each block is enough; two more surround the diagonal block's way through memory. (Barriers order a program's shared and
+global memory. On gfx942 and gfx950 LLVM adds no wait for stores to them, since a program's waves share one cache.)
+Programs share nothing. Loops and branches depend on values that are the same in all threads, and sums have a fixed
+order, so two runs are equal to the bit.
 
-What bounds it, by count: ``docs/kernels.md``.
+``docs/kernels.md`` counts what bounds it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from brandla_kernels._kernels import configs, launch
 from brandla_kernels._kernels.matrices import arrange, load_tile, matrix_of, store_tile
 from brandla_kernels.cholesky_inverse_core import cost
 
-# The factorisations, in order. The even ones are without the shift, and the last if they succeed.
+# The factorisations, in order. The even ones have no shift, and no other follows if they succeed.
 WHOLE = tl.constexpr(0)  # all columns of positive scale: enough if every one of them stands out
 SHIFTED = tl.constexpr(1)  # the same plus δ: its inverse tells which columns live
 MASKED = tl.constexpr(2)  # the live columns
-AGAIN = tl.constexpr(3)  # the shifted one once more, where the live columns broke down
+AGAIN = tl.constexpr(3)  # the shifted one once more, if the live columns broke down
 DONE = tl.constexpr(4)
 
 
@@ -52,7 +52,7 @@ DONE = tl.constexpr(4)
 def factor_block(block, least, BLOCK: tl.constexpr):
     """Return the Cholesky factor of a tile that is symmetric to the bit, its transposed inverse, and the pivots.
 
-    A column whose pivot is at most ``least`` becomes zero in the factor, as if it was not there, and in the inverse.
+    A column whose pivot is at most ``least`` becomes zero in the factor and in the inverse, as if it were absent.
     """
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -63,20 +63,20 @@ def factor_block(block, least, BLOCK: tl.constexpr):
         reciprocal = tl.where(pivot <= least, 0.0, 1 / tl.where(pivot <= least, 1.0, pivot))
         reciprocal = tl.where(column > step, reciprocal, 0.0)
         here = tl.zeros((BLOCK, 1), tl.int32) + step
-        # In this order of products the tile stays symmetric to the bit, so that its rows are its columns.
+        # This order of products keeps the tile symmetric to the bit, so a row can stand for its column.
         block -= tl.gather(block, here, 1) * pivot_row * reciprocal
         inverse -= tl.gather(inverse, here, 1) * pivot_row * reciprocal
     pivots = tl.sum(tl.where(row == column, block, 0.0), 0)[None, :]
-    # NaN is not <= least, and stays.
+    # NaN is not <= least, so it stays NaN.
     inverse_root = tl.where(pivots <= least, 0.0, 1 / tl.sqrt(tl.where(pivots <= least, 1.0, pivots)))
     return tl.where(row >= column, block * inverse_root, 0.0), inverse * inverse_root, pivots
 
 
 @triton.jit
 def symmetric(scratch, index, block):
-    """Make a diagonal block symmetric to the bit, by way of memory: its lower triangle is read for both.
+    """Make a diagonal block symmetric to the bit: store it, and load its lower triangle in place of both triangles.
 
-    It comes back in the layout of a load. That of a product, over several warps, would cost the column loop three times
+    The result has the layout of a load. A product's layout, over several warps, would cost the column loop three times
     the barriers.
     """
     store_tile(scratch, index, index, block)
@@ -97,9 +97,9 @@ def solved_by(inverse, factor, tile, PRECISION: tl.constexpr):
 
 @triton.jit
 def _store_weights(weight, scale, scale_stride, live, marked, k, BLOCK_ROWS: tl.constexpr):
-    """Store what rows and columns of G are multiplied by: 1 / scale, or 0 for those that are taken out.
+    """Store the weights of rows and columns of G: 1 / scale, or 0 for columns that are taken out.
 
-    Taken out are columns of scale 0, and of the first ``marked``, k or 0, those that do not live.
+    Columns of scale 0 are taken out, and so are dead columns among the first ``marked``, which is k or 0.
     """
     for start in range(0, k, BLOCK_ROWS):
         index = start + tl.arange(0, BLOCK_ROWS)
@@ -112,7 +112,7 @@ def _store_weights(weight, scale, scale_stride, live, marked, k, BLOCK_ROWS: tl.
 
 @triton.jit
 def _equilibrated(gram, weight, row, column, inside):
-    """Load a tile of E, with 0 where it is not ``inside``; NaN is not hidden by a weight of 0."""
+    """Load a tile of E, with 0 where it is not ``inside``; a weight of 0 does not hide NaN."""
     offsets = row.to(tl.int64)[:, None] * gram[1] + column.to(tl.int64)[None, :] * gram[2]
     row_weight = tl.load(weight + row, mask=row < gram[3], other=0.0)
     column_weight = tl.load(weight + column, mask=column < gram[3], other=0.0)
@@ -121,7 +121,7 @@ def _equilibrated(gram, weight, row, column, inside):
 
 @triton.jit
 def _earlier(transform, row, column, first, stop, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """Return Σ_p T[row, p] T[column, p]ᵀ over p from ``first`` to ``stop``; rows of L⁻ᵀ begin at their diagonal."""
+    """Return Σ_p T[row, p] T[column, p]ᵀ over p from ``first`` to ``stop``; L⁻ᵀ is 0 before its diagonal blocks."""
     total = tl.zeros((row.shape[0], BLOCK), tl.float64)
     for start in range(first, stop, BLOCK_INNER):
         inner = start + tl.arange(0, BLOCK_INNER)
@@ -137,7 +137,7 @@ def _earlier(transform, row, column, first, stop, BLOCK: tl.constexpr, BLOCK_INN
 
 @triton.jit
 def _finish(transform, live, weight, k, BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """Scale the rows of L⁻ᵀ, clear the rows and columns that are taken out, and what lies below the diagonal."""
+    """Scale the rows of L⁻ᵀ; clear the rows and columns that are taken out, and all entries below the diagonal."""
     for start in range(0, k, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         row_lives = tl.load(live + row, mask=row < k, other=False)
@@ -186,18 +186,18 @@ def small_spd_kernel(
             block = _equilibrated(gram, weight, column, column, inside)
             block -= _earlier(transform, column, column, 0, start, BLOCK, BLOCK_INNER)
             block = symmetric(transform, column, block)
-            added = tl.where(kept, shift, 1 + shift)
+            added = tl.where(kept, shift, 1 + shift)  # a column that is taken out gets a unit pivot
             block += tl.where(column[:, None] == column[None, :], added[None, :], 0.0)
             factor, inverse, pivots = factor_block(block, 0.0, BLOCK)
             positive = tl.min((pivots > 0).to(tl.int32)) == 1
             store_tile(transform, column, column, inverse)
-            growth = tl.sum(inverse * inverse, 0)
+            growth = tl.sum(inverse * inverse, 0)  # squared lengths of the columns of L⁻ᵀ
 
             for start_row in range(0, k, BLOCK_ROWS):
                 row = start_row + tl.arange(0, BLOCK_ROWS)
                 above = (row < start)[:, None]
                 below = ((row >= stop) & (row < k))[:, None] & (column < k)[None, :]
-                first = tl.where(start_row + BLOCK_ROWS <= start, start_row, 0)
+                first = tl.where(start_row + BLOCK_ROWS <= start, start_row, 0)  # rows of L⁻ᵀ begin at the diagonal
                 tile = _equilibrated(gram, weight, row, column, below)
                 tile -= _earlier(transform, row, column, first, start, BLOCK, BLOCK_INNER)
                 solved = solved_by(inverse, factor, tile, "ieee")
@@ -206,15 +206,15 @@ def small_spd_kernel(
                 growth += tl.sum(tl.where(above, solved * solved, 0.0), 0)
 
             if task < MASKED:
-                # Growth 0: the pivot was not positive.
+                # A growth of 0 comes from a pivot that is not positive.
                 stands_out = kept & (growth > 0) & (growth * threshold < 1)
                 tl.store(live + column, stands_out, mask=column < k)
                 if task == WHOLE:
                     positive = positive & (tl.min((stands_out == kept).to(tl.int32)) == 1)
             sound = sound & positive
-            # Blocks to come read what other threads have written here.
+            # Later blocks read what other threads have written here.
             tl.debug_barrier()
-            start = tl.where(sound | (shift > 0), stop, k)
+            start = tl.where(sound | (shift > 0), stop, k)  # without a shift, the first failure ends it
         task = tl.where(sound & (task % 2 == 0), DONE, task + 1)
     _finish(transform, live, weight, k, BLOCK_ROWS, BLOCK_INNER)
 
@@ -222,8 +222,8 @@ def small_spd_kernel(
 def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return T (..., k, k) and the mask (..., k) of its live columns.
 
-    The whole matrix is factored first, as the torch form does on a CPU: one factorisation where all columns of positive
-    scale stand out, and up to one more than otherwise where they do not.
+    Like the torch form on a CPU, the kernel factors the whole matrix first: one factorisation is enough if all columns
+    of positive scale stand out. If they do not, this order costs up to one factorisation more.
     """
     k = gram.shape[-1]
     transform = gram.new_empty(gram.shape)

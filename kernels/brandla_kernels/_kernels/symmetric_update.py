@@ -1,11 +1,11 @@
 """M ← ρ M + w A Aᵀ in place: one triangle of tiles is computed, both are written.
 
 M is symmetric (n, n), A is (n, k). A program owns the tile (i, j), i ≥ j, and its mirror image (j, i): it sums A_i A_jᵀ
-over k, reads the tile (i, j) of M, and writes the new tile and its transpose. Half the products of a general update are
-left out, and M is read in half. What M held above the diagonal is never read, so the result is symmetric to the bit
-even if M was so to rounding only. No program reads what another writes.
+over k, reads the tile (i, j) of M, and writes the new tile and its transpose. This leaves out half the products of a
+general update, and reads half of M. Entries of M above the diagonal are never read, so the result is symmetric to the
+bit even if M was symmetric to rounding only. No program reads an entry that another one writes.
 
-Where M has few tiles and k is long, the columns are split: a program sums one tile over one stretch of columns into a
+If M has few tiles and k is large, the columns are split: a program sums one tile over one stretch of columns into a
 workspace, and a second kernel adds the stretches in their order and updates M.
 """
 
@@ -23,8 +23,8 @@ from brandla_kernels._signature import Matrices
 from brandla_kernels.gram_ema import cost
 from brandla_kernels.tall import columns, device_of, dtype_of, rows
 
-# Rows of tiles that are gone through together, column by column: programs that run at one time then share their A_i
-# and A_j in the cache.
+# Rows of tiles in a band. The grid goes through a band column by column, so that programs which run at the same time
+# share their A_i and A_j in the cache.
 _BAND = tl.constexpr(8)
 
 
@@ -64,7 +64,7 @@ def tiles_of_triangle(across):
 def _update_entries(m, row, column, total, decay, weight):
     """Write ρ M + w ``total`` to these entries of M on and below the diagonal, and to their mirror images.
 
-    ρ and w are rounded to the precision of the sum: beside float64 scalars the tile would take twice the registers.
+    ρ and w are rounded to the precision of the sum: with float64 scalars the tile would take twice the registers.
     """
     decay = tl.full((1, 1), decay, total.dtype)
     weight = tl.full((1, 1), weight, total.dtype)
@@ -80,7 +80,7 @@ def _update_entries(m, row, column, total, decay, weight):
 @counted(
     "n k",
     lambda _, m, a: cost(m[0], a[1]).flops,
-    # M is read and written here, or by the kernel that adds up the stretches.
+    # This kernel reads and writes M, unless the one that adds up the stretches does.
     lambda given: {"m_ptr": 2 if given["SPLITS"] == 1 else 0},
 )
 @triton.jit
@@ -111,7 +111,7 @@ def symmetric_product_kernel(
         right = load_tile(a, row_j, column, COMPUTE)  # [BLOCK_N, BLOCK_K]
         total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION, out_dtype=TOTAL)
     if SPLITS == 1:
-        # Half the columns at a time: M takes fewer registers then.
+        # Half the columns at a time, so that entries and addresses of M take fewer registers.
         left, right = total.reshape(BLOCK_N, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         column = tile_j * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _update_entries(m, row_i, column, left, decay, weight)
@@ -137,7 +137,7 @@ def symmetric_update_kernel(
         return
     tile_i, tile_j = tile_in_triangle(index, tiles)
     inner = tl.arange(0, BLOCK_N)
-    # A quarter of the columns at a time: addresses of both triangles take four registers an entry beside the sum's own.
+    # A quarter of the columns at a time: the addresses of both triangles take four registers per entry beside the sum.
     for first in range(0, BLOCK_N, BLOCK_N // 4):
         column = first + tl.arange(0, BLOCK_N // 4)
         total = tl.zeros((BLOCK_N, BLOCK_N // 4), parts_ptr.dtype.element_ty)
@@ -152,7 +152,7 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     operands, target = arrange({"m": matrix, "a": added}), target_of(matrix)
     n, k, total = rows(matrix), columns(added), dtype_of(matrix)
     # Half-precision data under a float32 M go to the matrix units as they are: their products are exact in float32.
-    # But arithmetic on bfloat16 is wrong in the interpreter.
+    # The interpreter converts them, since its arithmetic on bfloat16 is wrong.
     native = total == torch.float32 and dtype_of(added).itemsize == 2 and target.backend != "interpreter"
     compute = dtype_of(added) if native else total
     config = configs.symmetric_product(target, compute, n, aligned(matrix) and aligned(added))

@@ -1,9 +1,9 @@
 """OUT = β (A + Σᵢ Xᵢ Yᵢ) for tall Xᵢ and small Yᵢ.
 
 OUT and A are (n, s), Xᵢ is (n, rᵢ), Yᵢ is (rᵢ, s), with one or two terms. `rotate` (U W₁ + P W₂), `damped_apply`
-(β (V + U C)) and `kron_damped_apply` are calls of this kernel. A program computes a tile of BLOCK_N rows and BLOCK_S
-columns of OUT. If a tile is as wide as OUT, OUT may lie where X₁ does: no other program reads those rows of it, and
-what a program stores comes after all that it loads.
+(β (V + U C)) and `kron_damped_apply` call this kernel. A program computes a tile of BLOCK_N rows and BLOCK_S columns of
+OUT. If a tile is as wide as OUT, OUT may overwrite X₁: no other program reads the same rows of X₁, and a program stores
+its tile after all its loads.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from brandla_kernels._signature import Matrices
 from brandla_kernels.rotate import ROWS_AT_A_TIME, cost
 from brandla_kernels.tall import Tall, columns, dtype_of, rows
 
-# Parts that a basis is overwritten in: launches, against the size of the temporary.
+# Slabs that `rotate_` divides a matrix into: more slabs take more launches, fewer slabs take a larger temporary.
 _SLABS = 4
 
-
-# X Y: a tall matrix times a small one.
+# The factors of X Y, a tall matrix and a small one.
 Term: TypeAlias = tuple[Matrices, Matrices]
 
 
@@ -38,7 +37,7 @@ def _flops(given: Mapping[str, Any], *matrices: tuple[int, int]) -> int:
 
 
 def _times(given: Mapping[str, Any]) -> dict[str, int]:
-    """Return how often X₁ is moved: twice where OUT lies in its place."""
+    """Return how often X₁ is moved: twice if OUT overwrites it."""
     return {"x1_ptr": 2 if given["x1_ptr"].data_ptr() == given["out_ptr"].data_ptr() else 1}
 
 
@@ -60,11 +59,12 @@ def tall_product_kernel(
     x1 = matrix_of(table_ptr, problem, x1_ptr, x1_strides, n, r1, X1_LAYOUT, 2, 6)
     y1 = matrix_of(table_ptr, problem, y1_ptr, y1_strides, r1, s, Y1_LAYOUT, 3, 6)
     tiles_s = tl.cdiv(out[4], BLOCK_S)
+    # One tile, or none: a smaller problem of a list has fewer tiles than programs.
     for tile in range(tl.program_id(0) % programs, tl.cdiv(out[3], BLOCK_N) * tiles_s, programs):
         row = (tile // tiles_s) * BLOCK_N + tl.arange(0, BLOCK_N)
         column = (tile % tiles_s) * BLOCK_S + tl.arange(0, BLOCK_S)
         total = tl.zeros((BLOCK_N, BLOCK_S), tl.float64 if COMPUTE == tl.float64 else tl.float32)
-        # A problem of a list may be smaller than the stack beside it.
+        # A matrix of a list may be smaller than its padded partner in a stack.
         total = add_product(total, x1, row, y1, column, tl.minimum(x1[4], y1[3]), PRECISION, BLOCK_R)
         if TERMS == 2:
             x2 = matrix_of(table_ptr, problem, x2_ptr, x2_strides, n, r2, X2_LAYOUT, 4, 6)
@@ -78,7 +78,7 @@ def tall_product_kernel(
             if other_scale_ptr is not None:
                 scale *= tl.load(other_scale_ptr + problem)
             total *= scale.to(total.dtype)
-        # OUT may be X₁, of which other threads have loaded their part by now.
+        # OUT may be X₁: all threads must have loaded their part of it before any thread stores.
         tl.debug_barrier()
         store_tile(out, row, column, total)
 
@@ -86,9 +86,8 @@ def tall_product_kernel(
 def tall_product(terms: list[Term], *, add: Matrices | None = None, scales: tuple[Tensor, ...] = ()) -> Matrices:
     """Return β (A + Σ X Y), in the dtype of the first X.
 
-    β is the product of ``scales``, at most two, each one number a problem.
-
-    For lists, each OUT has as many columns as its A or, without it, the stack of Y.
+    β is the product of ``scales``, at most two, each with one number per problem. For lists, each OUT has as many
+    columns as its A or, without it, the stack of Y.
     """
     out = _new_out(terms, add)
     start(*_launch(terms, out, add, scales))
@@ -103,7 +102,7 @@ def _launch(terms: list[Term], out: Matrices, add: Matrices | None = None, scale
     config = configs.tall_product(target, dtype, s, operands.aligned, len(scales))
     tiles = configs.tiles(n, config.blocks["BLOCK_N"]) * configs.tiles(s, config.blocks["BLOCK_S"])
     arguments = operands.arguments | products_in(target, dtype) | {
-        # One number a problem, next to each other.
+        # Each is contiguous, with one number per problem.
         "scale_ptr": scales[0] if scales else None, "other_scale_ptr": scales[1] if len(scales) == 2 else None,
         "n": n, "s": s, "r1": columns(x1), "r2": 0 if x2 is None else columns(x2), "TERMS": len(terms),
     }  # fmt: skip
@@ -111,13 +110,13 @@ def _launch(terms: list[Term], out: Matrices, add: Matrices | None = None, scale
 
 
 def _new_out(terms: list[Term], like: Matrices | None) -> Matrices:
-    """OUT has the rows and the dtype of X, and the columns of ``like`` or, without it, of Y."""
+    """Return an uninitialised OUT with the rows and the dtype of X, and the columns of ``like``, or else of Y."""
     tall, small = terms[0]
     if isinstance(tall, list):
         like = like if isinstance(like, list) else small
         widths = [matrix.shape[-1] for matrix in like] if isinstance(like, list) else [columns(small)] * len(tall)
         return [matrix.new_empty(matrix.shape[0], width) for matrix, width in zip(tall, widths, strict=True)]
-    batch = max([one.shape[:-2] for one in chain((like,), *terms) if isinstance(one, Tensor)], key=len)
+    batch = max([part.shape[:-2] for part in chain((like,), *terms) if isinstance(part, Tensor)], key=len)
     return tall.new_empty(*batch, tall.shape[-2], columns(small))
 
 
@@ -127,7 +126,7 @@ def rotate(basis: Tall, panel: Tall, basis_rotation: Tensor, panel_rotation: Ten
 
 
 def rotate_(basis: Matrices, panel: Matrices, basis_rotation: Tensor, panel_rotation: Tensor) -> None:
-    """Overwrite U with U W₁ + P W₂: in place where a tile is as wide as U, else a list at once, a matrix in slabs."""
+    """Overwrite U with U W₁ + P W₂: in place if a tile is as wide as U, else a list at once and a matrix in slabs."""
     terms: list[Term] = [(basis, basis_rotation), (panel, panel_rotation)]
     in_place = _launch(terms, basis)
     if in_place.config.blocks["BLOCK_S"] >= columns(basis):

@@ -1,6 +1,6 @@
 """Kernel tests that run on a GPU or, with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on a CPU.
 
-Those of `test_ops_on_kernels.py` hold for torch forms too, and run on these elsewhere.
+The tests of `test_ops_on_kernels.py` hold for torch forms too, and elsewhere run on torch forms.
 """
 
 import importlib.util
@@ -24,16 +24,16 @@ if not ON_KERNELS:
 
 @pytest.fixture
 def device():
-    """Where the kernels run, or the torch forms."""
+    """The device that the kernels, or the torch forms, run on."""
     return torch.device("cuda" if ON_KERNELS and not INTERPRETED else "cpu")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interpreter_does_once_what_it_repeats():
-    """Spare the interpreter more than a third of its time.
+def _faster_interpreter():
+    """Save more than a third of the interpreter's time.
 
-    It puts its own functions into the modules of Triton's language for each launch and again, to no effect, at each
-    call of a function within the kernel. And it makes a table of all dtypes whenever it looks one up.
+    The interpreter patches the modules of Triton's language at each launch and again, to no effect, at each call of a
+    function within a kernel. For each look-up of a dtype it builds a table of all dtypes. Here it does both once.
     """
     if not INTERPRETED:
         yield
@@ -43,22 +43,22 @@ def _interpreter_does_once_what_it_repeats():
 
     modules = {"tl": triton.language, "core": triton.language.core}
     interpreter._patch_lang(SimpleNamespace(__globals__=modules))
-    look_up, known = interpreter._get_np_dtype, {}
+    look_up, cache = interpreter._get_np_dtype, {}
 
-    def looked_up(dtype):
-        if dtype.name not in known:
-            known[dtype.name] = look_up(dtype)
-        return known[dtype.name]
+    def cached(dtype):
+        if dtype.name not in cache:
+            cache[dtype.name] = look_up(dtype)
+        return cache[dtype.name]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
-        patch.setattr(interpreter, "_get_np_dtype", looked_up)
+        patch.setattr(interpreter, "_get_np_dtype", cached)
         yield
 
 
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
-    """Run every op that has a kernel on it, and small cores in float64 on every GPU, as the torch forms have them."""
+    """Run every op on its kernel if it has one, and compute small cores in float64 on every GPU, as torch forms do."""
     if not ON_KERNELS:
         yield
         return
@@ -69,12 +69,12 @@ def on_kernels(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Fill what is allocated for results with NaN: an element that no program writes shows."""
+    """Fill memory for results with NaN, which shows every element that no program writes."""
 
     def filled(allocate):
         def call(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            # Unseen by dispatch modes: a launcher that fills what it allocates has no plan.
+            # Hide this from dispatch modes: a launcher that fills its memory would get no plan.
             with torch._C._DisableTorchDispatch():
                 return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
@@ -87,7 +87,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def _weak_float64(device, monkeypatch):
-    """Take the device for one whose float64 is slow: small cores of float32 factors are in float32 there."""
+    """Treat the device as one with slow float64, which computes small cores of float32 factors in float32."""
     from brandla_kernels._kernels import launch
 
     monkeypatch.setattr(launch, "WEAK_FLOAT64", (launch.target_of(torch.empty(0, device=device)).arch,))
@@ -95,6 +95,6 @@ def _weak_float64(device, monkeypatch):
 
 @pytest.fixture
 def _overflow_is_meant():
-    """The interpreter computes with NumPy, which warns of what a kernel then looks for."""
+    """The interpreter computes with NumPy, which warns of values that the kernel then looks for."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         yield

@@ -1,4 +1,4 @@
-"""The public functions on the kernels, for one factor, a batch and a list: as on the torch forms, to rounding."""
+"""The public functions give on kernels what they give on torch forms, to rounding: one factor, a batch and a list."""
 
 from functools import partial
 
@@ -12,43 +12,43 @@ from brandla import grouped
 from brandla_kernels import OPS, reads_are_free, sketch
 from brandla_kernels._kernels import plan
 from builders import assert_agree, make_columns, make_eigh, make_root
-from calls import ALL, WAITING, WITHOUT_WAITING, K, N, R, given, list_calls
+from calls import ALL, WAITING, WITHOUT_WAITING, K, N, R, list_calls, new_arguments
 from oracles import tolerance
 
-# These differ from others in what stays on the host, or take the interpreter long.
+# Calls that differ from others only in their work on the host, or take the interpreter long.
 LEFT_OUT = {
     *("root_update", "root_update, rule", "root_update, no columns", "root_update, k above n - r", "gram_ema_"),
     *("root_update_, tracked", "damped_solve, smallest", "damped_solve, mean", "is_finite", "largest_eigenvalue"),
-    # From nothing the columns come in no order of length. On a GPU they are always orthonormalised by length, on a CPU
-    # where that is needed: the same span in another basis. Lists have calls of their own.
+    # A refresh of zeros has columns in no order of length. A GPU always orthonormalises in that order, a CPU only if
+    # needed: the span is the same, its basis another. Grouped calls are below.
     *("eigh_refresh, begun", "grouped.root_update"),
 }
 CALLS = [name for name in (*WITHOUT_WAITING, *WAITING) if name not in LEFT_OUT] + [
     *("kron_damped_solve, root right", "kron_damped_solve, nothing held", "damped_power, nothing held"),
 ]
-# Those that launch other kernels, or the same ones otherwise.
-OF_LISTS = [
+# Grouped calls that launch other kernels than the rest, or launch the same ones in another way.
+GROUPED_CALLS = [
     *("root_update", "root_update, one value each", "root_update, tracked", "eigh_update, one value each"),
     *("damped_solve", "damped_solve, both kinds", "damped_solve, roots", "damped_solve, vectors", "damped_power"),
     *("kron_damped_solve, matrices", "kron_damped_solve, pairs", "kron_damped_power", "eigh_refresh"),
 ]
-UPDATE = {"cross_gram", "eigh_core", "eigh_rotation", "rotate"}
+UPDATE_OPS = {"cross_gram", "eigh_core", "eigh_rotation", "rotate"}
 
 
 @pytest.mark.parametrize(
     ("batch", "dtype"), [((), torch.float64), ((2,), torch.float32)], ids=["single float64", "batch float32"]
 )
 @pytest.mark.parametrize("name", CALLS)
-def test_function_gives_on_kernels_what_it_gives_on_torch_forms(name, batch, dtype, device):
-    results = ALL[name](given(dtype, batch).moved(device))
+def test_function_on_kernels_agrees_with_torch_forms(name, batch, dtype, device):
+    results = ALL[name](new_arguments(dtype, batch).moved(device))
     with brandla.backend("torch"):
-        expected = ALL[name](given(dtype, batch).moved(device))
+        expected = ALL[name](new_arguments(dtype, batch).moved(device))
     # A damped solve divides by the damping, which is 0.1.
     assert_agree(results, expected, tolerance(N, torch.float32 if "half" in name else dtype, 10))
 
 
-@pytest.mark.parametrize("name", OF_LISTS)
-def test_function_of_lists_gives_on_kernels_what_it_gives_on_torch_forms(name, device):
+@pytest.mark.parametrize("name", GROUPED_CALLS)
+def test_grouped_function_on_kernels_agrees_with_torch_forms(name, device):
     """Two factors of one class, one of another rank, and one with r + k > n."""
     lists, options = tree_map(
         lambda part: part.to(device) if isinstance(part, Tensor) else part,
@@ -58,23 +58,23 @@ def test_function_of_lists_gives_on_kernels_what_it_gives_on_torch_forms(name, d
     results = call()
     with brandla.backend("torch"):
         expected = call()
-    # Sums of length up to n = 50 in float32, in a different order, through three products.
+    # Three products, each a float32 sum of up to n = 50 terms in another order.
     assert_agree(results, expected, 3e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "make", "ops"),
     [
-        ("eigh_update", make_eigh, {*UPDATE, "rounded_gram", "cholesky_inverse_core"}),
-        ("root_update", make_root, UPDATE),
+        ("eigh_update", make_eigh, {*UPDATE_OPS, "rounded_gram", "cholesky_inverse_core"}),
+        ("root_update", make_root, UPDATE_OPS),
     ],
 )
 def test_a_function_runs_the_kernels_that_a_gpu_would_run(name, make, ops, device, monkeypatch):
-    launched, names, own = set(), {op.launch: op.name for op in OPS.values()}, plan.call
+    launched, names, original = set(), {op.launch: op.name for op in OPS.values()}, plan.call
 
     def call(plans, launch, *rest):
         launched.add(names[launch])
-        return own(plans, launch, *rest)
+        return original(plans, launch, *rest)
 
     monkeypatch.setattr(plan, "call", call)
     factor, columns = make(N, R, dtype=torch.float32), make_columns(N, K, dtype=torch.float32)

@@ -15,7 +15,7 @@ from builders import unchanged
 from op_cases import CASES, LAYOUTS, assert_computes, exact, grouped, op_of, operands, run
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
-# What has no formula: its own files compare it with its torch form.
+# Ops without a formula: files of their own compare them with their torch forms.
 CORES = [name for name in OPS if name not in CASES]
 TAKE_HALF = ("project", "cross_gram", "gram_ema_", "sketch")
 # n, r, k. Tiles have 128 rows, or 64 (float64, or beside a Gram matrix), 16 to 128 columns, and 32 (16) terms of a sum.
@@ -29,16 +29,16 @@ SIZES = {
     "half a widest tile and one": (65, 17, 65),
     "several tiles of columns": (5, 129, 130),
 }
-# What the dtype does not change is tested in one.
+# The sizes to test in float64 as well; the others do not depend on the dtype.
 OF_FLOAT64 = ("one", "half a widest tile and one", "several tiles of columns")
-# What the grouped ops take together: of different n, r and k, with no basis, and with no columns.
+# Problems of one grouped call: of different n, r and k, with no basis, with no columns, and with no rows.
 MIXED = [(37, 5, 3), (65, 33, 17), (11, 0, 4), (9, 4, 0), (0, 2, 2)]
 # Sizes that let a thread load 16 bytes at once.
 ALIGNED = [(64, 16, 32), (32, 32, 16), (96, 48, 80)]
 
 
 class NoCopies(TorchDispatchMode):
-    """Let no matrix of ``smallest`` elements or more be copied."""
+    """Forbid copies of matrices of ``smallest`` elements or more."""
 
     def __init__(self, smallest):
         super().__init__()
@@ -51,11 +51,11 @@ class NoCopies(TorchDispatchMode):
 
 
 def assert_kernel(case, new):
-    """Check an op against its formula, that it leaves its inputs alone, and that a kernel copies none of them."""
+    """Check an op against its formula, that it leaves its inputs alone, and that a kernel copies no large input."""
     arguments, overwrites = new(), op_of(case).endswith("_")
-    tall = max(part.shape[-2:].numel() for part in arguments if isinstance(part, Tensor))
+    largest = max(part.shape[-2:].numel() for part in arguments if isinstance(part, Tensor))
     may_copy = overwrites or not is_kernel(case, arguments[0].device)
-    with unchanged(arguments[overwrites:]), nullcontext() if may_copy else NoCopies(max(tall, 2)):
+    with unchanged(arguments[overwrites:]), nullcontext() if may_copy else NoCopies(max(largest, 2)):
         results = run(OPS[op_of(case)], arguments)
     assert_computes(case, results, new())
 
@@ -65,14 +65,13 @@ def is_kernel(case, device):
 
 
 def problems(case, sizes, layouts, *rest):
-    """Return the arguments of problems of these sizes, in these layouts, taken in turn."""
+    """Return the arguments of problems of these sizes, which take the layouts in turn."""
     return [operands(case, *size, layouts[index % len(layouts)], *rest) for index, size in enumerate(sizes)]
 
 
 def mapped(change, arguments):
-    """Return the arguments with every tensor changed but a seed."""
-    is_data = (isinstance(part, Tensor) and part.is_floating_point() for part in arguments)
-    return tuple(change(part) if own else part for part, own in zip(arguments, is_data, strict=True))
+    """Return the arguments with every tensor changed except a seed."""
+    return tuple(change(part) if isinstance(part, Tensor) and part.is_floating_point() else part for part in arguments)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +109,12 @@ def test_kernel_takes_a_batch_of_no_problems(case, device):
 
 @pytest.mark.usefixtures("_overflow_is_meant")
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_not_finite_spoils_its_own_problem_and_no_other(case, device):
+def test_non_finite_input_spoils_its_own_problem_and_no_other(case, device):
     op, new = OPS[op_of(case)], partial(operands, case, 9, 3, 2, "batched", FLOAT32, device)
     data = {operand.position for operand in op.signature.operands if operand.kind == "Data"}
     clean = run(op, new())
-    for position, value in [*((place, torch.inf) for place in data), *enumerate([torch.nan] * len(new()))]:
+    spoilt = [(position, torch.inf) for position in data] + [(position, torch.nan) for position in range(len(new()))]
+    for position, value in spoilt:
         arguments = new()
         if isinstance(arguments[position], Tensor) and arguments[position].is_floating_point():
             arguments[position][1, 1].view(-1)[-1] = value
@@ -126,7 +126,7 @@ def test_what_is_not_finite_spoils_its_own_problem_and_no_other(case, device):
 
 
 @pytest.mark.parametrize("case", ["project", "rotate", "damped_apply"])
-def test_matrices_of_one_call_lie_in_memory_as_they_please(case, device):
+def test_each_matrix_of_a_call_may_have_a_layout_of_its_own(case, device):
     layouts = ["batched, with gaps", "batched", "batched, one for all", "batched, permuted"]
 
     def new():
@@ -136,7 +136,7 @@ def test_matrices_of_one_call_lie_in_memory_as_they_please(case, device):
     assert_kernel(case, new)
 
 
-# Powers of ten of the root and of the columns: squares of float32 numbers of 10²⁵ and 10⁻²⁵ are no float32 numbers.
+# Powers of ten that scale the root and the columns. Squares of 10²⁵ and of 10⁻²⁵ are out of the range of float32.
 RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-36, 36), (15, -36)]
 
 
@@ -144,7 +144,7 @@ RANGES = [(0, -25), (0, 25), (25, 0), (25, 25), (-25, -10), (-30, 10), (-36, 36)
 @pytest.mark.parametrize("powers", RANGES, ids=str)
 @pytest.mark.parametrize("reads", [True, False], ids=["read", "not read"])
 def test_cross_gram_takes_columns_of_any_length(reads, powers, device, monkeypatch):
-    """Beside a problem in range, and one that nothing has come into yet; with branches on values, and without."""
+    """The batch also has a problem in range, and one whose root is zero; with and without branches on values."""
     monkeypatch.setattr(importlib.import_module("brandla_kernels.cross_gram"), "reads_are_free", lambda tensor: reads)
     parts = operands("cross_gram", 300, 17, 33, "batched", FLOAT64, device)
     root, columns = (part * 10.0**power for part, power in zip(parts, powers, strict=True))
@@ -156,7 +156,7 @@ def test_cross_gram_takes_columns_of_any_length(reads, powers, device, monkeypat
 
 
 STRIDES = {
-    "gaps, batch turned": lambda part: (
+    "gaps, batch transposed": lambda part: (
         torch.nn.functional.pad(part.transpose(0, 1).contiguous().repeat_interleave(3, -1), (0, 1))[..., :-1:3]
     ).transpose(0, 1),
     "by columns, irregular batch": lambda part: torch.cat([part, part[:, :1]], 1).mT.contiguous().mT[:, :-1],
@@ -165,7 +165,7 @@ STRIDES = {
 
 @pytest.mark.parametrize("case", [*CORES, "damped_inverse", "damped_inverse, matrix"])
 def test_strides_and_batch_of_small_problems_change_no_bit(case, device):
-    """Of order 17 and 26: blocks have 16 columns."""
+    """The orders are 17 and 26, and blocks have 16 columns."""
     op, arguments = OPS[op_of(case)], operands(case, 41, 9, 17, "batched", FLOAT32, device)
     expected = run(op, arguments)
     for stride in STRIDES.values():
@@ -177,8 +177,8 @@ def test_strides_and_batch_of_small_problems_change_no_bit(case, device):
 
 
 @pytest.mark.parametrize("case", [*CASES, *CORES])
-def test_kernel_repeats_itself_to_the_bit(case, device):
-    """Also over the programs that share a sum: their parts are added in a fixed order."""
+def test_two_runs_are_equal_to_the_bit(case, device):
+    """This includes sums over several programs, whose parts are added in a fixed order."""
     op, rows = OPS[op_of(case)], 70 if device.type == "cpu" else 2000
     single = (operands(case, rows, 17, 5, "plain", FLOAT32, device) for _ in range(2))
     assert all(map(torch.equal, *(run(op, arguments) for arguments in single)))
@@ -191,7 +191,7 @@ def test_kernel_repeats_itself_to_the_bit(case, device):
 # --- Lists
 
 
-# Sizes, layouts, dtype, and that of data in half precision.
+# Sizes, layouts, the dtype, and the dtype of data in half precision.
 LISTS = {
     "mixed": (MIXED, ["strided", "plain", "embedded"], FLOAT32, None),
     "mixed float64": (MIXED, ["plain"], FLOAT64, None),
@@ -203,10 +203,10 @@ LISTS = {
 
 
 @pytest.mark.parametrize(
-    ("case", "lists"), [(case, one) for case in CASES for one in LISTS if case in TAKE_HALF or "half" not in one]
+    ("case", "lists"), [(case, name) for case in CASES for name in LISTS if case in TAKE_HALF or "half" not in name]
 )
 def test_grouped_kernel_computes_the_formula_of_each_problem(case, lists, device):
-    """And pads stacks with zeros."""
+    """The op pads its stacks with zeros."""
     sizes, layouts, dtype, half = LISTS[lists]
     op = OPS[op_of(case)]
     arguments, given = (grouped(case, problems(case, sizes, layouts, dtype, device, half)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What is special to single kernels, beside the formulas of their ops."""
+"""Properties of single kernels, beyond the formulas of their ops."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from brandla_kernels._kernels.ahead import target_named
 from brandla_kernels._kernels.launch import recording
 from op_cases import assert_computes, grouped, operands, run
 
-# --- cross_gram: its stretches, and that it is two launches
+# --- cross_gram: stretches of rows, and two launches
 
 
 def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_the_bit(device, monkeypatch):
@@ -23,8 +23,8 @@ def test_a_long_sum_is_taken_in_stretches_and_the_gram_matrix_is_symmetric_to_th
 
 @pytest.mark.parametrize("rows", [100, 10**6])
 @pytest.mark.parametrize("form", ["single", "grouped", "rounded"])
-def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
-    """And those of a rounded sum are added up in float64."""
+def test_a_call_is_two_launches_with_short_enough_stretches(rows, form):
+    """The second launch adds in float64, for rounded products too."""
     op, problem = "rounded_gram" if form == "rounded" else "cross_gram", (torch.zeros(rows, 64), torch.zeros(rows, 32))
     arguments = grouped(op, [problem] * 9) if form == "grouped" else problem[: 1 + (form == "single")]
     with recording(target_named("sm_90")) as launches:
@@ -35,35 +35,35 @@ def test_a_call_is_two_launches_of_stretches_short_enough(rows, form):
     assert addition.arguments["below_ptr"].dtype == torch.float64
 
 
-# --- damped_inverse: the small problem beside the projection, and what must not spread
+# --- damped_inverse: the inverse computed beside the projection, and NaN that must not spread
 
 
 # Around the blocks of 16 columns, and the tiles of 64 rows.
 @pytest.mark.parametrize(
     ("order", "damping", "dtype"),
-    [(order, 1e-7, torch.float64) for order in (1, 15, 17, 65)] + [(40, each, torch.float32) for each in (3e-2, 1e-4)],
+    [(order, 1e-7, torch.float64) for order in (1, 15, 17, 65)] + [(40, damp, torch.float32) for damp in (3e-2, 1e-4)],
 )
 @pytest.mark.usefixtures("_weak_float64")
 def test_sweeps_invert_as_well_as_a_factorisation(order, damping, dtype, device):
-    """Eigenvalues from 1 to 10⁻⁹, then the damping: the error of an inverse is κ ε of its own size."""
+    """The eigenvalues go from 1 to 10⁻⁹, plus the damping. The error of an inverse is κ ε, relative to its size."""
     eps, generator = torch.finfo(dtype).eps, torch.Generator().manual_seed(order)
     turn = torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64)).Q
     gram = oracles.symmetrised((turn * torch.logspace(0, -9, order, dtype=torch.float64)) @ turn.mT).to(dtype)
     damped = gram + damping * torch.eye(order, dtype=torch.float64)
     expected = -torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    # Z for S, as Y − V of U = V = I and β = 1.
+    # With U = V = I and β = 1, Z is Y − V.
     identity = torch.eye(order, dtype=dtype, device=device)
     shift = identity.new_tensor([damping, 1 - damping])
     found = (OPS["damped_inverse"](identity, gram.to(device), *shift, identity) - identity).cpu().double()
     allowed = 8 * order**0.5 * eps * float(torch.linalg.cond(damped)) * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
-    # The residual is that of a backward stable method, not κ times it.
+    # The residual is that of a backward stable method, without the factor κ.
     residual = torch.linalg.matrix_norm(damped @ found + torch.eye(order, dtype=torch.float64), 2)
     sizes = torch.linalg.matrix_norm(damped, 2) * torch.linalg.matrix_norm(found, 2)
     assert residual <= 8 * order**0.5 * eps * sizes
 
 
-def test_a_problem_that_is_not_definite_is_nan_and_alone(device):
+def test_an_indefinite_problem_is_nan_and_no_other_is(device):
     basis, rhs = (torch.ones(5, 20, k, dtype=torch.float64, device=device) for k in (17, 2))
     gram, shift = torch.eye(17).to(basis).repeat(5, 1, 1), (basis.new_full((5,), 0.5), basis.new_zeros(5))
     gram[1:4, 16, 16] = torch.tensor([-0.5, -3.0, torch.nan]).to(basis)
@@ -72,7 +72,7 @@ def test_a_problem_that_is_not_definite_is_nan_and_alone(device):
     assert torch.equal(found[0], found[4])
 
 
-# --- sketch: its Ω is that of signs to the bit, and products with it lose nothing of float32 data
+# --- sketch: its Ω equals that of signs to the bit, and its products lose no bit of float32 data
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def seed(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 # Blocks have 32 rows and 16 to 128 columns, a call of Philox draws 32 rows of 4 columns.
 @pytest.mark.parametrize(("n", "width"), [(1, 1), (31, 4), (33, 17), (65, 131)], ids=str)
-def test_sketch_of_the_identity_is_the_test_matrix_of_problem_and_seed_of_now(n, width, dtype, seed, device):
+def test_sketch_of_the_identity_is_omega_of_the_problem_and_the_current_seed(n, width, dtype, seed, device):
     for number, problem in ((int(seed), 0), (2, 5)):
         seed.fill_(number)
         result = sketch(torch.eye(n, dtype=dtype, device=device), seed, width, problem)
@@ -92,7 +92,7 @@ def test_sketch_of_the_identity_is_the_test_matrix_of_problem_and_seed_of_now(n,
 
 
 def test_no_bit_of_float32_data_is_lost(seed, device):
-    """Integers of 20 bits times a power of two: sums of 16 of them need 24 bits, and every partial sum is exact."""
+    """Data are integers of 20 bits times a power of two: sums of 16 terms need 24 bits, so partial sums are exact."""
     generator = torch.Generator().manual_seed(3)
     whole = torch.randint(-(2**20), 2**20, (70, 16), generator=generator).to(device, torch.float32)
     for scale in (1.0, 2.0**-80, 2.0**90):
@@ -101,7 +101,7 @@ def test_no_bit_of_float32_data_is_lost(seed, device):
         assert torch.equal(sketch(matrix, seed, 8).double(), exact)
 
 
-# --- Offsets into a matrix are 64 bits wide: rows may lie further apart than 2³¹ elements reach
+# --- Offsets into a matrix have 64 bits: its elements may lie further apart than 2³¹
 
 ROWS, RANK, COLUMNS = 5, 3, 2
 # The last row starts at 2³¹ elements, or the last column does.
@@ -114,9 +114,9 @@ STRIDE = 2**29
     + [("project", 1, 0)],
 )
 def test_rows_or_columns_may_lie_further_apart_than_32_bits_reach(case, dim, listed, tmp_path, device):
-    """Memory on a CPU is that of a file with holes, so only the pages that hold an element take any.
+    """On a CPU the memory is a file with holes, so only pages that hold an element take space.
 
-    It begins 2³¹ elements before the matrix, where a 32-bit offset that wraps around would read zeros.
+    The file begins 2³¹ elements before the matrix, where a 32-bit offset that wraps around would read zeros.
     """
     sizes = (RANK, ROWS, COLUMNS) if dim else (ROWS, RANK, COLUMNS)
     basis, *others = operands(case, *sizes, "plain", torch.float32, device)
@@ -137,5 +137,5 @@ def test_rows_or_columns_may_lie_further_apart_than_32_bits_reach(case, dim, lis
 def test_a_list_is_overwritten_whatever_its_width(rank, device):
     problems = [operands("rotate_", n, rank, COLUMNS, "plain", torch.float32, device) for n in (130, 3)]
     expected = [run(OPS["rotate_"].torch_form, (basis.clone(), *others))[0] for basis, *others in problems]
-    for result, one in zip(run(OPS["rotate_"], grouped("rotate_", problems))[0], expected, strict=True):
-        torch.testing.assert_close(result.cpu(), one.cpu(), rtol=1e-4, atol=1e-4)
+    for result, wanted in zip(run(OPS["rotate_"], grouped("rotate_", problems))[0], expected, strict=True):
+        torch.testing.assert_close(result.cpu(), wanted.cpu(), rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The kernels of small cores: what they promise, and the torch forms' results where these are determined."""
+"""The kernels of small cores: their promises, and equality with the torch forms where the results are unique."""
 
 import math
 
@@ -25,7 +25,7 @@ SIZES = [
     *((0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1), (3, 2, 0), (5, 4, 9), (10, 5, 8), (10, 6, 10), (9, 8, 9)),
     (20, 13, 17),
 ]
-# Of more than 64, in tiles of 64.
+# An order above 64, which takes tiles of 64 rows.
 LARGE = (40, 26, 40)
 FAMILIES = (
     *("gaussian", "graded", "half the rank", "zero columns", "every column repeated", "columns in the span", "zero"),
@@ -33,9 +33,9 @@ FAMILIES = (
 
 
 def arguments_of(family, r, k, s, tol=0.0, dtype=FLOAT64):
-    """Return what the op takes of F and A of 3 (r + k) rows."""
+    """Return the op's arguments for F and A of 3 (r + k) + 1 rows."""
     families = oracles.panels(3 * (r + k) + 1, r + k, 0)
-    # By columns, so that none that may be chosen is rounding.
+    # Graded by columns, so that every column that may be chosen is above rounding.
     families["graded"] = families["gaussian"] * torch.logspace(0, -9, r + k, dtype=FLOAT64)
     spanning = families["gaussian"][:, :r]
     families["columns in the span"] = torch.cat([spanning, spanning @ oracles.gaussian(r, k, seed=1)], dim=1)
@@ -49,7 +49,7 @@ def launched(arguments, device):
 
 
 def expected_of(arguments):
-    """Return the results of the torch form, within which no kernel runs."""
+    """Return the results of the torch form, which runs no kernel."""
     with brandla.backend("torch"):
         return OPS["root_core"].torch_form(*arguments)
 
@@ -60,7 +60,7 @@ def core_of(arguments):
 
 
 def assert_promised(results, arguments):
-    """Check W, S⁺, what is left out and the trace that is added, by their definitions."""
+    """Check W, S⁺, the norm of what is left out, and the added trace, by their definitions."""
     small, of_root, of_columns, left_out, added = (part.double() for part in results)
     decay, weight = (part.double().sqrt() for part in arguments[3:5])
     core, rotation = core_of(arguments), torch.cat([of_root / decay, of_columns / weight])
@@ -68,7 +68,7 @@ def assert_promised(results, arguments):
     norm = float(torch.linalg.matrix_norm(core)) or 1.0
     assert torch.equal(small, small.mT)
     alive = rotation.square().sum(0) > 0.5
-    # Each entry of a Gram matrix of m rounded numbers of unit columns.
+    # An entry of this Gram matrix is a sum of m rounded numbers, of unit columns.
     inner = rotation.mT @ rotation - torch.diag_embed(alive.double())
     assert (inner.abs() <= 4 * math.sqrt(m) * eps).all()
     assert (rotation[:, ~alive] == 0).all()
@@ -83,8 +83,8 @@ def assert_promised(results, arguments):
 @pytest.mark.parametrize(
     ("size", "dtype"), [(size, dtype) for size in SIZES for dtype in (FLOAT32, FLOAT64)] + [(LARGE, FLOAT32)], ids=str
 )
-def test_results_are_those_of_the_torch_form(size, dtype, device):
-    """Where eigenvalues differ, W follows from K: to the rounding of K over the gaps, which are above 1e-3 here."""
+def test_results_equal_those_of_the_torch_form(size, dtype, device):
+    """Distinct eigenvalues determine W up to the rounding of K over their gaps, which are above 1e-3 here."""
     arguments = arguments_of("gaussian", *size, dtype=dtype)
     results, expected = launched(arguments, device), expected_of(arguments)
     error = 4 * torch.finfo(dtype).eps + 1e4 * sum(size[:2]) * EPS
@@ -99,26 +99,26 @@ def test_results_are_those_of_the_torch_form(size, dtype, device):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("_weak_float64")
-def test_every_family_by_its_definition_with_as_much_of_the_trace(family, tol, dtype, device):
-    """The core is in the dtype of the factor."""
+def test_every_family_meets_its_definition_and_keeps_as_much_of_the_trace(family, tol, dtype, device):
+    """The device has slow float64, so the core is in the dtype of the factor."""
     arguments = arguments_of(family, 10, 7, 9, tol, dtype)
     results, expected = launched(arguments, device), expected_of(arguments)
     assert_promised(results, arguments)
     kept, wanted = (float(part[0].double().trace()) for part in (results, expected))
-    # In directions whose values are rounding either may have taken another one.
+    # Kernel and torch form may differ in directions whose eigenvalues are rounding.
     assert abs(kept - wanted) <= 64 * 17 * torch.finfo(dtype).eps * wanted
 
 
 @pytest.mark.usefixtures("_weak_float64")
 def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device):
-    """The 21st update, with which one stream has moved to a subspace that is orthogonal to the old one."""
+    """In the 21st update, one of the streams has just moved to a subspace orthogonal to the old one."""
     n, r, k, streams = 60, 18, 6, ("slow", "fast", "rank-16", "repeated-8", "switch")
     batches = zip(*(oracles.batches(name, n, k, 21, dtype=FLOAT32) for name in streams), strict=True)
     *before, columns = map(torch.stack, batches)
     root = brandla.LowRankRoot.zeros(n, r, batch_shape=(len(streams),))
     with brandla.backend("torch"):
-        for each in before:
-            root = brandla.root_update(root, each, decay=0.95, weight=0.05)
+        for batch in before:
+            root = brandla.root_update(root, batch, decay=0.95, weight=0.05)
         inner = cross_gram(root.root, columns)
     numbers = (torch.full((len(streams),), number, dtype=FLOAT64) for number in (0.95, 0.05))
     arguments = (root.gram, *inner, *numbers, r, 0.0, True)
@@ -131,7 +131,7 @@ def test_a_core_in_float32_leaves_out_no_more_of_a_stream(device):
         assert lost <= 1.01 * least + 8 * torch.finfo(FLOAT32).eps * whole, stream
 
 
-def test_what_is_not_finite_is_nan_in_its_own_problem_alone(device):
+def test_non_finite_input_makes_its_own_problem_nan_and_no_other(device):
     spoilt = [(place, value) for place in range(5) for value in (math.nan, math.inf)]
     one = arguments_of("gaussian", 6, 4, 6)
     arguments = [torch.stack([part] * (1 + len(spoilt))) for part in one[:5]]
@@ -144,9 +144,9 @@ def test_what_is_not_finite_is_nan_in_its_own_problem_alone(device):
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e25])
 def test_any_scale_gives_the_same_rotation(scale, device):
-    """Squares of 10²⁵ are beyond float32: all is NaN there; those of 10⁻²⁵ are below it: S⁺ is 0."""
+    """The squares of 10²⁵ are beyond float32: all results are NaN. Those of 10⁻²⁵ are below it: S⁺ is 0."""
     plain = arguments_of("gaussian", 6, 4, 6, dtype=FLOAT32)
-    # The root is empty, so that nothing of float32 leaves its range before the core does.
+    # The root is zero, so that no float32 operand leaves its range before the core does.
     scaled = (plain[0] * 0, plain[1] * 0, plain[2] * scale**2, *plain[3:])
     small, _, rotation, *_ = launched(scaled, device)
     if scale > 1:
@@ -159,22 +159,22 @@ def test_any_scale_gives_the_same_rotation(scale, device):
     torch.testing.assert_close(rotation, expected)
 
 
-def test_what_is_not_measured_is_zero(device):
+def test_the_norm_left_out_is_zero_unless_it_is_measured(device):
     arguments = arguments_of("gaussian", 6, 4, 6)
     *results, left_out, _ = launched((*arguments[:-1], False), device)
     assert left_out == 0
     assert all(map(torch.equal, results, launched(arguments, device)))
 
 
-# --- Around an eigendecomposition: the torch forms' results, and what makes a core empty or not finite
+# --- Around an eigendecomposition: equality with the torch forms, and cores that are empty or not finite
 
 CORE, ROTATION = (OPS[name].torch_form for name in ("eigh_core", "eigh_rotation"))
-# r and k: orders 0 and 1, without old or new columns, around the tiles of 32.
+# r and k: orders 0 and 1, no old or no new columns, and orders around the tiles of 32.
 ORDERS = [(0, 0), (1, 0), (0, 1), (1, 1), (5, 0), (0, 3), (20, 11), (20, 13), (40, 26)]
 
 
-def products_of(r, k, dtype, *, diagonal, seed=0):
-    """Return what `eigh_core` takes of F and A; of orthonormal U and d with ``diagonal``."""
+def core_arguments(r, k, dtype, *, diagonal, seed=0):
+    """Return the arguments of `eigh_core` for F and A, or with ``diagonal`` for orthonormal U, d and A."""
     both = oracles.gaussian(2 * (r + k) + 1, r + k, seed=seed)
     root = torch.linalg.qr(both[:, :r]).Q if diagonal else both[:, :r]
     cross, own, gram, *numbers = eigh_core_operands(root.to(dtype), both[:, r:].to(dtype))
@@ -182,16 +182,16 @@ def products_of(r, k, dtype, *, diagonal, seed=0):
 
 
 def assert_same(results, expected, dtype):
-    found, eps = tuple(part.cpu() for part in results), torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=8 * eps, atol=1e-14, equal_nan=True)
+    results, eps = tuple(part.cpu() for part in results), torch.finfo(dtype).eps
+    torch.testing.assert_close(results, expected, rtol=8 * eps, atol=1e-14, equal_nan=True)
 
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["root", "eigenvalues"])
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("size", ORDERS, ids=str)
-def test_core_is_that_of_the_torch_form(size, rounded, diagonal, dtype, device):
-    several = [products_of(*size, dtype, diagonal=diagonal, seed=seed) for seed in range(2)]
-    for arguments in (several[0], tuple(map(torch.stack, zip(*several, strict=True)))):
+def test_core_equals_the_torch_form(size, rounded, diagonal, dtype, device):
+    problems = [core_arguments(*size, dtype, diagonal=diagonal, seed=seed) for seed in range(2)]
+    for arguments in (problems[0], tuple(map(torch.stack, zip(*problems, strict=True)))):
         results = eigh_kernels.eigh_core(*(part.to(device) for part in arguments), rounded)
         assert_same(results, CORE(*arguments, rounded), dtype if rounded else torch.float64)
         assert results[0].dtype == (dtype if rounded else torch.float64)
@@ -199,10 +199,10 @@ def test_core_is_that_of_the_torch_form(size, rounded, diagonal, dtype, device):
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["root", "eigenvalues"])
 def test_a_core_may_be_empty_in_part_or_vanish_or_not_be_finite(diagonal, device):
-    arguments = [torch.stack([part] * 7) for part in products_of(6, 4, torch.float32, diagonal=diagonal)]
+    arguments = [torch.stack([part] * 7) for part in core_arguments(6, 4, torch.float32, diagonal=diagonal)]
     cross, own, gram, _, weight = arguments
-    # Of problem 1 an old and a new column are 0; 2 vanishes in float64, 3 is beyond float32; 4 and 5 are not finite.
-    # All entries of 6 vanish, and their sum does not.
+    # Problem 1 has an old and a new column of zeros, 2 vanishes in float64, 3 is beyond float32. Neither 4 nor 5 is
+    # finite. All entries of 6 vanish, but their sum does not.
     gram[1, 2], gram[1, ..., 2], cross[1, 2], cross[1, :, 1], own[1, 1], own[1, :, 1] = 0, 0, 0, 0, 0, 0
     for part, factor in ((gram, 0), (cross, 1e-320), (own, 1e-320)):
         part[2] *= factor
@@ -220,19 +220,19 @@ def test_a_core_may_be_empty_in_part_or_vanish_or_not_be_finite(diagonal, device
 @pytest.mark.parametrize("unit", [False, True], ids=["root", "unit"])
 @pytest.mark.parametrize("tol", [0.0, 0.2])
 @pytest.mark.parametrize(("m", "rank"), [(0, 0), (1, 1), (5, 0), (9, 9), (33, 20), (65, 40)])
-def test_rotation_is_that_of_the_torch_form(m, rank, tol, unit, dtype, device):
-    several = []
+def test_rotation_equals_the_torch_form(m, rank, tol, unit, dtype, device):
+    problems = []
     for seed in range(3):
         panel = oracles.gaussian(m + 3, m, seed=seed)
         core = panel.mT @ panel / max(m, 1)
-        # The second has empty coordinates, the third is not finite.
+        # The second problem has empty coordinates, the third is not finite.
         if seed == 1:
             core[: m // 2], core[:, : m // 2] = 0, 0
             core.diagonal()[: m // 2] = EMPTY
         levels, vectors = torch.linalg.eigh(core.to(dtype))
         rows, scale = panel[0].abs(), torch.tensor(math.nan if seed == 2 else 3.0, dtype=torch.float64)
-        several.append((levels, vectors, rows * (scale / scale), scale))
-    for arguments in (several[0], tuple(map(torch.stack, zip(*several, strict=True)))):
+        problems.append((levels, vectors, rows * (scale / scale), scale))
+    for arguments in (problems[0], tuple(map(torch.stack, zip(*problems, strict=True)))):
         results = eigh_kernels.eigh_rotation(*(part.to(device) for part in arguments), rank, tol, unit)
         assert_same(results, ROTATION(*arguments, rank, tol, unit), dtype)
     values, rotation, left_out = (part.cpu() for part in results)

@@ -1,4 +1,4 @@
-"""The small-SPD kernel: its definition, and the mask of the torch form, on panels that Cholesky QR has trouble with."""
+"""The small-SPD kernel meets its definition, and has the torch form's mask, on panels that are hard for Cholesky QR."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ FAMILIES = (
     *("gaussian", "graded", "columns of very different length", "half the rank", "every column repeated"),
     *("zero columns", "zero", "nearly repeated", "nearly cancelling", "noise, then its direction"),
 )
-# Of orders that the interpreter takes long for, the families that reach every branch.
+# Families that together reach every branch, for orders that take the interpreter long.
 OF_EVERY_BRANCH = ("graded", "half the rank", "nearly cancelling")
-# Around the blocks of 16 columns, and the tiles of 32 and 128 rows.
+# Orders around the blocks of 16 columns and the tiles of 32 and 128 rows.
 ORDERS = dict.fromkeys((0, 1, 2, 17), FAMILIES) | dict.fromkeys((15, 33, 65), OF_EVERY_BRANCH) | {129: ("gaussian",)}
 
 
 def problem_of(k, *families):
-    """Return the Gram matrices of (2k + 5) × k panels, or that of one, and the lengths of their columns."""
+    """Return the Gram matrices of (2k + 5) × k panels, stacked unless it is one, and the lengths of their columns."""
     panels = oracles.panels(2 * k + 5, k, 0)
     panel = torch.stack([panels[family] for family in families]).squeeze(0)
     gram = panel.mT @ panel
@@ -32,7 +32,7 @@ def solve(gram, scale, threshold, device):
 
 
 def growth(gram, scale, threshold):
-    """Return what is compared with 1/θ, times θ, by the definition: rows of the inverse of the shifted factor."""
+    """Return θ times the squared rows of the shifted factor's inverse, by definition; a live column has less than 1."""
     inverse_scale = torch.where(scale > 0, 1 / scale, 0)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
     shifted = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :] + threshold / 4 * identity
@@ -47,8 +47,8 @@ def assert_definition(gram, scale, transform, live):
     assert torch.equal(transform, transform.triu())
     assert (transform[~live[..., None, :].expand_as(transform)] == 0).all()
     assert (transform[~live[..., :, None].expand_as(transform)] == 0).all()
-    # Cholesky factors are exact for a matrix k·ε away, k the length of its inner products, and so are the entries of
-    # E = S⁻¹GS⁻¹, for S the scale; T̂ = S T multiplies that on both sides. The product that checks it does the same.
+    # Cholesky factors are exact for a matrix k·ε away, k the length of its inner products. The entries of E = S⁻¹GS⁻¹,
+    # S the scale, are as exact. T̂ = S T multiplies this error on both sides; the product that checks it does the same.
     k = gram.shape[-1]
     equilibrated = transform * scale[..., :, None]
     defect = transform.mT @ gram @ transform - torch.diag_embed(live.double())
@@ -57,24 +57,24 @@ def assert_definition(gram, scale, transform, live):
 
 
 @pytest.mark.parametrize("k", ORDERS)
-def test_every_family_by_its_definition_with_the_mask_of_the_torch_form(k, device):
+def test_every_family_meets_its_definition_with_the_mask_of_the_torch_form(k, device):
     gram, scale = problem_of(k, *ORDERS[k])
-    # θ whose δ is about sixteen times the rounding of the Gram matrix, and the same of float32 data.
+    # δ of the first θ is about sixteen times the rounding of the Gram matrix; the second is the same for float32 data.
     lowest, of_float32_data = (64 * max(k, 1) * noise for noise in (EPS, torch.finfo(torch.float32).eps ** 2))
     for threshold in (lowest, of_float32_data)[: 2 if k == 17 else 1]:
         transform, live = solve(gram, scale, threshold, device)
         assert_definition(gram, scale, transform, live)
         expected = CORE.torch_form(gram, scale, threshold)[1]
-        # Rounding decides nothing further away from the threshold.
+        # Only close to the threshold may rounding decide.
         near = (growth(gram, scale, threshold) - 1).abs() < 1 / 16
         assert torch.equal(live | near, expected | near)
 
 
 @pytest.mark.parametrize("k", [8, 40])
-def test_where_the_live_columns_break_down_the_shifted_factor_serves(k, device):
+def test_the_shifted_factor_serves_if_the_live_columns_break_down(k, device):
     threshold = 1e-6
-    # L⁻¹ of the shifted matrix: no row is longer than 1/√θ, but all lie in one direction, in which the matrix is
-    # smaller than the shift, for k > 4.
+    # L⁻¹ of the shifted matrix. No row is longer than 1/√θ, but all rows lie in one direction. For k > 4 the matrix is
+    # smaller than the shift in this direction.
     inverse = torch.eye(k, dtype=torch.float64)
     inverse[:, 0] = (0.9 / threshold) ** 0.5
     factor = torch.linalg.solve_triangular(inverse, torch.eye(k, dtype=torch.float64), upper=False)

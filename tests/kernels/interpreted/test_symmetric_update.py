@@ -1,4 +1,4 @@
-"""The kernels of gram_ema_: the walk over a triangle of tiles, symmetry to the bit, what is read and what is not."""
+"""The kernels of gram_ema_: the walk over a triangle of tiles, symmetry to the bit, and which entries are read."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ FLOAT32 = torch.float32
 
 @triton.jit
 def walk_kernel(index_ptr, tile_ptr, tiles):
-    """Write (i, j) of the tile at the place that ``index_ptr`` holds for each program."""
+    """Write (i, j) of one tile per program; ``index_ptr`` holds its place in the walk."""
     program = tl.program_id(0)
     row, column = tile_in_triangle(tl.load(index_ptr + program), tiles)
     tl.store(tile_ptr + 2 * program, row)
@@ -27,13 +27,13 @@ def walk_kernel(index_ptr, tile_ptr, tiles):
 
 
 def walk(index, tiles):
-    found = torch.full((len(index), 2), -1, dtype=torch.int64, device=index.device)
-    walk_kernel[(len(index),)](index, found, tiles)
-    return [tuple(pair) for pair in found.tolist()]
+    pairs = torch.full((len(index), 2), -1, dtype=torch.int64, device=index.device)
+    walk_kernel[(len(index),)](index, pairs, tiles)
+    return [tuple(pair) for pair in pairs.tolist()]
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 8, 9, 17])
-def test_walk_meets_every_tile_of_the_triangle_once_and_ends_a_band_of_eight_rows_first(tiles, device):
+def test_walk_meets_every_tile_of_the_triangle_once_one_band_of_eight_rows_after_another(tiles, device):
     met = walk(torch.arange(tiles * (tiles + 1) // 2, dtype=torch.int32, device=device), tiles)
     assert sorted(met) == [(row, column) for row in range(tiles) for column in range(row + 1)]
     bands = [row // 8 for row, _ in met]
@@ -42,7 +42,7 @@ def test_walk_meets_every_tile_of_the_triangle_once_and_ends_a_band_of_eight_row
 
 @pytest.mark.parametrize("row", [4095, 5793, 46340, 65527, 65534])
 def test_walk_is_exact_where_the_root_in_float32_is_not(row, device):
-    """At the first and the last places of the bands that begin and end there: 8·index + 1 has up to 34 bits."""
+    """Tests the first and last places of a band, and its neighbours: 8·index + 1 has up to 34 bits there."""
     top = row // 8 * 8
     first, last = top * (top + 1) // 2, (top + 8) * (top + 9) // 2 - 1
     index = torch.tensor([first - 1, first, last, last + 1], dtype=torch.int64, device=device)
@@ -51,19 +51,19 @@ def test_walk_is_exact_where_the_root_in_float32_is_not(row, device):
     assert walk(index, 2**16) == expected[: len(index)]
 
 
-# n, k: tiles have 16 to 128 rows, sums are taken 16 to 64 terms at a time, and a long one is split.
+# Sizes n and k: tiles have 16 to 128 rows, a step sums 16 to 64 terms, and long sums are split.
 @pytest.mark.parametrize(
     ("n", "k", "dtype", "data"),
     [
         *((129, 33, FLOAT32, data) for data in (FLOAT32, torch.bfloat16, torch.float16)),
         *((65, 33, torch.float64, torch.float64), (15, 6, FLOAT32, FLOAT32), (16, 6, FLOAT32, FLOAT32)),
-        # Aligned: tiles of 128, and two rows of them.
+        # Aligned data take tiles of 128 rows, and these two rows of tiles.
         *((132, 4, FLOAT32, FLOAT32), (132, 68, FLOAT32, FLOAT32)),
     ],
     ids=str,
 )
-def test_lower_triangle_alone_is_read_and_all_is_written_and_nothing_around_it(n, k, dtype, data, device):
-    """And both triangles are equal to the bit."""
+def test_only_the_lower_triangle_is_read_and_both_are_written_and_nothing_around_them(n, k, dtype, data, device):
+    """The two triangles are equal to the bit."""
     matrix = oracles.symmetrised(oracles.gaussian(n, n, seed=0)).to(device, dtype)
     columns = oracles.gaussian(n, k, seed=1).to(device, data)
     around = torch.full((n + 4, n + 8), 5.0, dtype=dtype, device=device)
@@ -78,6 +78,6 @@ def test_lower_triangle_alone_is_read_and_all_is_written_and_nothing_around_it(n
 
 @pytest.mark.parametrize("kernel", [symmetric_product_kernel, symmetric_update_kernel])
 def test_decay_and_weight_are_passed_in_float64(kernel):
-    """Triton passes a float as float32 unless the parameter says otherwise, which its interpreter does not show."""
+    """Triton passes a float as float32 unless its parameter is annotated. The interpreter does not show this."""
     annotations = getattr(kernel, "fn", kernel).__annotations__
     assert annotations["decay"] == annotations["weight"] == "tl.float64"
