@@ -296,7 +296,7 @@ def _in_groups(
     lists: tuple[Sequence[Any], ...],
     **options: Any,
 ) -> list[Any]:
-    """Compute the calls of each group together, and calls with key None or with a key of their own one by one.
+    """Compute the calls of each group together. Calls with key None, or alone in a group, are computed singly.
 
     All calls are checked first, unless lists of the same layout have passed the check before.
     """

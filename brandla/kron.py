@@ -190,7 +190,7 @@ class Joint(NamedTuple):
     fitted: Tensor | None  # replaces the products of eigenvalues in both spans
 
     def eigenvalues(self, left: Tensor, left_tail: Number, right: Tensor, right_tail: Number) -> tuple[Tensor, ...]:
-        """Return those of A ⊗ G + δI in both spans (..., s, r), in the left (..., s), in the right and in neither."""
+        """Return eigenvalues of A ⊗ G + δI in both spans (..., s, r), only in the left or right one, and in neither."""
         both = left[..., :, None] * right[..., None, :] if self.fitted is None else self.fitted
         neither = torch.as_tensor(left_tail * right_tail + self.damping, dtype=both.dtype, device=both.device)
         in_left, in_right = left * over(right_tail) + over(self.damping), right * over(left_tail) + over(self.damping)
@@ -229,41 +229,41 @@ class Power(NamedTuple):
 
     def result(self) -> Tensor:
         """Apply the power."""
-        (in_both, in_left, in_right, scale), left, right = self.coefficients()
+        (z, z_left, z_right, scale), left, right = self.coefficients()
         u, v, w = broadcast_parts(left, right, self.matrix)
         projected = u.mT @ w
-        rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
-        columns = (w @ v) * in_right[..., None, :]
+        rows = z_left[..., :, None] * projected + (z * (projected @ v)) @ v.mT
+        columns = (w @ v) * z_right[..., None, :]
         return scaled_sum(scale.expand(w.shape[:-2]), w, torch.cat([u, columns], -1), torch.cat([rows, v.mT], -2))
 
     def coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
         """Return z, z_U, z_V and β, and U and V."""
         (left, left_values), (right, right_values) = self.joint.left.eigenpairs(), self.joint.right.eigenpairs()
-        *eigenvalues, neither = self.joint.eigenvalues(*left_values, *right_values)
-        ratios = (values / over(neither, dims) for values, dims in zip(eigenvalues, (2, 1, 1), strict=True))
-        in_both, in_left, in_right = (ratio**self.exponent - 1 for ratio in ratios)
-        in_both = in_both - in_left[..., :, None] - in_right[..., None, :]
-        return (in_both, in_left, in_right, neither**self.exponent), left, right
+        in_both, in_left, in_right, neither = self.joint.eigenvalues(*left_values, *right_values)
+        p, neither_column = self.exponent, over(neither)
+        z_left, z_right = (in_left / neither_column) ** p - 1, (in_right / neither_column) ** p - 1
+        z = (in_both / over(neither, 2)) ** p - 1 - z_left[..., :, None] - z_right[..., None, :]
+        return (z, z_left, z_right, neither**p), left, right
 
 
 def powers_together(problems: Sequence[Power]) -> Sequence[Tensor]:
     """Apply powers that share the exponent and the kinds and ranks of their factors, each to its W.
 
-    One launch serves all of them: V and the products with it are stacked, with rows of zeros below the shorter ones.
+    Each launch serves all problems: V and the products with V are stacked, with zeros in place of missing rows.
     """
     matrices: Any = [problem.matrix for problem in problems]
     joint = _joined([problem.joint for problem in problems])
-    (in_both, in_left, in_right, scale), left, right = Power(joint, matrices, problems[0].exponent).coefficients()
+    (z, z_left, z_right, scale), left, right = Power(joint, matrices, problems[0].exponent).coefficients()
     scale = scale.expand(len(left))
-    one_size = len({len(basis) for basis in right}) == 1
-    turned = torch.stack(list(right)) if one_size else pad_sequence(list(right), batch_first=True)
-    columns = times(matrices, turned)
-    inner = in_both * ops.project(left, columns)
-    columns = ops.rotate(left, columns, inner, torch.diag_embed(in_right))
-    beside = times(columns, scale[:, None, None] * turned.mT)
-    applied: Any = ops.damped_apply(left, in_left, scale, matrices)
-    unpadded = [block[:, : len(basis)] for block, basis in zip(beside, right, strict=True)]
-    summed: Sequence[Tensor] = torch._foreach_add(applied, unpadded)
+    same_size = len({len(basis) for basis in right}) == 1
+    v = torch.stack(list(right)) if same_size else pad_sequence(list(right), batch_first=True)
+    columns = times(matrices, v)
+    inner = z * ops.project(left, columns)
+    columns = ops.rotate(left, columns, inner, torch.diag_embed(z_right))
+    right_terms = times(columns, scale[:, None, None] * v.mT)
+    left_terms: Any = ops.damped_apply(left, z_left, scale, matrices)
+    unpadded = [block[:, : len(basis)] for block, basis in zip(right_terms, right, strict=True)]
+    summed: Sequence[Tensor] = torch._foreach_add(left_terms, unpadded)
     return summed
 
 
