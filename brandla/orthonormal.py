@@ -254,9 +254,8 @@ def _permuted(gram: Tensor, order: Tensor) -> Tensor:
 def _pivot_order(gram: Tensor, scale: Tensor, threshold: float) -> Tensor:
     """Return an order of the columns that compares none with much weaker ones: pivoting, three levels deep.
 
-    First come the columns that stand out from longer columns at a coarse threshold, then those at a finer one, then
-    the rest. A coefficient on an earlier column is at most about θ^(−1/6). If all columns stand out clearly from the
-    columns before them, they keep their order.
+    First come columns that stand out from longer columns at a coarse threshold, then at a finer one, then the rest. A
+    coefficient on an earlier column is at most about θ^(−1/6). Columns that all stand out clearly keep their order.
     """
     levels = (threshold ** (1 / 3), threshold ** (2 / 3))
     clear = _all_live(ops.live_columns(gram, scale, levels[0]), scale)

@@ -112,8 +112,7 @@ def randomized_eigh(
     else:
         test = _signs(matrix, width, generator)
         if start is not None:
-            is_zero = (start == 0).all(-2, keepdim=True)
-            filled = torch.where(is_zero, test[..., : start.shape[-1]], start)
+            filled = torch.where((start == 0).all(-2, keepdim=True), test[..., : start.shape[-1]], start)
             test = torch.cat([filled.to(test.dtype), test[..., start.shape[-1] :]], -1)
         if power_iterations == 0:
             test, _ = orthonormalize(test)

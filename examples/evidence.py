@@ -64,11 +64,10 @@ def main(steps: int = 100) -> None:
     for precision in PRECISIONS:
         for taken in (steps // 4, steps):
             model = train(inputs[:TRAINING], labels[:TRAINING], precision, taken)
-            log_evidence = evidence_of(model, inputs[:TRAINING], labels[:TRAINING], precision)
+            marginal = evidence_of(model, inputs[:TRAINING], labels[:TRAINING], precision)
             validated = cross_validated(inputs[:TRAINING], labels[:TRAINING], precision, taken)
             unseen = -cross_entropy(model(inputs[TRAINING:]), labels[TRAINING:]).item()
-            cells = (f"{value:.3f}" for value in (log_evidence, validated, unseen))
-            table.add_row(f"{precision:g}", str(taken), *cells)
+            table.add_row(f"{precision:g}", str(taken), *(f"{value:.3f}" for value in (marginal, validated, unseen)))
     Console().print(table)
 
 

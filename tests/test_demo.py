@@ -108,8 +108,7 @@ def test_a_failed_decomposition_has_no_time(monkeypatch):
 
 def test_every_method_gets_the_same_search_and_learns_from_every_seed(content):
     runs, trials = content["runs"], content["trials"]
-    expected = [(seed, method.name) for seed in (0, 1) for method in METHODS]
-    assert [(run["seed"], run["method"]) for run in runs] == expected
+    assert [(run["seed"], run["method"]) for run in runs] == [(seed, m.name) for seed in (0, 1) for m in METHODS]
     assert all(run["finished"] and len(run["milliseconds"]) == 6 for run in runs)
     assert [at["step"] for at in runs[0]["evaluations"]] == [2, 4, 6]
     for run in runs:

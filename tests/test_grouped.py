@@ -133,9 +133,8 @@ def test_lists_of_a_checked_layout_are_computed_from_their_own_tensors_and_numbe
     """A check of one list is reused for another list only if everything that it reads is the same."""
     half, quarter = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
     doubled = [2 * part for part in COLUMNS]
-    lists = [(columns, half, half) for columns in (COLUMNS, doubled)]
-    lists += [(COLUMNS, half, quarter), (doubled, quarter, half), (doubled, 0.5, 1.0)]
-    for columns, decay, weight in [*lists, *lists]:
+    lists = [(COLUMNS, half, half), (doubled, half, half), (COLUMNS, half, quarter), (doubled, quarter, half)]
+    for columns, decay, weight in 2 * [*lists, (doubled, 0.5, 1.0)]:
         for rank in ([5, 8, 1, 12], [4, 8, 1, 12]):
             options = {"decay": decay, "weight": weight, "rank": rank}
             assert_same(*grouped_and_single("root_update", [ROOTS, columns], options))

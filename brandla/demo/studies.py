@@ -169,28 +169,29 @@ KFAC_RATES = (0.03, 0.3)
 METHODS = (
     Method("SGD, momentum", (0.05, 0.5)),
     Method("AdamW", (0.002, 0.02)),
-    Method("K-FAC", KFAC_RATES, lambda of: Exact(inverse_every=of.inverse_every)),
-    Method("RS-KFAC", KFAC_RATES, lambda of: Randomized(of.rank, method="svd", inverse_every=of.inverse_every)),
-    Method("SRE-KFAC", KFAC_RATES, lambda of: Randomized(of.rank, method="eigh", inverse_every=of.inverse_every)),
-    Method("B-KFAC", KFAC_RATES, lambda of: Brand(of.rank)),
-    Method("B-KFAC, sketched", KFAC_RATES, lambda of: Brand(of.rank, sketch=of.rank // 2)),
-    Method("B-R-KFAC", KFAC_RATES, lambda of: BrandRandomized(of.rank)),
-    Method("B-KFAC-C", KFAC_RATES, lambda of: BrandCorrected(of.rank)),
+    Method("K-FAC", KFAC_RATES, lambda s: Exact(inverse_every=s.inverse_every)),
+    Method("RS-KFAC", KFAC_RATES, lambda s: Randomized(s.rank, method="svd", inverse_every=s.inverse_every)),
+    Method("SRE-KFAC", KFAC_RATES, lambda s: Randomized(s.rank, method="eigh", inverse_every=s.inverse_every)),
+    Method("B-KFAC", KFAC_RATES, lambda s: Brand(s.rank)),
+    Method("B-KFAC, sketched", KFAC_RATES, lambda s: Brand(s.rank, sketch=s.rank // 2)),
+    Method("B-R-KFAC", KFAC_RATES, lambda s: BrandRandomized(s.rank)),
+    Method("B-KFAC-C", KFAC_RATES, lambda s: BrandCorrected(s.rank)),
 )
 
 
-def train(method: Method, rate: float, seed: int, steps: int, parts: tuple[Split, Split], of: Settings) -> Row:
+def train(method: Method, rate: float, seed: int, steps: int, parts: tuple[Split, Split], settings: Settings) -> Row:
     """Train the network of a seed on the first part, and evaluate it on the second. Report the factors' memory too."""
-    model, kfac = data.seeded(seed, data.mlp, 64, of.width, of.width, 10).to(of.device), None
+    model, kfac = data.seeded(seed, data.mlp, 64, settings.width, settings.width, 10).to(settings.device), None
     if method.strategy is not None:
-        kfac = KFAC(model, method.strategy(of), damping=of.damping, clip=of.clip, decay=of.decay)
+        strategy = method.strategy(settings)
+        kfac = KFAC(model, strategy, damping=settings.damping, clip=settings.clip, decay=settings.decay)
     if method.name == "AdamW":
         trainer = Trainer(model, torch.optim.AdamW(model.parameters(), rate))
     else:
         momentum = 0.9 if kfac is None else 0.0
         trainer = Trainer(model, torch.optim.SGD(model.parameters(), rate, momentum), kfac)
-    batches = data.batches(parts[0], of.batch, steps, seed)
-    at_steps = {*range(of.evaluate_every, steps, of.evaluate_every), steps}
+    batches = data.batches(parts[0], settings.batch, steps, seed)
+    at_steps = {*range(settings.evaluate_every, steps, settings.evaluate_every), steps}
     run = train_and_evaluate(trainer, batches, lambda model: {"accuracy": data.accuracy(model, parts[1])}, at_steps)
     fields = ("layer", "side", "n", "strategy", "rank", "bytes", "dense_bytes")
     factors = kfac.report().factors if kfac is not None and run["finished"] else ()
