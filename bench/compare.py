@@ -133,7 +133,7 @@ def main(
             continue
         if old is None:
             file = (results.FOLDER / folder / f"{name}.json").relative_to(ROOT).as_posix()
-            before = json.loads(machine.said("git", "-C", str(ROOT), "show", f"HEAD:{file}") or "null")
+            before = json.loads(machine.output_of("git", "-C", str(ROOT), "show", f"HEAD:{file}") or "null")
         else:
             before = results.read(old / folder).get(name)
         if before is None:

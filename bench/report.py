@@ -151,7 +151,7 @@ def overview(machines: Machines) -> Iterator[str]:
 
 def demo(content: Row) -> pd.DataFrame:
     """Return B-KFAC beside what people use."""
-    trained = summary.training(content).query("method in ['AdamW', 'K-FAC', 'B-KFAC']")
+    trained = summary.training_table(content).query("method in ['AdamW', 'K-FAC', 'B-KFAC']")
     target = f"steps to {100 * content['settings']['target']:g} %"
     names = {"accuracy, %": "test accuracy, %", "steps": target, "memory": "memory / dense factors"}
     return trained[["method", "accuracy, %", "steps", "seconds", "memory"]].rename(columns=names)
@@ -205,7 +205,7 @@ def quoted(match: re.Match[str], machines: Machines) -> str:
 def tables(study: str, content: Row) -> dict[str, pd.DataFrame]:
     """Return the tables of a result file."""
     if study == "demo":
-        summaries = {"tracking": summary.tracking, "runs": summary.training}
+        summaries = {"tracking": summary.tracking_table, "runs": summary.training_table}
         return {name: summarize(content) for name, summarize in summaries.items() if content.get(name)}
     return {name: flat(rows) for name, rows in content.items() if isinstance(rows, list) and rows}
 

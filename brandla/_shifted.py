@@ -1,4 +1,4 @@
-"""A low-rank factor with its shift λ and its tail τ, as the ops apply its powers: derivations in ``docs/damped.md``."""
+"""A low-rank factor with its damping λ and tail τ, in the form in which the ops apply it: ``docs/damped.md``."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Tail = Number | Literal["mean", "smallest"]
 
 
 class Shifted(NamedTuple):
-    """β (I + U Z Uᵀ) for the tall matrix U of one factor, of a batch, or of a list of factors with Z and β stacked."""
+    """The operator β (I + U Z Uᵀ) of one factor, of a batch, or of a list of factors with Z and β stacked."""
 
-    basis: Tall
-    middle: Tensor  # Z: [..., r] where diagonal, else [..., r, r]
+    basis: Tall  # U
+    middle: Tensor  # Z: [..., r] if diagonal, else [..., r, r]
     scale: Tensor  # β: batch shape
 
     def __matmul__(self, rhs: Tall) -> Tall:
-        return ops.damped_apply(*aligned(self, rhs))
+        return ops.damped_apply(*broadcast_parts(self, rhs))
 
-    def on(self, rhs: Tall, rows: Rows) -> Any:
-        """Return the product with a right-hand side of which these rows are here."""
+    def apply(self, rhs: Tall, rows: Rows) -> Any:
+        """Return the product with a right-hand side, whose ``rows`` this process holds."""
         if rows is WHOLE:
             return self @ rhs
-        basis, middle, scale, rhs = aligned(self, rhs)
+        basis, middle, scale, rhs = broadcast_parts(self, rhs)
         middle, scale = rows.shared(middle), rows.shared(scale)
         coefficients = rows.total(ops.project(basis, rhs))
         inner = middle[..., None] * coefficients if middle.ndim < basis.ndim else middle @ coefficients
@@ -53,20 +53,20 @@ class Shifted(NamedTuple):
 
 
 class Inverse(NamedTuple):
-    """β (I + U Z Uᵀ) for p = −1, of one factor, a batch or a list; Z and β are left to the op, which takes d or S."""
+    """The inverse of one factor, a batch or a list, by an op that computes Z and β itself, from d or S."""
 
     basis: Tall
     small: Tall
-    damping: Tensor  # of batch shape, as the tail
+    damping: Tensor  # damping and tail have the batch shape
     tail: Tensor
 
     def __matmul__(self, rhs: Tall) -> Tall:
-        return ops.damped_inverse(*aligned(self, rhs))
+        return ops.damped_inverse(*broadcast_parts(self, rhs))
 
 
-def aligned(*operands: Shifted | Inverse | Tall) -> list[Any]:
-    """Return the parts of operators, and tall matrices, repeated over their common batch shape as views."""
-    groups = [each if isinstance(each, tuple) else (each,) for each in operands]
+def broadcast_parts(*operands: Shifted | Inverse | Tall) -> list[Any]:
+    """Return the parts of operators, and tall matrices, as views that are expanded to their common batch shape."""
+    groups = [operand if isinstance(operand, tuple) else (operand,) for operand in operands]
     if isinstance(groups[0][0], list) or len({group[0].shape[:-2] for group in groups}) == 1:
         return [*chain.from_iterable(groups)]
     batch = torch.broadcast_shapes(*(group[0].shape[:-2] for group in groups))
@@ -74,27 +74,27 @@ def aligned(*operands: Shifted | Inverse | Tall) -> list[Any]:
 
 
 class Side(NamedTuple):
-    """A factor and its shift: of one factor, of a batch, or of a list, whose small parts are a list or `stacked`."""
+    """One factor, a batch or a list, with damping and tail. The small parts of a list are a list, or `stacked`."""
 
     kind: type[Factor]
     small: Tall  # d or S
     basis: Tall  # U or F
     damping: Number
     tail: Number | None  # None stands for "smallest"
-    rows: Rows  # which rows of U or F are here
+    rows: Rows  # rows of U or F that this process holds
     diagonal: Tensor | None = None  # δ
 
     @property
     def is_root(self) -> bool:
-        """Whether M̂ = F Fᵀ, in which every value up to τ counts as τ."""
+        """Whether M̂ = F Fᵀ. Then every eigenvalue up to τ counts as τ."""
         return self.kind is LowRankRoot
 
     def stacked(self) -> Side:
-        """Return the same with the small parts of a list stacked, as all takes them but the inverse."""
+        """Return the side with the small parts of a list stacked. Everything but `inverse` needs them so."""
         return self if isinstance(self.small, Tensor) else self._replace(small=torch.stack(self.small))
 
     def inverse(self) -> Inverse | None:
-        """Return the inverse; None where a look at values is free, Z takes eigenvalues of S, or some rows are away."""
+        """Return the inverse; None if reads are free, if Z needs eigenvalues of S, or if the rows are sharded."""
         small, basis = self.small, self.basis
         single = isinstance(small, Tensor)
         like = small if single else small[0]
@@ -107,134 +107,134 @@ class Side(NamedTuple):
     def operator(self, exponent: float = -1.0) -> Shifted:
         """(M̂ + τ(I − P) + λI)^p = β (I + U Z Uᵀ) with β = (τ + λ)^p and Z = ((d + λ)/(τ + λ))^p − 1.
 
-        Of a root, whose columns along eigenvectors of S are √d times unit ones, Z is divided by d, and 0 for every d up
-        to τ; for p = −1 and τ = 0 that is −(S + λI)⁻¹.
+        A root's column along an eigenvector of S has length √d. So Z is divided by d there, and it is 0 for every d up
+        to τ. For p = −1 and τ = 0, Z is −(S + λI)⁻¹.
         """
-        damping, (levels, tail) = self.damping, self._levels(needed=exponent != -1)
-        if levels is None:
-            return Shifted(self.basis, -ops.damped_gram_inverse(self.small, damping), self._filled(1 / damping))
+        damping, (held, tail) = self.damping, self._spectrum(needed=exponent != -1)
+        if held is None:
+            return Shifted(self.basis, -ops.damped_gram_inverse(self.small, damping), self._as_batch(1 / damping))
 
         def middle(values: Tensor) -> Tensor:
-            above = values + add_dims(damping)
+            damped = values + add_dims(damping)
             if exponent == -1:
-                return self._missing(values, tail) / above
+                return self._gap_to_tail(values, tail) / damped
             shift = add_dims(tail + damping)
             if not self.is_root:
-                return (above / shift) ** exponent - 1
-            # Divided by d, however small.
+                return (damped / shift) ** exponent - 1
+            # expm1 and log1p, because the division by a small d would magnify the rounding of a difference.
             part = torch.expm1(exponent * torch.log1p((_at_least(values, tail) - add_dims(tail)) / shift))
             return part / torch.where(values > 0, values, 1)
 
-        inner, shift = levels.apply(middle), tail + damping
-        scale = self._filled(1 / shift) if exponent == -1 else self._filled(shift) ** exponent
+        inner, shift = held.apply(middle), tail + damping
+        scale = self._as_batch(1 / shift) if exponent == -1 else self._as_batch(shift) ** exponent
         return Shifted(self.basis, inner, scale)
 
     def logdet(self) -> Tensor:
         """Return the log-determinant, the same in every process."""
         if self.diagonal is not None:
-            whole, _, _, core = self._beside(self.diagonal)
+            shifts, _, _, core = self._with_diagonal(self.diagonal)
             of_core: Tensor = torch.linalg.slogdet(core).logabsdet
-            return whole.log().sum(-1) + of_core
-        values, tail = self.counted(needed=False)
+            return shifts.log().sum(-1) + of_core
+        values, tail = self.eigenvalues(needed=False)
         if values is None:
-            held = 2 * ops.damped_cholesky(self.small, self.damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            on_span = 2 * ops.damped_cholesky(self.small, self.damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
         else:
-            held = (values + add_dims(self.damping)).log().sum(-1)
-        return self.rows.small_result(held + self.unheld() * self._filled(tail + self.damping).log())
+            on_span = (values + add_dims(self.damping)).log().sum(-1)
+        return self.rows.small_result(on_span + self.tail_count() * self._as_batch(tail + self.damping).log())
 
-    def unheld(self) -> Number:
-        """Return n − r, the number of directions that no column stands for."""
+    def tail_count(self) -> Number:
+        """Return n − r, the number of eigenvalues that τ stands for."""
         small, basis = self.small, self.basis
         r: int = small.shape[-1]
         if isinstance(basis, Tensor):
             return self.rows.count(basis) - r
-        return stack_numbers([each.shape[-2] - r for each in basis], small)
+        return stack_numbers([part.shape[-2] - r for part in basis], small)
 
-    def data(self, function: str, name: str, tensor: Tensor, of_name: str) -> Tensor:
-        """Check that a tall argument is of the kind, the dtype and the device of the factor, and return it in those."""
+    def matching_data(self, function: str, name: str, tensor: Tensor, of_name: str) -> Tensor:
+        """Check that a tall argument has the kind, dtype and device of the factor, and return it in the dtype."""
         if self.rows is not WHOLE or type(tensor) is not Tensor:
             self.rows.check_kind(function, name, tensor)
         return _check.matching_data(function, name, tensor, of_name, self.basis)
 
-    def here(self, function: str, name: str, block: Tensor) -> Tensor:
-        """Check that the batch shapes of a tall argument and of the factor broadcast, and return what is here of it."""
+    def local_rows(self, function: str, name: str, block: Tensor) -> Tensor:
+        """Check that a tall argument's batch shape broadcasts with the factor's, and return the rows held here."""
         _check.batches(function, name, block, self.basis)
         return block if self.rows is WHOLE else self.rows.local(function, name, block)
 
-    def counted(self, *, needed: bool = True) -> tuple[Tensor | Any, Number]:
-        """Return the eigenvalues on the span of the tall matrix, τ in place of those of zero columns, and τ."""
-        levels, tail = self._levels(needed)
-        if levels is None:
+    def eigenvalues(self, *, needed: bool = True) -> tuple[Tensor | Any, Number]:
+        """Return the eigenvalue of each column, without λ, and τ. A zero column has τ. None as in `_spectrum`."""
+        held, tail = self._spectrum(needed)
+        if held is None:
             return None, tail
         if self.is_root:
-            return _at_least(levels.values, tail), tail
+            return _at_least(held.values, tail), tail
         if _is_zero(tail):
-            return levels.values, tail
+            return held.values, tail
         lengths = tall.each(lambda basis: basis.detach().square().sum(-2), self.basis)
-        missing = self.rows.total(tall.stacked(lengths)) == 0
-        return torch.where(missing, add_dims(tail), levels.values), tail
+        is_zero = self.rows.total(tall.stacked(lengths)) == 0
+        return torch.where(is_zero, add_dims(tail), held.values), tail
 
-    def spanned(self) -> tuple[Tall, tuple[Tensor, Number]]:
-        """Return eigenvectors, and what `counted` does; of a root by one more pass, with τ for what is not resolved."""
+    def eigenpairs(self) -> tuple[Tall, tuple[Tensor, Number]]:
+        """Return eigenvectors, and `eigenvalues` with τ. A root takes a pass, and has τ for unresolved values."""
         if not self.is_root:
-            return self.basis, self.counted()
+            return self.basis, self.eigenvalues()
         gram = self.small
         values, turn = safe_eigh((gram + gram.mT) / 2)
         tail = _smallest(values) if self.tail is None else self.tail
         noise = noise_level(gram.dtype, gram.shape[-1]) * values[..., :1]
-        gone = (values <= noise) | (values <= add_dims(tail))
-        turn = torch.where(gone[..., None, :], 0, turn * torch.where(gone, 1, values).rsqrt()[..., None, :])
-        return times(self.basis, turn), (torch.where(gone, add_dims(tail), values), tail)
+        dropped = (values <= noise) | (values <= add_dims(tail))
+        turn = torch.where(dropped[..., None, :], 0, turn * torch.where(dropped, 1, values).rsqrt()[..., None, :])
+        return times(self.basis, turn), (torch.where(dropped, add_dims(tail), values), tail)
 
-    def solve_beside(self, diagonal: Tensor, rhs: Tensor) -> Tensor:
+    def solve_with_diagonal(self, diagonal: Tensor, rhs: Tensor) -> Tensor:
         """Return (M̂ + τ(I − P) + λI + diag(δ))⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
-        whole, scaled, weights, core = self._beside(diagonal)
-        lengths = whole.rsqrt()[..., None]
+        shifts, scaled_basis, weights, core = self._with_diagonal(diagonal)
+        scale = shifts.rsqrt()[..., None]
         middle, _ = torch.linalg.solve_ex(core, weights, left=False)
-        one = whole.new_ones(()).expand(scaled.shape[:-2])
-        solution: Tensor = Shifted(scaled, -middle, one) @ (lengths * rhs)
-        return lengths * solution
+        one = shifts.new_ones(()).expand(scaled_basis.shape[:-2])
+        solution: Tensor = Shifted(scaled_basis, -middle, one) @ (scale * rhs)
+        return scale * solution
 
-    def _beside(self, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return D, B̂ = D^−½ B, C and the core K = I + B̂ᵀB̂ C of the operator with diag(δ) added, D + B C Bᵀ.
+    def _with_diagonal(self, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the diagonal of D, B̂ = D^−½ B, C and the core K = I + B̂ᵀB̂ C of the operator D + B C Bᵀ.
 
-        Here D = λ + τ + δ, and C = diag(d − τ), of a root divided by d.
+        D is diag(λ + τ + δ), B is U or F, and C is diag(d − τ); a root divides it by d.
         """
-        basis, (levels, tail) = self.basis, self._levels()
-        if levels is None:
+        basis, (held, tail) = self.basis, self._spectrum()
+        if held is None:
             weights = torch.ones_like(self.small[..., 0])
         else:
-            weights = -levels.apply(lambda values: self._missing(values, tail))
+            weights = -held.apply(lambda values: self._gap_to_tail(values, tail))
         weights = weights if weights.ndim == basis.ndim else torch.diag_embed(weights)
-        whole = add_dims(tail + self.damping) + diagonal
-        scaled = whole.rsqrt()[..., None] * basis
+        shifts = add_dims(tail + self.damping) + diagonal
+        scaled_basis = shifts.rsqrt()[..., None] * basis
         identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
-        return whole, scaled, weights, identity + ops.project(scaled, scaled) @ weights
+        return shifts, scaled_basis, weights, identity + ops.project(scaled_basis, scaled_basis) @ weights
 
-    def _missing(self, values: Tensor, tail: Number) -> Tensor:
-        """Return τ − d; of a root min(τ − d, 0)/d."""
+    def _gap_to_tail(self, values: Tensor, tail: Number) -> Tensor:
+        """Return τ − d, or min(τ − d, 0)/d for a root."""
         if not self.is_root:
             return add_dims(tail) - values
         return (add_dims(tail) - _at_least(values, tail)) / torch.where(values > 0, values, 1)
 
-    def _levels(self, needed: bool = False) -> tuple[Spectrum | Any, Number]:
-        """Return the eigenvalues that the factor holds, of a root with what it takes for functions of S, and τ.
+    def _spectrum(self, needed: bool = False) -> tuple[Spectrum | Any, Number]:
+        """Return the spectrum of diag(d) or of S, and τ.
 
-        None of a root with τ = 0 whose S has to be decomposed for them, if they are not ``needed``.
+        The spectrum is None if S would have to be decomposed, τ is the number 0, and the caller does not need it.
         """
-        small, levels = self.small, None
+        small, held = self.small, None
         if not self.is_root:
-            levels = Spectrum(small)
+            held = Spectrum(small)
         elif ops.reads_are_free(small) and not small.requires_grad:
-            # `root_update` leaves nothing beside the diagonal.
+            # `root_update` leaves S diagonal.
             diagonal = small.diagonal(dim1=-2, dim2=-1)
-            levels = Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
-        if levels is None and _is_zero(self.tail) and not needed:
+            held = Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
+        if held is None and _is_zero(self.tail) and not needed:
             return None, 0.0
-        levels = levels or spectrum((small + small.mT) / 2)
-        return levels, _smallest(levels.values) if self.tail is None else self.tail
+        held = held or spectrum((small + small.mT) / 2)
+        return held, _smallest(held.values) if self.tail is None else self.tail
 
-    def _filled(self, value: Number) -> Tensor:
+    def _as_batch(self, value: Number) -> Tensor:
         """Return a number as a tensor of the factor's batch shape."""
         batch = self.small.shape[: -2 if self.is_root else -1]
         if isinstance(value, Tensor):
@@ -243,7 +243,7 @@ class Side(NamedTuple):
 
 
 def join(sides: Sequence[Side]) -> Side:
-    """Return sides whose factors are of one kind and rank as that of a list."""
+    """Return one side with the factors of all ``sides`` as a list. They share kind and rank."""
     kinds, smalls, bases, dampings, tails, *_ = zip(*sides, strict=True)
     like = smalls[0]
     tail = None if tails[0] is None else stack_numbers(tails, like)
@@ -251,12 +251,12 @@ def join(sides: Sequence[Side]) -> Side:
 
 
 def _at_least(values: Tensor, tail: Number) -> Tensor:
-    """Return max(d, τ), whose derivative at d = τ is that of τ; NaN stays."""
+    """Return max(d, τ), with the derivative of τ where both are equal. NaN stays NaN."""
     return torch.where(values <= add_dims(tail), add_dims(tail), values)
 
 
 def _is_zero(tail: Number | None) -> bool:
-    """Say whether τ is the number 0, which takes no look at a device."""
+    """Return whether τ is the number 0. A tensor never counts as 0, because its value is not read."""
     return isinstance(tail, float) and tail == 0
 
 
@@ -267,7 +267,7 @@ def _smallest(values: Tensor) -> Tensor:
 def check_side(
     function: str, lowrank: LowRank, damping: Number, tail: Tail, side: str = "", diagonal: Tensor | None = None
 ) -> Side:
-    """Check a factor, tracked or not, λ, τ and δ if there is one, and return what is here of them."""
+    """Check a factor, tracked or not, with λ, τ and perhaps δ, and return the parts of them that are held here."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     name, prefix = (side, f"{side}_") if side else ("lowrank", "")
     damping_name, tail_name = f"{prefix}damping", f"{prefix}tail"
@@ -280,13 +280,13 @@ def check_side(
         tail = tail if isinstance(tail, str) else rows.local_small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
     if isinstance(tail, str):
-        given = _named_tail(function, tail_name, tail, lowrank, basis, rows)
+        tail_value = _named_tail(function, tail_name, tail, lowrank, basis, rows)
     else:
-        given = _check.scalar(function, tail_name, tail, "the factor", basis)
+        tail_value = _check.scalar(function, tail_name, tail, "the factor", basis)
     if rows is not WHOLE:
         basis = rows.local(function, f"{name}.{basis_name}", basis)
-    found = Side(type(factor), small, basis, damping, given, rows)
-    return found if diagonal is None else _with_diagonal(function, found, diagonal)
+    checked = Side(type(factor), small, basis, damping, tail_value, rows)
+    return checked if diagonal is None else _add_diagonal(function, checked, diagonal)
 
 
 def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Tensor, rows: Rows) -> Number | None:
@@ -299,21 +299,21 @@ def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Te
         _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
     factor: Factor = lowrank.lowrank
     _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
-    trace, held = (rows.local_small(function, "trace", each) for each in (lowrank.trace, factor.trace()))
-    # (tr M − tr M̂)/(n − r), the mean of the eigenvalues left out; 0, as its derivative, where the traces agree.
+    trace, held = (rows.local_small(function, "trace", part) for part in (lowrank.trace, factor.trace()))
+    # The mean of the eigenvalues left out is (tr M − tr M̂)/(n − r). It and its derivative are 0 if the traces agree.
     left_out = torch.nn.functional.threshold(trace - held, 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)
 
 
-def _with_diagonal(function: str, side: Side, diagonal: Tensor) -> Side:
-    """Check δ, and return the side with it, in the batch shape of the factor."""
+def _add_diagonal(function: str, side: Side, diagonal: Tensor) -> Side:
+    """Check δ, and return the side with δ expanded to the batch shape of the factor."""
     if side.rows is not WHOLE:
-        rule = "diagonal must be None where the factor is sharded on its rows"
+        rule = "diagonal must be None if the factor is sharded on its rows"
         _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")
-    basis, diagonal = side.basis, side.data(function, "diagonal", diagonal, "lowrank")
+    basis, diagonal = side.basis, side.matching_data(function, "diagonal", diagonal, "lowrank")
     if diagonal.shape not in (basis.shape[-2:-1], basis.shape[:-1]):
         rule = f"diagonal must have shape ({basis.shape[-2]},) or {tuple(basis.shape[:-1])}, the batch shape and n"
         _check.fail_value(function, f"{rule}; got {tuple(diagonal.shape)}")
-    # Each entry is a number beside a row of the basis.
+    # The rows of the basis count as a batch dimension here, so that every entry of δ is checked as a number.
     _check.scalar(function, "diagonal", diagonal, "the factor", basis[..., None])
     return side._replace(diagonal=diagonal.expand(basis.shape[:-1]))

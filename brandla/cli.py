@@ -15,19 +15,19 @@ NEEDED_BY_DEMO = ("matplotlib", "numpy", "pandas", "rich", "sklearn", "typer")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; ``arguments`` are those of the process by default."""
+    """Run one command. By default, ``arguments`` are those of the process."""
     parser = argparse.ArgumentParser(
         prog="brandla", description="Streaming low-rank linear algebra, and K-FAC on top of it.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"brandla {brandla.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="command", dest="command")
-    about = commands.add_parser("info", help="print versions, devices, and which backend each op takes and why")
-    about.add_argument("--json", action="store_true", help="print the same as JSON")
-    # The demo reads its own options, --help among them.
+    info_parser = commands.add_parser("info", help="print versions, devices, and which backend each op takes and why")
+    info_parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    # The demo parses its own options, --help among them.
     commands.add_parser("demo", help="track a real layer's input factor, then train with K-FAC", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # The tables hold signs such as ≤, which not every terminal has.
+        # The tables contain signs such as ≤, which not every terminal can show.
         sys.stdout.reconfigure(errors="replace")
     if options.command == "demo":
         missing = [name for name in NEEDED_BY_DEMO if importlib.util.find_spec(name) is None]

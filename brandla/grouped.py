@@ -1,10 +1,10 @@
 """The public functions over lists of factors of different n, r and k: one call for a whole network.
 
-Each function takes lists where its namesake takes one factor and returns a list. An option is one value for all
-factors, or a list or tuple with one value for each. The symmetric updates, `damped_*` and `kron_damped_*` take all
-factors of equal rank (for the updates also of equal k) together, whatever their n: a GPU launches each kernel once, and
-on a CPU the small matrices of all are stacked. `eigh_refresh` and `kron_damped_power` do so for wide matrices of about
-one size: those whose sizes are below the same power of two. The other functions take turns.
+Each function takes lists where its namesake takes one factor, and returns a list. An option is one value for all
+factors, or a list or tuple with one value for each. The symmetric updates, `damped_*` and `kron_damped_*` compute
+factors of equal rank together, whatever their n; the updates need equal k too. Then a GPU launches each kernel once,
+and a CPU stacks the small matrices. `eigh_refresh` and `kron_damped_power` group only matrices of similar width:
+between the same two powers of two. The other functions compute the factors one by one.
 
 Examples
 --------
@@ -28,7 +28,7 @@ from torch import Tensor
 from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE, Rows, placement_of
-from brandla._shifted import LowRank, Side, Tail
+from brandla._shifted import LowRank, Side, Tail, check_side
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Number, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
 from brandla.root import Compress, Update, check_update, stack
@@ -59,8 +59,8 @@ Each: TypeAlias = Option | Sequence[Option]
 Numbers: TypeAlias = Each[Number]
 Tensors: TypeAlias = Sequence[Tensor]
 LowRanks: TypeAlias = Sequence[LowRank]
-# What the members of a class, which are computed together, have in common; None for what is computed by itself.
-Class: TypeAlias = tuple[Any, ...] | None
+# What the calls of a group share, so that they are computed together; None for a call that is computed by itself.
+GroupKey: TypeAlias = tuple[Any, ...] | None
 
 
 @ranged("n,r", "n,k")
@@ -74,7 +74,7 @@ def eigh_update(
 ) -> list[EighFactor]:
     """`brandla.eigh_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank}
-    return _updated("eigh_update", LowRankEigh, brand.eigh_step, (eighs, columns), **options)
+    return _updates("eigh_update", LowRankEigh, brand.eigh_step, (eighs, columns), **options)
 
 
 @ranged("n,r", "n,k")
@@ -90,13 +90,13 @@ def root_update(
 ) -> list[RootFactor]:
     """`brandla.root_update` of each factor."""
     options = {"decay": decay, "weight": weight, "rank": rank, "compress": compress, "shrink": shrink}
-    return _updated("root_update", LowRankRoot, root.root_step, (roots, columns), **options)
+    return _updates("root_update", LowRankRoot, root.root_step, (roots, columns), **options)
 
 
 @ranged("n,r", "n,k")
 def eigh_downdate(eighs: Sequence[LowRankEigh], columns: Tensors, *, weight: Numbers = 1.0) -> list[LowRankEigh]:
     """`brandla.eigh_downdate` of each factor."""
-    return _each(brand.eigh_downdate, (eighs, columns), weight=weight)
+    return _one_by_one(brand.eigh_downdate, (eighs, columns), weight=weight)
 
 
 @ranged("n,r", "n,m")
@@ -108,10 +108,10 @@ def eigh_refresh(
     weight: Numbers = 1.0,
     iterations: Each[int] = 1,
 ) -> list[tuple[LowRankEigh, Tensor]]:
-    """`brandla.eigh_refresh` of each factor; those with operators or sparse matrices take turns."""
-    ways = _class_of_refresh, refresh.Refresh.one, refresh.refreshed_together
+    """`brandla.eigh_refresh` of each factor; operators and sparse matrices are taken one by one."""
+    ways = _key_of_refresh, refresh.Refresh.result, refresh.refresh_together
     options = {"decay": decay, "weight": weight, "iterations": iterations}
-    return _computed("eigh_refresh", refresh.check_refresh, ways, (eighs, matrices), **options)
+    return _in_groups("eigh_refresh", refresh.check_refresh, ways, (eighs, matrices), **options)
 
 
 @ranged("m,r,n", "m,k", "n,k")
@@ -119,7 +119,7 @@ def svd_update(
     svds: Sequence[LowRankSVD], left: Tensors, right: Tensors, *, decay: Numbers = 1.0, rank: Each[int | None] = None
 ) -> list[LowRankSVD]:
     """`brandla.svd_update` of each factor."""
-    return _each(svd.svd_update, (svds, left, right), decay=decay, rank=rank)
+    return _one_by_one(svd.svd_update, (svds, left, right), decay=decay, rank=rank)
 
 
 @ranged("m,r,n", "m,k")
@@ -127,7 +127,7 @@ def svd_append(
     svds: Sequence[LowRankSVD], columns: Tensors, *, decay: Numbers = 1.0, rank: Each[int | None] = None
 ) -> list[LowRankSVD]:
     """`brandla.svd_append` of each factor."""
-    return _each(svd.svd_append, (svds, columns), decay=decay, rank=rank)
+    return _one_by_one(svd.svd_append, (svds, columns), decay=decay, rank=rank)
 
 
 @ranged("n,n", "r")
@@ -142,7 +142,7 @@ def randomized_eigh(
 ) -> list[LowRankEigh]:
     """`brandla.randomized_eigh` of each matrix, in order from one generator."""
     options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator, "start": start}
-    return _each(randomized.randomized_eigh, (matrices,), rank=rank, **options)
+    return _one_by_one(randomized.randomized_eigh, (matrices,), rank=rank, **options)
 
 
 @ranged("m,n", "r")
@@ -156,14 +156,14 @@ def randomized_svd(
 ) -> list[LowRankSVD]:
     """`brandla.randomized_svd` of each matrix, in order from one generator."""
     options = {"oversample": oversample, "power_iterations": power_iterations, "generator": generator}
-    return _each(randomized.randomized_svd, (matrices,), rank=rank, **options)
+    return _one_by_one(randomized.randomized_svd, (matrices,), rank=rank, **options)
 
 
 @ranged("n,r", "n,m")
 def damped_solve(
     lowranks: LowRanks, rhs: Tensors, damping: Numbers, *, tail: Each[Tail] = 0.0, diagonal: Each[Tensor | None] = None
 ) -> list[Tensor]:
-    """`brandla.damped_solve` with each factor; those with a diagonal take turns."""
+    """`brandla.damped_solve` with each factor; those with a diagonal are computed one by one."""
     return _solutions("damped_solve", lowranks, rhs, damping=damping, tail=tail, diagonal=diagonal)
 
 
@@ -180,9 +180,9 @@ def damped_logdet(
     lowranks: LowRanks, damping: Numbers, *, tail: Each[Tail] = 0.0, diagonal: Each[Tensor | None] = None
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
-    ways = _class_of_side, Side.logdet, damped.logdets_together
+    ways = _key_of_side, Side.logdet, damped.logdets_together
     options = {"damping": damping, "tail": tail, "diagonal": diagonal}
-    return _computed("damped_logdet", damped.check_logdet, ways, (lowranks,), **options)
+    return _in_groups("damped_logdet", check_side, ways, (lowranks,), **options)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -200,14 +200,14 @@ def kron_damped_power(
     """`brandla.kron_damped_power` with each pair of factors."""
     options = {"damping": damping, "exponent": exponent, "left_tail": left_tail, "right_tail": right_tail}
 
-    def class_of(problem: kron.Power) -> Class:
+    def key_of(problem: kron.Power) -> GroupKey:
         joint, matrix = problem.joint, problem.matrix
-        alike = joint.fitted is None, problem.exponent, matrix.shape[-1].bit_length()
-        return _class_of_sides((joint.left, joint.right), (matrix,), alike)
+        shared = joint.fitted is None, problem.exponent, matrix.shape[-1].bit_length()
+        return _key_of_sides((joint.left, joint.right), (matrix,), shared)
 
-    ways = class_of, kron.Power.result, kron.powers_together
+    ways = key_of, kron.Power.result, kron.powers_together
     lists = (lefts, rights, matrices)
-    return _computed("kron_damped_power", kron.check_power, ways, lists, **options, values=values)
+    return _in_groups("kron_damped_power", kron.check_power, ways, lists, **options, values=values)
 
 
 @ranged("p,a", "q,b")
@@ -222,12 +222,12 @@ def kron_damped_logdet(
 ) -> list[Tensor]:
     """`brandla.kron_damped_logdet` of each pair of factors."""
 
-    def class_of(joint: kron.Joint) -> Class:
-        return _class_of_sides((joint.left, joint.right), (), (joint.fitted is None,))
+    def key_of(joint: kron.Joint) -> GroupKey:
+        return _key_of_sides((joint.left, joint.right), (), (joint.fitted is None,))
 
-    ways = class_of, kron.Joint.logdet, kron.logdets_together
+    ways = key_of, kron.Joint.logdet, kron.logdets_together
     options = {"damping": damping, "left_tail": left_tail, "right_tail": right_tail, "values": values}
-    return _computed("kron_damped_logdet", kron.check_joint, ways, (lefts, rights), **options)
+    return _in_groups("kron_damped_logdet", kron.check_joint, ways, (lefts, rights), **options)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -243,158 +243,157 @@ def kron_damped_solve(
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
     """`brandla.kron_damped_solve` with each pair of factors."""
 
-    def class_of(problem: kron.Kron) -> Class:
+    def key_of(problem: kron.Solve) -> GroupKey:
         parts = problem.data if isinstance(problem.data, tuple) else (problem.data,)
-        return _class_of_sides((problem.left, problem.right), parts, (len(parts),))
+        return _key_of_sides((problem.left, problem.right), parts, (len(parts),))
 
-    ways = class_of, kron.Kron.solution, kron.kron_together
+    ways = key_of, kron.Solve.solution, kron.solve_together
     shifts = {"left_damping": left_damping, "left_tail": left_tail}
     shifts |= {"right_damping": right_damping, "right_tail": right_tail}
-    return _computed("kron_damped_solve", kron.check_kron, ways, (lefts, rights, matrices), **shifts)
+    return _in_groups("kron_damped_solve", kron.check_solve, ways, (lefts, rights, matrices), **shifts)
 
 
-def _updated(
+def _updates(
     function: str, kind: type[Any], step: Callable[[Update], Any], lists: tuple[Sequence[Any], ...], **options: Any
 ) -> list[Any]:
-    ways = _class_of_update, step, lambda updates: step(stack(updates))
-    return _computed(function, partial(check_update, kind=kind), ways, lists, **options)
+    ways = _key_of_update, step, lambda updates: step(stack(updates))
+    return _in_groups(function, partial(check_update, kind=kind), ways, lists, **options)
 
 
 def _solutions(function: str, *lists: Sequence[Any], **options: Any) -> list[Tensor]:
-    def class_of(problem: damped.Solve) -> Class:
-        return _class_of_sides((problem.side,), (problem.block,), (problem.exponent,))
+    def key_of(problem: damped.Solve) -> GroupKey:
+        return _key_of_sides((problem.side,), (problem.block,), (problem.exponent,))
 
-    ways = class_of, damped.Solve.solution, damped.solve_together
-    return _computed(function, damped.check_solve, ways, lists, **options)
+    ways = key_of, damped.Solve.solution, damped.solve_together
+    return _in_groups(function, damped.check_solve, ways, lists, **options)
 
 
-def _each(function: Callable[..., Any], lists: tuple[Sequence[Any], ...], **options: Any) -> list[Any]:
-    # Every factor is computed before any is returned: bad input anywhere changes nothing.
-    return [function(*arguments, **chosen) for arguments, chosen in _calls(function.__name__, lists, **options)]
+def _one_by_one(function: Callable[..., Any], lists: tuple[Sequence[Any], ...], **options: Any) -> list[Any]:
+    """Return the results of all calls. Bad input in any of them raises before anything is returned."""
+    return [function(*arguments, **keywords) for arguments, keywords in _calls(function.__name__, lists, **options)]
 
 
 def _calls(name: str, lists: tuple[Sequence[Any], ...], **options: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return the arguments and options of each single call."""
+    """Return the positional and the keyword arguments of each single call."""
     lengths = [len(items) for items in lists]
     if len(set(lengths)) != 1:
-        _check.fail_value(f"grouped.{name}", f"all lists must have one length; got {lengths}")
-    chosen: list[dict[str, Any]] = [{} for _ in lists[0]]
+        _check.fail_value(f"grouped.{name}", f"all lists must have the same length; got {lengths}")
+    keywords: list[dict[str, Any]] = [{} for _ in lists[0]]
     for option, value in options.items():
-        # A list or tuple is taken to hold one value an item already.
-        values = value if isinstance(value, (list, tuple)) else [value] * len(chosen)
-        if len(values) != len(chosen):
-            rule = f"{option} must be one value or {len(chosen)} of them"
+        values = value if isinstance(value, (list, tuple)) else [value] * len(keywords)
+        if len(values) != len(keywords):
+            rule = f"{option} must be one value or {len(keywords)} of them"
             _check.fail_value(f"grouped.{name}", f"{rule}; got {len(values)}")
-        for own, each in zip(chosen, values, strict=True):
-            own[option] = each
-    return list(zip(zip(*lists, strict=True), chosen, strict=True))
+        for of_call, value_of_call in zip(keywords, values, strict=True):
+            of_call[option] = value_of_call
+    return list(zip(zip(*lists, strict=True), keywords, strict=True))
 
 
-def _computed(
+def _in_groups(
     function: str,
     check: Callable[..., Item],
-    ways: tuple[Callable[[Item], Class], Callable[[Item], Any], Callable[[list[Item]], Sequence[Any]]],
+    ways: tuple[Callable[[Item], GroupKey], Callable[[Item], Any], Callable[[list[Item]], Sequence[Any]]],
     lists: tuple[Sequence[Any], ...],
     **options: Any,
 ) -> list[Any]:
-    """Compute the calls of a class together; those of class None, and alone in theirs, one by one.
+    """Compute the calls of each group together. Calls with key None, or alone in a group, are computed singly.
 
-    All are checked first, unless a list of the same layout has passed.
+    All calls are checked first, unless lists of the same layout have passed the check before.
     """
-    class_of, alone, together = ways
-    tensors, layout = _laid_out([*lists, *options.values()])
-    passed = _passed.get((function, layout))
-    if passed is not None:
-        items, classes = passed.items(tensors), passed.classes
+    key_of, alone, together = ways
+    tensors, layout = _layout_of([*lists, *options.values()])
+    recipe = _recipes.get((function, layout))
+    if recipe is not None:
+        items, groups = recipe.items(tensors), recipe.groups
     else:
-        items = [check(function, *arguments, **chosen) for arguments, chosen in _calls(function, lists, **options)]
-        classes = {}
+        items = [check(function, *arguments, **keywords) for arguments, keywords in _calls(function, lists, **options)]
+        groups = {}
         for index, item in enumerate(items):
-            classes.setdefault(class_of(item), []).append(index)
+            groups.setdefault(key_of(item), []).append(index)
         if layout is not None:
-            if len(_passed) == _MOST_LAYOUTS:
-                _passed.clear()
-            _passed[function, layout] = _Passed.of(items, tensors, classes)
+            if len(_recipes) == _MOST_RECIPES:
+                _recipes.clear()
+            _recipes[function, layout] = _Recipe.of(items, tensors, groups)
     results: dict[int, Any] = {}
-    for kind, indices in classes.items():
-        if kind is None or len(indices) == 1:
+    for key, indices in groups.items():
+        if key is None or len(indices) == 1:
             results |= {index: alone(items[index]) for index in indices}
         else:
             results |= dict(zip(indices, together([items[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(items))]
 
 
-class _Passed(NamedTuple):
-    """How the checked arguments of a list are made of its tensors, as those of another list of its layout were."""
+class _Recipe(NamedTuple):
+    """How to build checked arguments from the tensors of lists, learned from other lists of the same layout."""
 
-    # What comes after the tensors: constants, of kind None, and tuples by the places of their parts.
-    values: list[tuple[type[Any] | None, Any]]
-    places: list[int]  # of the items
-    classes: dict[Class, list[int]]
+    # Entries that follow the tensors: (None, a constant), or (type of a tuple, the places of its parts).
+    entries: list[tuple[type[Any] | None, Any]]
+    places: list[int]  # of the items, among tensors and entries
+    groups: dict[GroupKey, list[int]]
 
     @classmethod
-    def of(cls, items: Sequence[Any], tensors: list[Tensor], classes: dict[Class, list[int]]) -> _Passed | None:
-        """Return it for items that hold nothing but tensors of the list, and words and numbers; else None."""
-        values: list[tuple[type[Any] | None, Any]] = []
-        known = {id(tensor): place for place, tensor in enumerate(tensors)}
+    def of(cls, items: Sequence[Any], tensors: list[Tensor], groups: dict[GroupKey, list[int]]) -> _Recipe | None:
+        """Return the recipe of items that hold only tensors of the lists and constants; None for other items."""
+        entries: list[tuple[type[Any] | None, Any]] = []
+        place_by_id = {id(tensor): place for place, tensor in enumerate(tensors)}
 
         def place_of(part: Any) -> int:
-            if id(part) not in known:
+            if id(part) not in place_by_id:
                 if not isinstance(part, (tuple, str, int, float, type, Rows, type(None))):
                     raise KeyError  # such as a tensor that was converted
-                value = (type(part), list(map(place_of, part))) if isinstance(part, tuple) else (None, part)
-                known[id(part)] = len(tensors) + len(values)
-                values.append(value)
-            return known[id(part)]
+                entry = (type(part), list(map(place_of, part))) if isinstance(part, tuple) else (None, part)
+                place_by_id[id(part)] = len(tensors) + len(entries)
+                entries.append(entry)
+            return place_by_id[id(part)]
 
         try:
-            return cls(values, list(map(place_of, items)), classes)
+            return cls(entries, list(map(place_of, items)), groups)
         except KeyError:
             return None
 
     def items(self, tensors: list[Tensor]) -> list[Any]:
-        """Return the checked arguments of a list of this layout."""
-        found: list[Any] = [*tensors]
-        for kind, value in self.values:
-            found.append(value if kind is None else tuple.__new__(kind, map(found.__getitem__, value)))
-        return [found[place] for place in self.places]
+        """Return the checked arguments of lists that have this layout and these tensors."""
+        parts: list[Any] = [*tensors]
+        for kind, entry in self.entries:
+            parts.append(entry if kind is None else tuple.__new__(kind, map(parts.__getitem__, entry)))
+        return [parts[place] for place in self.places]
 
 
-# By function and layout; None where each list has to be checked.
-_passed: dict[tuple[str, Any], _Passed | None] = {}
-_MOST_LAYOUTS = 256
+# Keys are function and layout. None: lists of this layout have to be checked each time.
+_recipes: dict[tuple[str, Any], _Recipe | None] = {}
+_MOST_RECIPES = 256
 
 
-def _laid_out(parts: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
-    """Return the different tensors in arguments, and their layout: all that a check looks at outside checked mode.
+def _layout_of(parts: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
+    """Return the distinct tensors in the arguments, and the layout: all that a check reads outside checked mode.
 
-    None where there is more to look at than plain tensors, numbers and words.
+    The layout is None if the arguments hold anything besides plain tensors, numbers and words.
     """
     if _check.reads_values() or torch.compiler.is_compiling():
         return [], None
     tensors: list[Tensor] = []
     layout: list[Any] = []
-    # What is inside a list or a factor comes after all that is beside it.
+    # Breadth first: the contents of lists and factors come after everything on their own level.
     while parts:
         tensors += [part for part in parts if type(part) is Tensor]
         others = [part for part in parts if type(part) is not Tensor]
-        held = [part for part in others if isinstance(part, (tuple, list))]
-        words = [part for part in others if not isinstance(part, (tuple, list))]
-        if not all(issubclass(kind, (str, int, float, Rank, type(None))) for kind in set(map(type, words))):
+        containers = [part for part in others if isinstance(part, (tuple, list))]
+        constants = [part for part in others if not isinstance(part, (tuple, list))]
+        if not all(issubclass(kind, (str, int, float, Rank, type(None))) for kind in set(map(type, constants))):
             return [], None
-        layout += [*map(type, parts), *map(len, held), *words]
-        parts = list(chain.from_iterable(held))
+        layout += [*map(type, parts), *map(len, containers), *constants]
+        parts = list(chain.from_iterable(containers))
     identities = list(map(id, tensors))
-    different = dict(zip(identities, tensors, strict=True))
-    places = dict(zip(different, count(), strict=False))
+    distinct = dict(zip(identities, tensors, strict=True))
+    places = dict(zip(distinct, count(), strict=False))
     layout += map(places.__getitem__, identities)
-    tensors = list(different.values())
+    tensors = list(distinct.values())
     layout += [number_of((tensor.shape, tensor.dtype, tensor.device, tensor.layout)) for tensor in tensors]
     return tensors, tuple(layout)
 
 
-def _class_of_update(update: Update) -> Class:
-    """Factors that one launch can update: of one r, k, rank and tolerance."""
+def _key_of_update(update: Update) -> GroupKey:
+    """Group the factors that one launch can update: those of equal r, k, rank and tolerance."""
     r, k = update.tall.shape[-1], update.columns.shape[-1]
     if update.tall.ndim != 2 or 0 in (r, k, update.rank) or update.sparse:
         return None
@@ -403,22 +402,22 @@ def _class_of_update(update: Update) -> Class:
     return (r, k, *options, basis.dtype, basis.device, None if rows is WHOLE else placement_of(rows))
 
 
-def _class_of_refresh(problem: refresh.Refresh) -> Class:
+def _key_of_refresh(problem: refresh.Refresh) -> GroupKey:
     vectors, (r, m) = problem.vectors, (problem.vectors.shape[-1], problem.matrix.shape[-1])
     if not is_dense(problem.matrix) or vectors.ndim != 2 or 0 in (r, m):
         return None
-    # A stack pads to the largest of them: that is less than twice the smallest.
+    # A stack pads all matrices to the widest, which is less than twice as wide as the narrowest.
     return (r, m.bit_length(), problem.iterations, vectors.dtype, vectors.device)
 
 
-def _class_of_sides(sides: tuple[Side, ...], matrices: tuple[Tensor, ...], alike: tuple[Any, ...]) -> Class:
-    """Applications to single matrices, of sides of a class each, that have something else in common besides."""
-    classes = tuple(map(_class_of_side, sides))
-    return None if None in classes or any(matrix.ndim != 2 for matrix in matrices) else (*classes, *alike)
+def _key_of_sides(sides: tuple[Side, ...], matrices: tuple[Tensor, ...], shared: tuple[Any, ...]) -> GroupKey:
+    """Group applications to matrices without batch dimensions by the keys of their sides and by ``shared``."""
+    keys = tuple(map(_key_of_side, sides))
+    return None if None in keys or any(matrix.ndim != 2 for matrix in matrices) else (*keys, *shared)
 
 
-def _class_of_side(side: Side) -> Class:
-    """Factors that one launch can apply: of one kind and rank, with τ given or not."""
+def _key_of_side(side: Side) -> GroupKey:
+    """Group the factors that one launch can apply: those of one kind and rank, with τ given or not."""
     basis = side.basis
     if side.rows is not WHOLE or side.diagonal is not None or basis.ndim != 2 or basis.shape[-1] == 0:
         return None

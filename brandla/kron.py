@@ -1,6 +1,6 @@
-"""Damped application from both sides of a matrix: of a Kronecker product with a damping of each factor, or with one.
+"""Damped application from both sides of a matrix: a Kronecker product with a damping for each factor, or a joint one.
 
-G, of the rows, and A, of the columns, are low-rank factors with tails, as in `brandla.damped`.
+G acts on the rows and A on the columns. Both are low-rank factors with tails, as in `brandla.damped`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
 from brandla._sharded import WHOLE
-from brandla._shifted import LowRank, Shifted, Side, Tail, aligned, check_side, join
+from brandla._shifted import LowRank, Shifted, Side, Tail, broadcast_parts, check_side, join
 from brandla.lowrank import Number, add_dims, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall
@@ -38,14 +38,14 @@ def kron_damped_solve(
 ) -> Data:
     """(G + λ_G I)⁻¹ W (A + λ_A I)⁻¹ for low-rank G and A: the Kronecker-factored step.
 
-    Equivalent to two dense solves of orders p and q, in 4pq(r_G + r_A) operations for W (p, q). For a pair (P, Q) that
-    stands for W = P Qᵀ the result is a pair too, and the work 4k(p r_G + q r_A): linear in the size of the layer.
+    Equivalent to two dense solves of orders p and q, in 4pq(r_G + r_A) operations for W (p, q). A pair (P, Q) stands
+    for W = P Qᵀ. Its result is a pair too, and the work is 4k(p r_G + q r_A): linear in the size of the layer.
     Differentiable in every tensor argument. Raises as `damped_solve` does.
 
     Parameters
     ----------
     left, right, left_tail, right_tail
-        G of order p and A of order q, in any combination of kinds, and τ of each, as in `damped_solve`.
+        G of order p and A of order q, of the same or of different kinds, and τ of each, as in `damped_solve`.
     matrix
         W, shape (..., p, q), or a pair P (..., p, k), Q (..., q, k).
     left_damping, right_damping
@@ -53,9 +53,9 @@ def kron_damped_solve(
 
     Notes
     -----
-    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype. The basis and the data of either
-    side of a pair, or the left basis and W, may be DTensors sharded on their rows: ``docs/sharded.md``. Source: J.
-    Martens, R. Grosse, ICML 2015, for the two-sided form; the pair form: ``docs/damped.md``.
+    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype. DTensors sharded on their rows
+    may be the left basis with W, and either basis with its half of a pair: ``docs/sharded.md``. Source: J. Martens, R.
+    Grosse, ICML 2015, for the two-sided form; ``docs/damped.md`` for the pair form.
 
     Examples
     --------
@@ -66,7 +66,7 @@ def kron_damped_solve(
             [0.2500, 1.0000]])
     """
     function, tails = "kron_damped_solve", {"left_tail": left_tail, "right_tail": right_tail}
-    solution: Data = check_kron(function, left, right, matrix, left_damping, right_damping, **tails).solution()
+    solution: Data = check_solve(function, left, right, matrix, left_damping, right_damping, **tails).solution()
     return solution
 
 
@@ -82,11 +82,11 @@ def kron_damped_power(
     right_tail: Tail = 0.0,
     values: Tensor | None = None,
 ) -> Tensor:
-    """Power of a damped Kronecker product, applied: (A ⊗ G + δI)^p W for G on the rows of W and A on its columns.
+    """Power of a damped Kronecker product, applied: (A ⊗ G + δI)^p W. G acts on the rows of W, A on its columns.
 
     Equivalent to the power of the operator W ↦ G W A + δW by a dense ``eigh`` of order pq, in 4pq(r_G + r_A)
-    operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates;
-    ∓1/2 whitens and samples. Factors, tails and errors are as there.
+    operations. p = −1 is the exact damped inverse of a Kronecker factor, which `kron_damped_solve` approximates.
+    p = −1/2 whitens and p = 1/2 samples. Factors, tails and errors are as in `kron_damped_solve`.
 
     Parameters
     ----------
@@ -95,14 +95,14 @@ def kron_damped_power(
     damping, exponent
         δ > 0, a number or a tensor of batch shape, and any real number.
     values
-        Shape (..., r_G, r_A), >= 0. They replace the products of eigenvalues gⱼ aᵢ where both factors hold a direction,
-        such as second moments measured in that basis (EK-FAC, SOAP). Elsewhere, products and tails stay.
+        Shape (..., r_G, r_A), >= 0. They replace the products of eigenvalues gⱼ aᵢ in both spans, for example by second
+        moments measured in that basis (EK-FAC, SOAP). Outside, products and tails stay.
 
     Notes
     -----
-    For a LowRankRoot, eigenvectors are formed first, and this waits for the device. Every value of a root up to τ, or
+    A LowRankRoot takes an eigendecomposition first, which waits for the device. Every value of a root up to τ, or
     not resolved, counts as τ. The derivative is right where its eigenvalues differ or are 0. Source: T. George, C.
-    Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values; derivation: ``docs/damped.md``.
+    Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values. Derivation: ``docs/damped.md``.
 
     Examples
     --------
@@ -128,8 +128,8 @@ def kron_damped_logdet(
 ) -> Tensor:
     """Log-determinant of A ⊗ G + δI, of batch shape, for the evidence of a Laplace approximation.
 
-    Equivalent to the sum of logarithms of all pq eigenvalues; those outside the spans are counted, not formed.
-    Arguments are those of `kron_damped_power`, errors and derivatives as in `damped_logdet`.
+    Equivalent to the sum of logarithms of all pq eigenvalues. Eigenvalues outside the spans are counted, not formed.
+    Arguments are as in `kron_damped_power`, errors and derivatives as in `damped_logdet`.
 
     Examples
     --------
@@ -142,54 +142,55 @@ def kron_damped_logdet(
     return check_joint("kron_damped_logdet", left, right, damping, **tails, values=values).logdet()
 
 
-class Kron(NamedTuple):
-    """Arguments of a two-sided damped application that fit together: of one pair of factors, a batch, or a list."""
+class Solve(NamedTuple):
+    """Checked arguments of `kron_damped_solve`: one pair of factors, a batch, or a list."""
 
     left: Side
     right: Side
-    data: Any  # W, or a pair (P, Q); of a list of pairs of factors, lists of them
+    data: Any  # W, or a pair (P, Q); beside lists of factors, a list of W, or a pair of lists
 
     def solution(self) -> Any:
-        """Apply both operators to W, or each to its side of a pair."""
+        """Apply both operators to W, or each to its half of a pair."""
         data, left_rows, right_rows = self.data, self.left.rows, self.right.rows
         first, second = self.left.inverse(), self.right.inverse()
         if first is not None and second is not None:
             if not isinstance(data, tuple):
-                return ops.kron_damped_inverse(*aligned(first, second, data))
-            (*left_parts, p), (*right_parts, q) = aligned(first, data[0]), aligned(second, data[1])
+                return ops.kron_damped_inverse(*broadcast_parts(first, second, data))
+            *left_parts, p = broadcast_parts(first, data[0])
+            *right_parts, q = broadcast_parts(second, data[1])
             if left_parts[2].shape != right_parts[2].shape:  # sides of different batch shapes
                 return first @ data[0], second @ data[1]
             operands = [*left_parts, *right_parts, p, q]
             return ops.pair_damped_inverse(*operands)
         left, right = self.left.stacked().operator(), self.right.stacked().operator()
         if isinstance(data, tuple):
-            p, q = left.on(data[0], left_rows), right.on(data[1], right_rows)
+            p, q = left.apply(data[0], left_rows), right.apply(data[1], right_rows)
             return left_rows.tall_result(p), right_rows.tall_result(q)
         if left_rows is WHOLE:
-            return ops.kron_damped_apply(*aligned(left, right, data))
+            return ops.kron_damped_apply(*broadcast_parts(left, right, data))
         right = Shifted(*map(left_rows.shared, right))
-        return left_rows.tall_result(left.on((right @ data.mT).mT, left_rows))
+        return left_rows.tall_result(left.apply((right @ data.mT).mT, left_rows))
 
 
-def kron_together(problems: Sequence[Kron]) -> list[Any]:
-    """Apply pairs of operators of one kind and rank, each to its W or to its pair."""
+def solve_together(problems: Sequence[Solve]) -> list[Any]:
+    """Apply pairs of operators that share kinds and ranks, each to its W or to its pair."""
     lefts, rights, data = zip(*problems, strict=True)
     pairs = isinstance(data[0], tuple)
-    of_list: Any = tuple(map(list, zip(*data, strict=True))) if pairs else list(data)
-    solution = Kron(join(lefts), join(rights), of_list).solution()
+    listed: Any = tuple(map(list, zip(*data, strict=True))) if pairs else list(data)
+    solution = Solve(join(lefts), join(rights), listed).solution()
     return list(zip(*solution, strict=True)) if pairs else list(solution)
 
 
 class Joint(NamedTuple):
-    """Arguments of A ⊗ G + δI that fit together."""
+    """Checked arguments of A ⊗ G + δI."""
 
-    left: Side  # their own dampings are not used
-    right: Side
+    left: Side  # G; the sides' own dampings are not used
+    right: Side  # A
     damping: Number
-    fitted: Tensor | None  # in place of the products of eigenvalues in both spans
+    fitted: Tensor | None  # replaces the products of eigenvalues in both spans
 
-    def parts(self, left: Tensor, left_tail: Number, right: Tensor, right_tail: Number) -> tuple[Tensor, ...]:
-        """Return those of A ⊗ G + δI in both spans (..., s, r), in the left (..., s), in the right and in neither."""
+    def eigenvalues(self, left: Tensor, left_tail: Number, right: Tensor, right_tail: Number) -> tuple[Tensor, ...]:
+        """Return eigenvalues of A ⊗ G + δI in both spans (..., s, r), only in the left or right one, and in neither."""
         both = left[..., :, None] * right[..., None, :] if self.fitted is None else self.fitted
         neither = torch.as_tensor(left_tail * right_tail + self.damping, dtype=both.dtype, device=both.device)
         in_left = left * add_dims(right_tail) + add_dims(self.damping)
@@ -197,15 +198,15 @@ class Joint(NamedTuple):
         return both + add_dims(self.damping, 2), in_left, in_right, neither
 
     def logdet(self) -> Tensor:
-        """Return the logarithms of all eigenvalues, summed."""
-        parts = self.parts(*self.left.counted(), *self.right.counted())
-        both, in_left, in_right, neither = (part.log() for part in parts)
-        p, q = self.left.unheld(), self.right.unheld()
+        """Return the sum of logarithms of all eigenvalues."""
+        eigenvalues = self.eigenvalues(*self.left.eigenvalues(), *self.right.eigenvalues())
+        both, in_left, in_right, neither = (values.log() for values in eigenvalues)
+        p, q = self.left.tail_count(), self.right.tail_count()
         return both.sum((-2, -1)) + q * in_left.sum(-1) + p * in_right.sum(-1) + p * q * neither
 
 
 def logdets_together(problems: Sequence[Joint]) -> Sequence[Tensor]:
-    """Compute the determinants of products whose factors are of one kind and rank each."""
+    """Return the log-determinants of products that share the kinds and ranks of their factors."""
     return _joined(problems).logdet().unbind()
 
 
@@ -217,10 +218,10 @@ def _joined(problems: Sequence[Joint]) -> Joint:
 
 
 class Power(NamedTuple):
-    """Arguments of `kron_damped_power` that fit together: of one pair of factors, of a batch, or of a list of pairs.
+    """Checked arguments of `kron_damped_power`: one pair of factors, a batch, or a list.
 
-    The power applied to W is β (W + U (z_U ∘ UᵀW) + (W V ∘ z_V) Vᵀ + U (z ∘ UᵀW V) Vᵀ), β being that of the eigenvalue
-    in neither span, and all else relative to it.
+    The power applied to W is β (W + U (z_U ∘ UᵀW) + (W V ∘ z_V) Vᵀ + U (z ∘ UᵀW V) Vᵀ). β is the power of the
+    eigenvalue in neither span. The coefficients z, z_U and z_V are relative to β.
     """
 
     joint: Joint
@@ -229,66 +230,64 @@ class Power(NamedTuple):
 
     def result(self) -> Tensor:
         """Apply the power."""
-        (in_both, in_left, in_right, scale), left, right = self.coefficients()
-        u, v, w = aligned(left, right, self.matrix)
+        (z, z_left, z_right, scale), left, right = self.coefficients()
+        u, v, w = broadcast_parts(left, right, self.matrix)
         projected = u.mT @ w
-        rows = in_left[..., :, None] * projected + (in_both * (projected @ v)) @ v.mT
-        columns = (w @ v) * in_right[..., None, :]
+        rows = z_left[..., :, None] * projected + (z * (projected @ v)) @ v.mT
+        columns = (w @ v) * z_right[..., None, :]
         return scaled_sum(scale.expand(w.shape[:-2]), w, torch.cat([u, columns], -1), torch.cat([rows, v.mT], -2))
 
     def coefficients(self) -> tuple[tuple[Tensor, ...], Tall, Tall]:
         """Return z, z_U, z_V and β, and U and V."""
-        (left, of_left), (right, of_right) = self.joint.left.spanned(), self.joint.right.spanned()
-        parts = self.joint.parts(*of_left, *of_right)
-        neither, p = parts[3], self.exponent
-        in_both, in_left, in_right = (
-            (part / add_dims(neither, dims)) ** p - 1 for part, dims in zip(parts, (2, 1, 1), strict=False)
-        )
-        in_both = in_both - in_left[..., :, None] - in_right[..., None, :]
-        return (in_both, in_left, in_right, neither**p), left, right
+        (left, left_values), (right, right_values) = self.joint.left.eigenpairs(), self.joint.right.eigenpairs()
+        in_both, in_left, in_right, neither = self.joint.eigenvalues(*left_values, *right_values)
+        p, neither_column = self.exponent, add_dims(neither)
+        z_left, z_right = (in_left / neither_column) ** p - 1, (in_right / neither_column) ** p - 1
+        z = (in_both / add_dims(neither, 2)) ** p - 1 - z_left[..., :, None] - z_right[..., None, :]
+        return (z, z_left, z_right, neither**p), left, right
 
 
 def powers_together(problems: Sequence[Power]) -> Sequence[Tensor]:
-    """Apply powers of one exponent, of factors of one kind and rank each, to one W each.
+    """Apply powers that share the exponent and the kinds and ranks of their factors, each to its W.
 
-    In launches for all of them: V and products are stacked, with rows of zeros below the shorter ones.
+    Each launch serves all problems: V and the products with V are stacked, with zeros in place of missing rows.
     """
     matrices: Any = [problem.matrix for problem in problems]
     joint = _joined([problem.joint for problem in problems])
-    (in_both, in_left, in_right, scale), left, right = Power(joint, matrices, problems[0].exponent).coefficients()
+    (z, z_left, z_right, scale), left, right = Power(joint, matrices, problems[0].exponent).coefficients()
     scale = scale.expand(len(left))
-    one_size = len({len(basis) for basis in right}) == 1
-    turned = torch.stack(list(right)) if one_size else pad_sequence(list(right), batch_first=True)
-    columns = times(matrices, turned)
-    inner = in_both * ops.project(left, columns)
-    columns = ops.rotate(left, columns, inner, torch.diag_embed(in_right))
-    beside = times(columns, scale[:, None, None] * turned.mT)
-    applied: Any = ops.damped_apply(left, in_left, scale, matrices)
-    cut = [own[:, : len(each)] for own, each in zip(beside, right, strict=True)]
-    summed: Sequence[Tensor] = torch._foreach_add(applied, cut)
+    same_size = len({len(basis) for basis in right}) == 1
+    v = torch.stack(list(right)) if same_size else pad_sequence(list(right), batch_first=True)
+    columns = times(matrices, v)
+    inner = z * ops.project(left, columns)
+    columns = ops.rotate(left, columns, inner, torch.diag_embed(z_right))
+    right_terms = times(columns, scale[:, None, None] * v.mT)
+    left_terms: Any = ops.damped_apply(left, z_left, scale, matrices)
+    unpadded = [block[:, : len(basis)] for block, basis in zip(right_terms, right, strict=True)]
+    summed: Sequence[Tensor] = torch._foreach_add(left_terms, unpadded)
     return summed
 
 
-def check_kron(
+def check_solve(
     function: str, left: LowRank, right: LowRank, data: Any, left_damping: Number, right_damping: Number, **tails: Tail
-) -> Kron:
+) -> Solve:
     """Check the arguments of `kron_damped_solve`."""
     first = check_side(function, left, left_damping, tails["left_tail"], "left")
     second = check_side(function, right, right_damping, tails["right_tail"], "right")
     _check.same_dtype_and_device(function, "right", second.basis, "left", first.basis)
     check_data = _check_matrix if isinstance(data, Tensor) else _check_pair
-    return Kron(first, second, check_data(function, data, first, second))
+    return Solve(first, second, check_data(function, data, first, second))
 
 
 def check_joint(
     function: str, left: LowRank, right: LowRank, damping: Number, *, values: Tensor | None, **tails: Tail
 ) -> Joint:
-    """Check the factors of a product with one damping."""
+    """Check the factors of a product with a joint damping."""
     sides = []
     for name, lowrank in (("left", left), ("right", right)):
         sides.append(check_side(function, lowrank, 1.0, tails[f"{name}_tail"], name))
         if sides[-1].rows is not WHOLE:
-            rule = f"{name} must hold plain tensors, since a joint damping is not computed from rows of it"
+            rule = f"{name} must hold plain tensors, since a joint damping needs all rows in one process"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
     first, second = (side.basis for side in sides)
     _check.same_dtype_and_device(function, "right", second, "left", first)
@@ -306,34 +305,36 @@ def check_joint(
 def check_power(
     function: str, left: LowRank, right: LowRank, matrix: Tensor, damping: Number, exponent: float, **options: Any
 ) -> Power:
-    """Check the arguments of `kron_damped_power`; its options are those of `check_joint`."""
+    """Check the arguments of `kron_damped_power`. The options are those of `check_joint`."""
     exponent = _check.exponent(function, exponent)
     if isinstance(matrix, tuple):
-        rule = "matrix must be a tensor, since the result for a pair (P, Q) is not of its rank"
+        rule = "matrix must be a tensor, since the result for a pair (P, Q) does not keep the pair's rank"
         _check.fail_type(function, f"{rule}; got a pair; form P @ Q.mT")
     joint = check_joint(function, left, right, damping, **options)
     return Power(joint, _check_matrix(function, matrix, joint.left, joint.right), exponent)
 
 
 def _check_matrix(function: str, matrix: Any, left: Side, right: Side) -> Tensor:
-    """Check W beside both sides, and return what is here of it."""
+    """Check W against both sides, and return the rows of it that are held here."""
     if right.rows is not WHOLE:
         rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
         _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
-    data, shape = left.data(function, "matrix", matrix, "left"), (left.rows.count(left.basis), right.basis.shape[-2])
+    data = left.matching_data(function, "matrix", matrix, "left")
+    shape = left.rows.count(left.basis), right.basis.shape[-2]
     if tuple(matrix.shape[-2:]) != shape:
         rule = f"matrix must have shape (..., {shape[0]}, {shape[1]}), the orders of left and right"
         _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
     _check.batches(function, "matrix", data, right.basis)
     _check.batches(function, "right", right.basis, left.basis, "left's")
-    return left.here(function, "matrix", data)
+    return left.local_rows(function, "matrix", data)
 
 
 def _check_pair(function: str, pair: Any, left: Side, right: Side) -> tuple[Tensor, Tensor]:
-    """Check P and Q, each beside its side, and return what is here of them."""
+    """Check P and Q, each against its side, and return the rows of them that are held here."""
     if not isinstance(pair, tuple) or len(pair) != 2:
         _check.fail_type(function, f"matrix must be a tensor or a pair (P, Q); got {type(pair).__name__}")
-    first, second = left.data(function, "P", pair[0], "left"), right.data(function, "Q", pair[1], "right")
+    first = left.matching_data(function, "P", pair[0], "left")
+    second = right.matching_data(function, "Q", pair[1], "right")
     p, q = (side.rows.count(side.basis) for side in (left, right))
     if first.shape[-2:-1] != (p,) or second.shape[-2:-1] != (q,):
         rule = f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k)"
@@ -341,4 +342,4 @@ def _check_pair(function: str, pair: Any, left: Side, right: Side) -> tuple[Tens
     if first.shape[-1] != second.shape[-1]:
         rule = "P and Q must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {first.shape[-1]} and {second.shape[-1]}")
-    return left.here(function, "P", first), right.here(function, "Q", second)
+    return left.local_rows(function, "P", first), right.local_rows(function, "Q", second)

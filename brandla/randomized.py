@@ -22,7 +22,7 @@ _SMALL_WIDTH = 32
 
 
 class LinearOperator(Protocol):
-    """Anything that multiplies: ``shape``, ``dtype``, ``device`` and ``@`` with a tensor on the right.
+    """Any object with ``shape``, ``dtype``, ``device``, and ``@`` with a tensor on the right.
 
     `randomized_svd` and `eigh_refresh` also need the transposed product: an attribute ``mT`` that multiplies, or
     ``tensor @ operator``. Sparse tensors (m, n) of torch are linear operators as they are.
@@ -70,22 +70,22 @@ def randomized_eigh(
     rank
         Number of eigenpairs, at most n.
     oversample, power_iterations
-        Extra columns of the random start, dropped at the end, and products with M, each followed by orthonormalisation,
-        before the one that Nyström uses.
+        Extra columns of the random start, which are dropped at the end; and products with M before the product that
+        Nyström uses, each followed by orthonormalisation.
     generator
-        Source of the seed of the random signs; the default generator of the device otherwise.
+        Draws the seed of the random signs. By default, the generator of the device does.
     start
         A basis (..., n, s) that replaces the first s ≤ rank + oversample columns of random signs: typically the
         eigenvectors of the last result, if the matrix has moved little. ``power_iterations`` of 0 or 1 is then enough.
-        A zero column stands for random signs.
+        Random signs replace a zero column.
 
     Notes
     -----
     0 ⪯ M̂ ⪯ M to rounding; eigenvalues below about √n·ε·‖M‖_F are not resolved. Entries of M may be as large as
-    max/(2n) and its norm as small as tiny/ε of the dtype. The derivative may be NaN where the rank of M is below the
-    number of columns of the start, rank + oversample, and is not defined where it is below ``rank``. Source: J. Tropp,
-    A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data",
-    NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
+    max/(2n) and its norm as small as tiny/ε of the dtype. The derivative may be NaN if the rank of M is below rank +
+    oversample, the number of columns of the start. It is not defined if the rank of M is below ``rank``. Source: J.
+    Tropp, A. Yurtsever, M. Udell, V. Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from streaming
+    data", NeurIPS 2017, algorithm 3. Derivation: ``docs/randomized.md``.
 
     Examples
     --------
@@ -112,8 +112,8 @@ def randomized_eigh(
     else:
         test = _signs(matrix, width, generator)
         if start is not None:
-            own = torch.where((start == 0).all(-2, keepdim=True), test[..., : start.shape[-1]], start)
-            test = torch.cat([own.to(test.dtype), test[..., start.shape[-1] :]], -1)
+            filled = torch.where((start == 0).all(-2, keepdim=True), test[..., : start.shape[-1]], start)
+            test = torch.cat([filled.to(test.dtype), test[..., start.shape[-1] :]], -1)
         if power_iterations == 0:
             test, _ = orthonormalize(test)
         image = product(function, matrix, test)
@@ -141,7 +141,7 @@ def randomized_svd(
     rank
         Number of triplets, at most min(m, n).
     power_iterations
-        Products with X Xᵀ after the first product, orthonormalised after each half.
+        Products with X Xᵀ after the first product. Each half is followed by orthonormalisation.
     oversample, generator
         As in `randomized_eigh`.
 
@@ -192,9 +192,9 @@ def _nystrom(test: Tensor, image: Tensor, rank: int, dtype: torch.dtype) -> LowR
     image = image + shift * test
     inner = (test.mT @ image).double()
     _check.semidefinite("randomized_eigh", "matrix", inner, dtype)
-    levels, directions = safe_eigh((inner + inner.mT) / 2)
-    resolved = levels > inner.shape[-1] * torch.finfo(inner.dtype).eps * levels[..., :1]
-    root = directions * torch.where(resolved, levels, 1).rsqrt()[..., None, :] * resolved[..., None, :]
+    inner_values, inner_vectors = safe_eigh((inner + inner.mT) / 2)
+    resolved = inner_values > inner.shape[-1] * torch.finfo(inner.dtype).eps * inner_values[..., :1]
+    root = inner_vectors * torch.where(resolved, inner_values, 1).rsqrt()[..., None, :] * resolved[..., None, :]
     panel, transform, triangle = factorize(image)
     half = triangle.double() @ root
     values, rotation = leading_eigh(half @ half.mT, rank, image.dtype)
@@ -203,7 +203,7 @@ def _nystrom(test: Tensor, image: Tensor, rank: int, dtype: torch.dtype) -> LowR
 
 
 def scale_of(image: Tensor) -> Tensor:
-    """Power of two (..., 1, 1) by which an image is divided, exactly, before products of its columns are taken."""
+    """Return a power of two (..., 1, 1). Dividing an image by it is exact, and keeps products of columns in range."""
     if not image.numel():
         return image.new_ones(*image.shape[:-2], 1, 1)
     largest = image.detach().abs().amax((-2, -1), keepdim=True)
@@ -212,7 +212,7 @@ def scale_of(image: Tensor) -> Tensor:
 
 
 def _sketch(function: str, matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
-    """Return X Ω for a test matrix of random signs; a tensor X multiplies it unseen."""
+    """Return X Ω for a test matrix Ω of random signs. The op for a dense X draws Ω as it multiplies."""
     if width == matrix.shape[-1]:
         return product(function, matrix, _identity(matrix, width))
     if is_dense(matrix):
@@ -228,13 +228,13 @@ def _identity(matrix: Matrix, order: int) -> Tensor:
 
 def _signs(matrix: Matrix, width: int, generator: Generator | None) -> Tensor:
     dtype, (*batch, _, n) = torch.promote_types(matrix.dtype, torch.float32), matrix.shape
-    # The seed is drawn on the device: nothing waits for it.
+    # The seed is drawn on the device, so that the host does not wait.
     seed = torch.randint(2**63 - 1, (), device=matrix.device, generator=generator)
     return signs(seed, n, width, batch_shape=tuple(batch), dtype=dtype)
 
 
 def check_matrix(function: str, matrix: Matrix) -> tuple[int, int]:
-    """Check a tensor or a linear operator, and return its rows and columns."""
+    """Check a tensor or a linear operator, and return its numbers of rows and columns."""
     if isinstance(matrix, Tensor):
         _check.data(function, "matrix", matrix)
         if matrix.ndim < 2:
@@ -257,13 +257,13 @@ def check_matrix(function: str, matrix: Matrix) -> tuple[int, int]:
     return int(matrix.shape[-2]), int(matrix.shape[-1])
 
 
-def _sketch_width(function: str, rank: int, oversample: int, powers: int, most: int, because: str) -> int:
+def _sketch_width(function: str, rank: int, oversample: int, power_iterations: int, most: int, because: str) -> int:
     _check.count(function, "rank", rank, 1)
     _check.count(function, "oversample", oversample, 0)
-    _check.count(function, "power_iterations", powers, 0)
+    _check.count(function, "power_iterations", power_iterations, 0)
     if rank > most:
         _check.fail_value(function, f"rank must be at most {most}, {because}; got {rank}")
-    # Few random signs may be dependent: a small matrix gets enough columns, or all.
+    # Short columns of random signs may be dependent. With _SMALL_WIDTH of them, or all, the span is large enough.
     least = _SMALL_WIDTH if most <= _SMALL else 0
     return min(max(rank + oversample, least), most)
 
@@ -278,27 +278,27 @@ def _check_start(function: str, matrix: Matrix, start: Tensor, width: int) -> No
 
 
 def product(function: str, matrix: Matrix, block: Tensor, *, adjoint: bool = False) -> Tensor:
-    """Return X V or XᵀV, with long sums in slabs where X is a dense tensor; any other is a linear operator."""
+    """Return X V, or XᵀV if ``adjoint``. The product with a dense tensor takes long sums in slabs."""
     if is_dense(matrix):
-        own = cast(Tensor, matrix)
-        return inner_product((own if adjoint else own.mT).to(block.dtype), block)
-    found: object
+        dense = cast(Tensor, matrix)
+        return inner_product((dense if adjoint else dense.mT).to(block.dtype), block)
+    result: object
     if not adjoint:
-        found = matrix @ block.to(matrix.dtype)
+        result = matrix @ block.to(matrix.dtype)
     elif hasattr(matrix, "mT"):
-        found = matrix.mT @ block.to(matrix.dtype)
+        result = matrix.mT @ block.to(matrix.dtype)
     elif hasattr(matrix, "__rmatmul__"):
-        found = (block.to(matrix.dtype).mT @ cast(Any, matrix)).mT
+        result = (block.to(matrix.dtype).mT @ cast(Any, matrix)).mT
     else:
-        rule = "the operator must know its transpose, as attribute mT or by tensor @ operator"
+        rule = "the operator must have a transposed product, by attribute mT or by tensor @ operator"
         _check.fail_type(function, f"{rule}; {type(matrix).__name__} has neither")
     expected = (matrix.shape[1 if adjoint else 0], block.shape[1])
-    if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(result, Tensor) or tuple(result.shape) != expected:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         _check.fail_value(function, f"the operator's product must be a tensor of shape {expected}; got {got}")
-    return found.to(block.dtype)
+    return result.to(block.dtype)
 
 
 def is_dense(matrix: Matrix) -> bool:
-    """Say whether it is a tensor with all its entries, no linear operator and not sparse."""
+    """Return whether the matrix is a tensor that is not sparse."""
     return isinstance(matrix, Tensor) and matrix.layout == torch.strided

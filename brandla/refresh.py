@@ -1,6 +1,6 @@
-"""Eigenbases brought up to date against a matrix: by products with wide data, or in part by Rayleigh–Ritz.
+"""Eigenbases brought up to date with a matrix: by products with wide data, or in part by Rayleigh–Ritz.
 
-The first is the step of SOAP, KL-Shampoo, COSMOS and Dion.
+The products, `eigh_refresh`, are the step of SOAP, KL-Shampoo, COSMOS and Dion.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from brandla_kernels import Tall, project, reads_are_free, rotate, tall
 def eigh_refresh(
     eigh: LowRankEigh, matrix: Matrix, *, decay: Number = 1.0, weight: Number = 1.0, iterations: int = 1
 ) -> tuple[LowRankEigh, Tensor]:
-    """Take a wide G into an eigenbasis: one step of subspace iteration with ``decay * U diag(d) Uᵀ + weight * G Gᵀ``.
+    """Update an eigenbasis by a wide G: one step of subspace iteration with ``decay * U diag(d) Uᵀ + weight * G Gᵀ``.
 
     For G (n, m) with m near n or above, where `brandla.eigh_update` would save nothing. G Gᵀ is never formed: G
-    multiplies blocks of r columns, with 4nmr flops an iteration and 2nmr for the values. Nothing waits for the device,
-    and a CUDA graph can capture it. Raises as `eigh_update` does.
+    multiplies blocks of r columns, with 4nmr flops an iteration and 2nmr for the values. The host never waits for the
+    device, and a CUDA graph can capture the call. Raises as `eigh_update` does.
 
     Parameters
     ----------
@@ -37,12 +37,12 @@ def eigh_refresh(
         d (..., r) and U (..., n, r). A zero column starts again. From ``LowRankEigh.zeros(n, r)``, a GPU and a CPU may
         find different bases of one span.
     matrix
-        G, a tensor (..., n, m), half precision beside a float32 factor included, or a linear operator (n, m) with
-        a transpose. Squares of its entries must be in range.
+        G, a tensor (..., n, m), or a linear operator (n, m) with a transpose. Half precision may meet a float32 factor.
+        Squares of its entries must be in range.
     decay, weight
         ρ and w, as in `eigh_update`.
     iterations
-        Products with the matrix, each followed by orthonormalisation. 1 serves on a stream, whose basis moves little.
+        Products with the matrix, each followed by orthonormalisation. 1 is enough on a stream: its basis moves little.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def eigh_refresh(
     >>> moments.shape
     torch.Size([8, 100])
     """
-    return check_refresh("eigh_refresh", eigh, matrix, decay, weight, iterations).one()
+    return check_refresh("eigh_refresh", eigh, matrix, decay, weight, iterations).result()
 
 
 def check_refresh(
@@ -93,7 +93,7 @@ def check_refresh(
 
 
 class Refresh(NamedTuple):
-    """M = U diag(ρd) Uᵀ + w G Gᵀ of `eigh_refresh`: of one factor, of a batch, or of a list with d stacked."""
+    """M = U diag(ρd) Uᵀ + w G Gᵀ, the checked arguments: of one factor, of a batch, or of a list with d stacked."""
 
     values: Tensor  # d     (..., r)
     vectors: Tall  # U      (..., n, r)
@@ -102,29 +102,29 @@ class Refresh(NamedTuple):
     weight: Number
     iterations: int
 
-    def one(self) -> tuple[LowRankEigh, Tensor]:
+    def result(self) -> tuple[LowRankEigh, Tensor]:
         """Return the factor, or the batch, with its permutation."""
-        values, vectors, order = self.refreshed()
+        values, vectors, order = self.parts()
         return LowRankEigh(values, vectors), order
 
-    def refreshed(self) -> tuple[Tensor, Tall, Tensor]:
+    def parts(self) -> tuple[Tensor, Tall, Tensor]:
         """Return the new values, vectors and permutations."""
-        # In products ρd stands in place of d, and both as they multiply coefficients.
-        matrix = self._replace(values=(self.values * add_dims(self.decay))[..., None], weight=add_dims(self.weight, 2))
+        # ρd replaces d. ρd and w get the dimensions with which they multiply coefficients.
+        scaled = self._replace(values=(self.values * add_dims(self.decay))[..., None], weight=add_dims(self.weight, 2))
         vectors = self.vectors
         for _ in range(self.iterations):
-            block = _begun(vectors)
-            old, new = matrix._coefficients(block)
-            # M X is divided by a power of two: near its largest entry, or of a list, near that of diag(XᵀMX).
+            block = _with_fresh_columns(vectors)
+            old, new = scaled._coefficients(block)
+            # M X is divided by a power of two near its largest entry, or, of a list, near the largest of diag(XᵀMX).
             if isinstance(block, list):
-                scale = scale_of(matrix._quotients(old, new)[..., None, :])
-                image = rotate(self.vectors, self.matrix, matrix.values * old / scale, matrix.weight * new / scale)
+                scale = scale_of(scaled._quotients(old, new)[..., None, :])
+                image = rotate(self.vectors, self.matrix, scaled.values * old / scale, scaled.weight * new / scale)
             else:
-                image = self.vectors @ (matrix.values * old) + product("eigh_refresh", self.matrix, matrix.weight * new)
+                image = self.vectors @ (scaled.values * old) + product("eigh_refresh", self.matrix, scaled.weight * new)
                 image = image / scale_of(image)
             nearly, transform, _ = factorize(image)
             vectors = times(nearly, transform)
-        quotients = matrix._quotients(*matrix._coefficients(vectors))
+        quotients = scaled._quotients(*scaled._coefficients(vectors))
         values, order = quotients.sort(dim=-1, descending=True, stable=True)
         if isinstance(vectors, list):
             return values, times(nearly, tall.columns_at(transform, order)), order
@@ -141,21 +141,21 @@ class Refresh(NamedTuple):
         return project(self.vectors, block), image
 
 
-def refreshed_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, Tensor]]:
+def refresh_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, Tensor]]:
     """Refresh factors of one rank, each by its dense matrix."""
     values, vectors, matrices, decays, weights, (iterations, *_) = zip(*problems, strict=True)
     stacked = torch.stack(values)
     wide = [matrix.to(stacked.dtype) for matrix in matrices]
     numbers = stack_numbers(decays, stacked), stack_numbers(weights, stacked)
-    refreshed = Refresh(stacked, list(vectors), wide, *numbers, iterations).refreshed()
-    return [(LowRankEigh(*own), order) for *own, order in zip(*refreshed, strict=True)]
+    parts = Refresh(stacked, list(vectors), wide, *numbers, iterations).parts()
+    return [(LowRankEigh(*factor), order) for *factor, order in zip(*parts, strict=True)]
 
 
-def _begun(vectors: Tall) -> Tall:
-    """Return U with its zero columns begun anew, orthogonal to the others, from cos(i²j): dense and independent."""
-    # What lay in the span of the others would outweigh them in M U, and take their places.
+def _with_fresh_columns(vectors: Tall) -> Tall:
+    """Replace zero columns of U by columns of cos(i²j), dense and independent, made orthogonal to the others."""
+    # Parts of fresh columns in the span of the others would outweigh these in M U, and take their places.
     members = vectors if isinstance(vectors, list) else [vectors]
-    if reads_are_free(members[0]) and not any((own == 0).all(-2).any().item() for own in members):
+    if reads_are_free(members[0]) and not any((member == 0).all(-2).any().item() for member in members):
         return vectors
     sizes, device, dtype = (tall.rows(vectors), tall.columns(vectors)), tall.device_of(vectors), tall.dtype_of(vectors)
     row, column = (torch.arange(1, size + 1, dtype=torch.float64, device=device) for size in sizes)
@@ -165,22 +165,21 @@ def _begun(vectors: Tall) -> Tall:
         empty = (vectors == 0).all(-2, keepdim=True)
         return torch.where(empty, tall.subtract_product(fresh, vectors, project(vectors, fresh)), vectors)
     table = table.to(dtype)
-    begun: Any = [table[: len(own)] for own in vectors]
-    coefficients = project(vectors, begun)
-    # No vector is orthogonal to all of them but 0.
+    tables: Any = [table[: len(member)] for member in vectors]
+    coefficients = project(vectors, tables)
+    # Only a zero column is orthogonal to all columns of a table.
     empty = (coefficients == 0).all(-1).to(dtype)
-    lengths = empty * add_dims(stack_numbers([(2 / len(own)) ** 0.5 for own in vectors], coefficients))
-    return rotate(
-        vectors, begun, torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :], torch.diag_embed(lengths)
-    )
+    lengths = empty * add_dims(stack_numbers([(2 / len(member)) ** 0.5 for member in vectors], coefficients))
+    kept = torch.diag_embed(1 - empty) - coefficients * lengths[..., None, :]
+    return rotate(vectors, tables, kept, torch.diag_embed(lengths))
 
 
 def ritz_correct(eigh: LowRankEigh, matrix: Tensor, subset: Tensor) -> LowRankEigh:
     """Replace some eigenpairs by the Ritz pairs of M in the span of their vectors, and sort.
 
     Rayleigh–Ritz: E, V = eigh(UₛᵀMUₛ), then Uₛ ← Uₛ V and dₛ ← E, for the indices s of ``subset`` (m,), int64, and a
-    symmetric positive semi-definite M (..., n, n). The truncation errors that updates left in those directions go.
-    Raises as `brandla.eigh_update` does.
+    symmetric positive semi-definite M (..., n, n). This removes the truncation errors that updates left in these
+    directions. Raises as `brandla.eigh_update` does.
     """
     function = "ritz_correct"
     _check.eigh(function, "eigh", eigh)

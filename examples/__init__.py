@@ -1,1 +1,1 @@
-"""Networks that people train, with every K-FAC system of the library."""
+"""Typical networks trained with every K-FAC system of the library, and optimizers and models on its functions."""

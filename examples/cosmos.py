@@ -1,7 +1,7 @@
 """COSMOS: SOAP in the leading subspace, orthogonal steps outside it: ``python -m examples.cosmos``.
 
-`brandla.eigh_refresh` keeps `rank` leading eigenvectors of the average of Gᵀ G. Adam runs on the coordinates in them;
-what the momentum has outside is made orthogonal by Newton–Schulz iterations, as in Muon.
+`brandla.eigh_refresh` keeps `rank` leading eigenvectors of the average of Gᵀ G. Adam runs on the coordinates in them.
+Newton–Schulz iterations, as in Muon, make the rest of the momentum orthogonal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from examples.digits import compare
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Bring all singular values near 1, by products alone."""
+    """Bring all singular values near 1, by matrix products only."""
     matrix = matrix / (torch.linalg.matrix_norm(matrix) + 1e-12)
     for _ in range(iterations):
         gram = matrix @ matrix.mT
@@ -26,7 +26,7 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Cosmos(torch.optim.Optimizer):
-    """Matrices as above; Adam for vectors."""
+    """COSMOS for matrices, and Adam for vectors."""
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float = 0.01, rank: int = 8, outside: float = 0.5) -> None:
         super().__init__(weights, {"lr": lr, "rank": rank, "outside": outside, "betas": (0.9, 0.95)})
@@ -45,9 +45,8 @@ class Cosmos(torch.optim.Optimizer):
                         n, state["square"] = weight.shape[1], torch.zeros_like(weight[:, :rank])
                         state["eigh"] = brandla.LowRankEigh.zeros(n, rank, device=weight.device, dtype=weight.dtype)
                 state["step"] += 1
-                mean = state["mean"].lerp_(gradient, 1 - beta) / (1 - beta ** state["step"])
+                momentum = mean = state["mean"].lerp_(gradient, 1 - beta) / (1 - beta ** state["step"])
                 share = (1 - forget) / (1 - forget ** state["step"])
-                basis = None
                 if "eigh" in state:
                     state["eigh"], order = brandla.eigh_refresh(
                         state["eigh"], gradient.mT, decay=1 - share, weight=share
@@ -55,11 +54,11 @@ class Cosmos(torch.optim.Optimizer):
                     basis = state["eigh"].eigenvectors
                     # The second moments follow the vectors that they belong to.
                     state["square"] = state["square"][:, order]
-                    gradient, mean, whole = gradient @ basis, mean @ basis, mean
+                    gradient, mean = gradient @ basis, momentum @ basis
                 square = state["square"].lerp_(gradient.square(), share)
                 step = mean / (square.sqrt() + 1e-8)
-                if basis is not None:
-                    rest = orthogonal(whole - mean @ basis.mT)
+                if "eigh" in state:
+                    rest = orthogonal(momentum - mean @ basis.mT)
                     step = step @ basis.mT + group["outside"] * len(weight) ** 0.5 * rest
                 weight.sub_(group["lr"] * step)
 

@@ -1,4 +1,4 @@
-"""Scikit-learn's digits and a small network for them, for the examples that are about something else."""
+"""Scikit-learn's digits and a small network for them, for the examples whose topic is something else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -25,8 +25,8 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
 
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, batch: int = 128) -> Iterator[float]:
-    """Train on random batches, and yield the loss of each before its step."""
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, batch: int = 128) -> Iterator[float]:
+    """Train on random batches, and yield the loss of each batch before its step."""
     inputs, labels = digits()
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -38,9 +38,9 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, batc
         yield loss.item()
 
 
-def compare(optimizers: dict[str, Make], steps: int) -> None:
-    """Train with each, and print the loss of the first batch and of the last five."""
+def compare(optimizers: dict[str, MakeOptimizer], steps: int) -> None:
+    """Train with each optimizer, and print the losses of the first batch and of the last five."""
     for name, make in optimizers.items():
         model = network()
-        losses = list(trained(model, make(model.parameters()), steps))
+        losses = list(train(model, make(model.parameters()), steps))
         print(f"{name}: {losses[0]:.3f} -> {sum(losses[-5:]) / 5:.3f}")

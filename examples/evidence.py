@@ -1,6 +1,6 @@
 """Weight decay and early stopping on digits, with no validation set: ``python -m examples.evidence``.
 
-The evidence of each candidate comes from one pass of K-FAC over the training data; cross-validation trains five times.
+The evidence of a candidate takes one pass of K-FAC over the training data. Cross-validation trains five networks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ TRAINING, FOLDS = 300, 5
 PRECISIONS = (0.1, 1.0, 10.0, 100.0)
 
 
-def trained(inputs: Tensor, labels: Tensor, precision: float, steps: int) -> nn.Module:
-    """Train with the log posterior's decay, δ/N, by steps over all data."""
+def train(inputs: Tensor, labels: Tensor, precision: float, steps: int) -> nn.Module:
+    """Train on all data in each step, with the weight decay of the log posterior, δ/N."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(steps):
@@ -32,42 +32,42 @@ def trained(inputs: Tensor, labels: Tensor, precision: float, steps: int) -> nn.
 
 
 def evidence_of(model: nn.Module, inputs: Tensor, labels: Tensor, precision: float) -> float:
-    """Return the log marginal likelihood a sample."""
+    """Return the log marginal likelihood per sample."""
     preconditioner = KFAC(model, Exact(inverse_every=1), curvature="type-2")
     outputs = model(inputs)
     preconditioner.curvature(outputs)
     loss = cross_entropy(outputs, labels)
     loss.backward()
     preconditioner.step()
-    found = evidence(preconditioner, -len(labels) * loss.detach(), precision, terms=len(labels))
+    log_evidence = evidence(preconditioner, -len(labels) * loss.detach(), precision, terms=len(labels))
     preconditioner.remove()
     model.zero_grad()
-    return found.item() / len(labels)
+    return log_evidence.item() / len(labels)
 
 
 def cross_validated(inputs: Tensor, labels: Tensor, precision: float, steps: int) -> float:
-    """Return the mean log-likelihood of each fifth under a network trained on the others."""
+    """Return the mean log-likelihood of each fifth of the data under a network trained on the other fifths."""
     folds = torch.arange(len(labels)) % FOLDS
     losses = []
     for fold in range(FOLDS):
-        model = trained(inputs[folds != fold], labels[folds != fold], precision, steps)
+        model = train(inputs[folds != fold], labels[folds != fold], precision, steps)
         losses.append(cross_entropy(model(inputs[folds == fold]), labels[folds == fold]).item())
     return -sum(losses) / FOLDS
 
 
 def main(steps: int = 100) -> None:
-    """Show both beside the log-likelihood of data that neither has seen."""
+    """Show the evidence and the cross-validation beside the log-likelihood of unseen data."""
     inputs, labels = digits()
     table = Table(
         "δ", "steps", "evidence", "cross-validation", "unseen data", title="per sample, the higher the better"
     )
     for precision in PRECISIONS:
         for taken in (steps // 4, steps):
-            model = trained(inputs[:TRAINING], labels[:TRAINING], precision, taken)
-            known = evidence_of(model, inputs[:TRAINING], labels[:TRAINING], precision)
+            model = train(inputs[:TRAINING], labels[:TRAINING], precision, taken)
+            marginal = evidence_of(model, inputs[:TRAINING], labels[:TRAINING], precision)
             validated = cross_validated(inputs[:TRAINING], labels[:TRAINING], precision, taken)
             unseen = -cross_entropy(model(inputs[TRAINING:]), labels[TRAINING:]).item()
-            table.add_row(f"{precision:g}", str(taken), *(f"{value:.3f}" for value in (known, validated, unseen)))
+            table.add_row(f"{precision:g}", str(taken), *(f"{value:.3f}" for value in (marginal, validated, unseen)))
     Console().print(table)
 
 

@@ -1,8 +1,8 @@
 """Gaussian-process regression with inducing points on the diabetes data: ``python -m examples.gaussian_process``.
 
-The covariance of the targets is F Fᵀ + diag(δ) + σ²I, where F Fᵀ = K_nm K_mm⁻¹ K_mn has the rank of the inducing points
-and δ is what it lacks of the kernel's diagonal (FITC: E. Snelson, Z. Ghahramani, NIPS 2005). The likelihood and its
-gradient by the lengths, the signal and the noise cost O(n m²), with no n × n matrix.
+The covariance of the targets is F Fᵀ + diag(δ) + σ²I. F Fᵀ = K_nm K_mm⁻¹ K_mn has the rank m of the inducing points.
+δ is the part of the kernel's diagonal that F Fᵀ lacks (FITC: E. Snelson, Z. Ghahramani, NIPS 2005). The likelihood and
+its gradient by the lengths, the signal and the noise cost O(n m²), with no n × n matrix.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def main(steps: int = 100) -> None:
     """Fit the kernel to 342 patients by the likelihood, and predict the other 100."""
     inputs, targets = (torch.from_numpy(part) for part in load_diabetes(return_X_y=True))
     inputs, targets = ((part - part.mean(0)) / part.std(0) for part in (inputs, targets))
-    known, new = (inputs[:342], targets[:342]), (inputs[342:], targets[342:])
+    training, new = (inputs[:342], targets[:342]), (inputs[342:], targets[342:])
     process = Process(inputs, 40)
     optimizer = torch.optim.Adam(process.parameters(), 0.05)
     for step in range(steps + 1):
-        likelihood = process.log_likelihood(*known)
+        likelihood = process.log_likelihood(*training)
         if step % 25 == 0:
-            error = (process.predict(*known, new[0]) - new[1]).square().mean().sqrt()
+            error = (process.predict(*training, new[0]) - new[1]).square().mean().sqrt()
             Console().print(f"step {step}: log-likelihood {likelihood:.1f}, error on new patients {error:.3f}")
         optimizer.zero_grad()
         (-likelihood).backward()

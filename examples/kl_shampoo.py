@@ -1,8 +1,8 @@
 """KL-Shampoo on tracked bases with a flat tail: ``python -m examples.kl_shampoo``.
 
-Each factor averages the gradients that the other one has whitened, so that the Kronecker product of the two is the
-best fit of the gradients' covariance. A factor is `rank` eigenpairs and one value for the rest: the mean of what they
-leave of its trace. The step is (A ⊗ L + δI)^−½ of the momentum: `brandla.kron_damped_power`.
+Each factor averages gradients that the other factor has whitened, so that the Kronecker product of both is the best fit
+of the gradients' covariance. A factor has `rank` eigenpairs, and one value for all others: the mean of the remaining
+trace. The step is (A ⊗ L + δI)^−½ of the momentum, by `brandla.kron_damped_power`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Factor = brandla.Tracked[brandla.LowRankEigh]
 
 
 def identity(n: int, rank: int, like: Tensor) -> Factor:
-    """Return the factor I: no eigenpairs, and a trace of n for the tail."""
+    """Return the factor I: it has no eigenpairs, and the trace n is left for the tail."""
     tracked = brandla.track(brandla.LowRankEigh.zeros(n, rank, device=like.device, dtype=like.dtype))
     return tracked._replace(trace=tracked.trace + n)
 
@@ -31,14 +31,14 @@ def whitened(factor: Factor, matrix: Tensor) -> Tensor:
 
 
 def averaged(factor: Factor, matrix: Tensor, share: float) -> Factor:
-    """Let the mean of X Xᵀ over the columns of X count for a share of the factor."""
+    """Return the factor with the mean of x xᵀ over the columns x of X averaged in, at weight ``share``."""
     weight = share / matrix.shape[-1]
     eigh, _ = brandla.eigh_refresh(factor.lowrank, matrix, decay=1 - share, weight=weight)
     return factor._replace(lowrank=eigh, trace=(1 - share) * factor.trace + weight * matrix.square().sum())
 
 
 class KLShampoo(torch.optim.Optimizer):
-    """The step of each matrix is whitened from both sides; vectors take Adam's."""
+    """Whitens the momentum of matrices from both sides, and takes Adam's step for vectors."""
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float = 0.01, rank: int = 8) -> None:
         super().__init__(weights, {"lr": lr, "rank": rank, "betas": (0.9, 0.95)})
@@ -58,7 +58,7 @@ class KLShampoo(torch.optim.Optimizer):
                         state["square"] = torch.zeros_like(weight)
                 state["step"] += 1
                 mean = state["mean"].lerp_(gradient, 1 - beta) / (1 - beta ** state["step"])
-                # The share of this gradient in an average of all so far that forgets.
+                # The weight of this gradient in the bias-corrected moving average.
                 share = (1 - forget) / (1 - forget ** state["step"])
                 if "square" in state:
                     square = state["square"].lerp_(gradient.square(), share)

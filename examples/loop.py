@@ -1,4 +1,4 @@
-"""The training loop of the examples: the two lines that switch K-FAC on, and what a run shows."""
+"""The training loop of the examples: the two lines that switch K-FAC on, and the table of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A network with its data: batches without end, and what is held out."""
+    """A network with its data: endless batches, and a held-out batch."""
 
     model: Callable[[], nn.Module]
     batches: Callable[[], Iterator[Batch]]
@@ -40,10 +40,10 @@ class Outcome:
 
 
 def train(task: Task, strategy: Strategy | None, steps: int, rate: float, damping: float = 0.03) -> Outcome:
-    """Train by SGD, preconditioned if there is a strategy; AdamW without one."""
+    """Train by SGD preconditioned with the strategy, or by AdamW if there is no strategy."""
     torch.manual_seed(0)
     model = task.model()
-    before = judge(task, model)
+    before = held_out_loss(task, model)
     if strategy is None:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), rate)
         preconditioner = None
@@ -61,12 +61,12 @@ def train(task: Task, strategy: Strategy | None, steps: int, rate: float, dampin
             optimizer.zero_grad()
             task.loss(model(inputs), targets).backward()
             preconditioner.second_pass()
-    return Outcome(before, judge(task, model), perf_counter() - start)
+    return Outcome(before, held_out_loss(task, model), perf_counter() - start)
 
 
 @torch.no_grad()
-def judge(task: Task, model: nn.Module) -> float:
-    """Return the loss on the held-out data, the model as it is used."""
+def held_out_loss(task: Task, model: nn.Module) -> float:
+    """Return the loss on the held-out data, with the model in evaluation mode."""
     model.eval()
     loss = float(task.loss(model(task.held_out[0]), task.held_out[1]))
     model.train()
@@ -74,11 +74,11 @@ def judge(task: Task, model: nn.Module) -> float:
 
 
 def compare(title: str, task: Task, strategies: Iterable[tuple[str, Strategy | None, float]], steps: int) -> Table:
-    """Train with each strategy in turn and show losses and times."""
+    """Train with each strategy in turn, and show losses and times."""
     table = Table("system", "loss before", f"after {steps} steps", "seconds", title=title, title_justify="left")
     for name, strategy, rate in track(list(strategies), description=title, console=Console(stderr=True)):
         with warnings.catch_warnings():
-            # Which factors were too small for a system, and what they got, is in KFAC.report().
+            # KFAC.report() tells which factors are too small for a system, and what they get instead.
             warnings.filterwarnings("ignore", message="KFAC: some factors")
             outcome = train(task, strategy, steps, rate)
         table.add_row(name, f"{outcome.before:.3f}", f"{outcome.after:.3f}", f"{outcome.seconds:.1f}")

@@ -1,4 +1,4 @@
-"""Python's manual as text to learn from, letter by letter: ``pydoc_data.topics``, which comes with Python."""
+"""Python's manual as a text to learn letter by letter: ``pydoc_data.topics``, which comes with Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH = 16
 
 
 def text() -> tuple[int, Tensor, Tensor]:
-    """Return how many letters there are, and their numbers: nine tenths of the text, and the rest."""
+    """Return the size of the alphabet, and the text as numbers of letters: nine tenths of it, and the rest."""
     whole = "".join(topics.values())
     alphabet = {letter: index for index, letter in enumerate(sorted(set(whole)))}
     numbers = torch.tensor([alphabet[letter] for letter in whole])
@@ -22,13 +22,13 @@ def text() -> tuple[int, Tensor, Tensor]:
 
 
 def batches(numbers: Tensor, length: int) -> Iterator[Batch]:
-    """Draw random stretches, without end."""
+    """Yield batches of random stretches without end."""
     generator = torch.Generator().manual_seed(1)
     while True:
         yield stretches(numbers, torch.randint(len(numbers) - length - 1, (BATCH,), generator=generator), length)
 
 
 def stretches(numbers: Tensor, starts: Tensor, length: int) -> Batch:
-    """Return stretches of text, and the same one letter on."""
-    places = starts[:, None] + torch.arange(length)
-    return numbers[places], numbers[places + 1]
+    """Return stretches of text, and the same stretches one letter later."""
+    positions = starts[:, None] + torch.arange(length)
+    return numbers[positions], numbers[positions + 1]

@@ -1,6 +1,6 @@
-"""Poisson's and the heat equation by K-FAC, Adam and L-BFGS: ``python -m examples.pinn``.
+"""Poisson's equation and the heat equation by K-FAC, Adam and L-BFGS: ``python -m examples.pinn``.
 
-The error is that of the network against the known solution, relative, on a grid that none of them trains on.
+The error is relative to the known solution, on a grid that no method trains on.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from brandla.kfac import PINN, Exact, forward_laplacian
 from examples.equations import PROBLEMS, Problem
 
 WIDTH = 32
-# Lengths that the line search tries.
+# The step lengths that the line search tries.
 LENGTHS = [0.0, *(2.0**-power for power in range(12))]
 METHODS = ("Adam", "L-BFGS", "K-FAC", "K-FAC, averaged")
 
 
 @torch.no_grad()
 def search(model: nn.Module, loss: Callable[[], Tensor]) -> None:
-    """Move against the gradients by the length that leaves the least loss."""
+    """Move against the gradients by the length with the least loss."""
     before = [parameter.clone() for parameter in model.parameters()]
 
-    def moved(length: float) -> float:
+    def move(length: float) -> float:
         for parameter, old in zip(model.parameters(), before, strict=True):
             parameter.copy_(old - length * parameter.grad)
         return loss().item()
 
-    moved(min(LENGTHS, key=moved))
+    move(min(LENGTHS, key=move))
 
 
 def train(problem: Problem, method: str, steps: int) -> tuple[float, float]:
-    """Return the error after some steps on all points, and the seconds."""
+    """Train on all points in each step, and return the error at the end and the seconds."""
     torch.manual_seed(0)
     hidden = [nn.Linear(2, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh()]
     model = nn.Sequential(*hidden, nn.Linear(WIDTH, 1)).double()

@@ -1,8 +1,8 @@
-"""Adam in a subspace of the gradients, as GaLore's, with a basis that follows them: ``python -m examples.projection``.
+"""Adam in a subspace that follows the gradients, as in GaLore: ``python -m examples.projection``.
 
-GaLore (arXiv 2403.03507) projects the gradient of each matrix to its r leading singular directions and keeps Adam's
-moments there, with a new SVD every few hundred steps. Dion (arXiv 2504.05295) amortises that. Here the basis is tracked
-by `brandla.eigh_update` at every step, from a sketch of the gradient, and the first moments turn along.
+GaLore (arXiv 2403.03507) projects the gradient of each matrix to its r leading singular directions, and keeps Adam's
+moments there. It takes a new SVD every few hundred steps. Dion (arXiv 2504.05295) amortises the SVD. Here,
+`brandla.eigh_update` tracks the basis at every step from a sketch of the gradient, and the moments turn with the basis.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ class ProjectedAdam(torch.optim.Optimizer):
                 if weight.ndim != 2:
                     weight.sub_(adam(state, weight.grad, group["betas"]), alpha=group["lr"])
                     continue
-                turn = follow(state, weight.grad, group["rank"], group["decay"])
+                turn = update_basis(state, weight.grad, group["rank"], group["decay"])
                 basis = state["basis"].eigenvectors
                 if "mean" in state:
                     state["mean"] = turn @ state["mean"]
-                    # Of second moments what the turn makes of a diagonal: squares.
+                    # The turn maps second moments as it maps the diagonal of a covariance: by its squares.
                     state["square"] = turn.square() @ state["square"]
                 weight.sub_(basis @ adam(state, basis.mT @ weight.grad, group["betas"]), alpha=group["lr"])
 
 
-def follow(state: dict, gradient: Tensor, rank: int, decay: float) -> Tensor:
-    """Update the basis from a sketch of the gradient, and return the turn from the old one to it."""
+def update_basis(state: dict, gradient: Tensor, rank: int, decay: float) -> Tensor:
+    """Update the basis from a sketch of the gradient, and return the turn from the old basis to the new one."""
     n, m = gradient.shape
     rank = min(rank, n)
-    known = state.get("basis", LowRankEigh.zeros(n, rank, dtype=gradient.dtype, device=gradient.device))
+    old = state.get("basis", LowRankEigh.zeros(n, rank, dtype=gradient.dtype, device=gradient.device))
     signs = torch.randint(0, 2, (m, rank), device=gradient.device).to(gradient.dtype) * 2 - 1
-    state["basis"] = eigh_update(known, gradient @ signs / rank**0.5, decay=decay, weight=1 - decay)
-    return state["basis"].eigenvectors.mT @ known.eigenvectors
+    state["basis"] = eigh_update(old, gradient @ signs / rank**0.5, decay=decay, weight=1 - decay)
+    return state["basis"].eigenvectors.mT @ old.eigenvectors
 
 
 def adam(state: dict, gradient: Tensor, betas: tuple[float, float]) -> Tensor:
-    """Return Adam's step of rate 1."""
+    """Return Adam's step at learning rate 1."""
     count = state["count"] = state.get("count", 0) + 1
     mean, square = state.get("mean", torch.zeros_like(gradient)), state.get("square", torch.zeros_like(gradient))
     state["mean"] = mean = mean.lerp(gradient, 1 - betas[0])

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from examples.loop import Batch, Task, compare
-from examples.systems import chosen
+from examples.systems import select_systems
 
 WIDTH, DEPTH = 32, 2
 BATCH = 64
 
 
 class Block(nn.Module):
-    """Two convolutions, added to what came in; the first may halve the image."""
+    """Two convolutions, added to their input. The first may halve the image."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def resnet() -> nn.Module:
 
 
 def task() -> Task:
-    """Return the network with its digits: a fifth is held out."""
+    """Return the network with its digits, of which a fifth is held out."""
     pixels, classes = load_digits(return_X_y=True)
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)[order]
@@ -64,7 +64,7 @@ def task() -> Task:
 
 def main(steps: int = 40, system: str = typer.Option("all", help="one of examples.systems, or all")) -> None:
     """Train with one system or with all."""
-    compare("residual network on digits", task(), chosen(system), steps)
+    compare("residual network on digits", task(), select_systems(system), steps)
 
 
 if __name__ == "__main__":

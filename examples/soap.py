@@ -1,7 +1,7 @@
 """SOAP on low-rank bases, refreshed at every step: ``python -m examples.soap``.
 
 SOAP runs Adam in the eigenbases of the averages of G Gᵀ and Gᵀ G. Here each basis has `rank` vectors, and
-`brandla.eigh_refresh` turns it at every step by products alone. What lies outside the bases shares one second moment.
+`brandla.eigh_refresh` turns it at every step by products alone. All that lies outside shares one second moment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every system of the library as the examples use it, with its learning rate."""
+"""Every K-FAC system of the library as the examples use it, with its learning rate."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ SYSTEMS: dict[str, tuple[Strategy | None, float]] = {
 }
 
 
-def chosen(system: str) -> list[tuple[str, Strategy | None, float]]:
-    """Return the systems of a name, or all, with their rates."""
+def select_systems(system: str) -> list[tuple[str, Strategy | None, float]]:
+    """Return the system of a name, or all systems, with their rates."""
     if system != "all" and system not in SYSTEMS:
         message = f"system must be all or one of {', '.join(SYSTEMS)}; got {system}"
         raise typer.BadParameter(message)
-    return [(name, *what) for name, what in SYSTEMS.items() if system in ("all", name)]
+    return [(name, strategy, rate) for name, (strategy, rate) in SYSTEMS.items() if system in ("all", name)]

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""The command line, as a user sees it."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from brandla.demo.commands import app
 from brandla_kernels import OPS
 
 
-def test_no_command_shows_the_commands_and_an_option_the_version(capsys):
+def test_no_command_lists_the_commands_and_an_option_prints_the_version(capsys):
     main([])
     shown = capsys.readouterr().out
     assert "info" in shown
@@ -28,8 +28,8 @@ def test_info_names_the_backend_of_every_op(capsys):
     main(["info"])
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown.splitlines()]
-    served = {words[0]: words[1:3] for words in lines if words and words[0] in OPS}
-    assert served == {name: ["torch", "(1)"] for name in OPS}
+    backends = {words[0]: words[1:3] for words in lines if words and words[0] in OPS}
+    assert backends == {name: ["torch", "(1)"] for name in OPS}
     reason = OPS["project"].implementation("cpu")[1]
     assert f"(1) {reason}" in shown
     main(["info", "--json"])
@@ -47,7 +47,7 @@ def test_unknown_words_are_refused(arguments, capsys):
 
 
 def test_only_the_demo_needs_its_extra():
-    # Not numpy: torch itself warns of its absence, before anything of brandla runs.
+    # numpy is not hidden: torch itself warns if it is absent, before any code of brandla runs.
     hidden = "dict.fromkeys(('typer', 'rich', 'matplotlib', 'sklearn', 'pandas'))"
     program = f"import sys; sys.modules.update({hidden}); from brandla.cli import main; main(['info']); main(['demo'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -67,7 +67,7 @@ def test_only_the_demo_needs_its_extra():
         (["--output", f"{__file__}/below"], "--output"),
     ],
 )
-def test_bad_option_is_refused_before_anything_runs(options, words):
+def test_a_bad_option_is_refused_before_anything_runs(options, words):
     answer = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"}).invoke(app, options)
     assert answer.exit_code == 2
     assert words in answer.output

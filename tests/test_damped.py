@@ -25,12 +25,12 @@ TAILS = (0.0, 0.3, "smallest", "mean")
 
 
 def diagonal_of(n, dtype=torch.float64):
-    """Return n numbers between 0 and 1, the first of them 0."""
+    """Return n numbers from 0 to 1."""
     return torch.linspace(0, 1, n, dtype=dtype).square()
 
 
 def assert_inverts(lowrank, rhs, damping, tail, *diagonals, coupling=1.0):
-    """Check the solve and the log-determinant against a dense operator: by itself, and beside each diagonal."""
+    """Check the solve and the log-determinant against a dense operator, without and with each diagonal."""
     operator, dtype = dense_operator(lowrank, damping, tail), rhs.dtype
     for diagonal in (None, *diagonals):
         options = {"tail": tail, "diagonal": diagonal}
@@ -56,10 +56,10 @@ def assert_inverts(lowrank, rhs, damping, tail, *diagonals, coupling=1.0):
     ids=str,
 )
 def test_solve_and_logdet_equal_the_dense_ones(make, spectrum, damping, dtype):
-    # What a root in float32 is for: λ is at least 1e-4 of the largest eigenvalue.
+    # A root in float32 is meant for λ of at least 1e-4 of the largest eigenvalue.
     damping = damping if make is make_eigh or dtype == torch.float64 else max(damping, 1e-4)
     lowrank, rhs = tracked(make(N, R, spectrum, dtype=dtype), 7), make_columns(N, M, dtype=dtype)
-    # The largest value is 1. An error ε of S couples it with a value of the size of λ, by √(1/λ).
+    # The largest eigenvalue is 1. An error ε of S couples it with an eigenvalue of the size of λ, by √(1/λ).
     coupling = 1 if make is make_eigh else max(1, damping**-0.5)
     for tail in TAILS:
         assert_inverts(lowrank, rhs, damping, tail, *[diagonal_of(N, dtype)] * (damping == 0.05), coupling=coupling)
@@ -90,8 +90,8 @@ def test_a_determinant_may_be_out_of_range(make, damping):
 
 @FACTORS
 @pytest.mark.parametrize(("n", "r", "zeros"), [(6, 0, 0), (6, 6, 0), (1, 1, 0), (1, 0, 0), (N, R, 3)], ids=str)
-def test_every_rank_from_none_to_full_and_columns_of_zeros(make, n, r, zeros, dtype):
-    """Zero columns of the basis count as unseen directions."""
+def test_solve_and_power_at_every_rank_from_none_to_full_and_with_zero_columns(make, n, r, zeros, dtype):
+    """Zero columns of the basis count as directions that the factor does not hold."""
     lowrank, rhs = tracked(padded(make(n, r, dtype=dtype), zeros), 7), make_columns(n, 2, dtype=dtype)
     for tail in (0.0, 0.3) if zeros else TAILS:
         assert_inverts(lowrank, rhs, 0.2, tail, diagonal_of(n, dtype))
@@ -109,7 +109,7 @@ def test_power_far_below_the_tail_is_as_accurate_as_the_solve(exponent, damping,
     factor = brandla.LowRankEigh(torch.tensor([2, 1, 0.5, damping, 0], dtype=dtype), basis)
     expected = (torch.tensor([2, 1, 0.5, damping, 1, 1, 1], dtype=torch.float64) + damping) ** exponent
     applied = brandla.damped_power(factor, torch.ones(7, dtype=dtype), damping, exponent, tail=1.0)
-    # expm1 multiplies the few ε of the logarithm, which is at most 46, by it.
+    # expm1 multiplies the few ε of the logarithm by the logarithm, which is at most 46.
     assert ((applied.double() - expected) / expected).abs().max() <= 2 * 46 * oracles.epsilon(dtype)
 
 
@@ -124,7 +124,7 @@ def test_a_million_rows_lose_no_digits(make):
     tall, solution = tall_of(factor).double(), brandla.damped_solve(factor, rhs, damping).double()
     core = torch.diag(factor.eigenvalues.double()) if make is make_eigh else torch.eye(r).double()
     residual = tall @ (core @ (tall.mT @ solution)) + damping * solution - rhs
-    # By the products in ε of ‖M‖ ‖x‖, whatever n: eight for the sums, the divisions and the defect of the basis.
+    # A few ε of ‖M‖ ‖x‖, whatever n: eight for the sums, the divisions and the defect of the basis.
     assert residual.norm() <= 8 * torch.finfo(torch.float32).eps * (1 + damping) * solution.norm()
 
 
@@ -132,7 +132,7 @@ def test_a_million_rows_lose_no_digits(make):
 @pytest.mark.parametrize("scale", [1e-18, 1e18], ids=lambda scale: f"{scale:g}")
 def test_solution_scales_with_the_operator_and_the_right_hand_side(make, scale):
     lowrank, rhs = make(N, R, dtype=torch.float32), make_columns(N, M, dtype=torch.float32)
-    # F goes with the root of its matrix, S and d with the matrix, U stays.
+    # F scales with the root of the matrix, S and d scale with the matrix, and U does not change.
     powers = (1.0, 0.0) if make is make_eigh else (0.5, 1.0)
     large = type(lowrank)(*(part * scale**power for part, power in zip(lowrank, powers, strict=True)))
     solution = brandla.damped_solve(large, rhs * scale, 0.1 * scale)
@@ -141,7 +141,7 @@ def test_solution_scales_with_the_operator_and_the_right_hand_side(make, scale):
 
 # --- Derivatives
 
-# Each takes a factor, a right-hand side and λ.
+# Functions of a factor, a right-hand side and λ.
 DERIVED = {
     "solve": brandla.damped_solve,
     "solve, diagonal": lambda factor, rhs, damping: brandla.damped_solve(
@@ -181,29 +181,29 @@ def test_second_derivatives_through_the_spectrum_of_a_root_are_refused():
 
 
 def clamped(values, bound, below):
-    """Return a bound where ``below`` says so, values elsewhere, and so their derivatives."""
+    """Return the bound where ``below`` is true, and the values elsewhere, with the derivatives of the two."""
     return torch.where(below(values, bound), torch.as_tensor(bound, dtype=values.dtype), values)
 
 
-# A diagonal S that requires a gradient is treated as any other.
+# A diagonal S that requires a gradient is treated as any other S.
 @pytest.mark.parametrize("make", [make_eigh, make_root], ids=["LowRankEigh", "LowRankRoot"])
-# What clamps have passed on at their bound: the derivative by the values, and, in other versions of torch, nothing.
+# At their bound, clamps pass on the derivative by the values, or nothing in other versions of torch.
 @pytest.mark.parametrize(("below", "above"), [(lt, gt), (le, ge)], ids=["values", "bound"])
 @pytest.mark.parametrize("tail", ["smallest", 0.5, "mean"], ids=str)
 @pytest.mark.parametrize("exponent", [-1, -0.5])
-def test_derivatives_at_the_tail_count_on_no_convention_of_clamps(make, below, above, tail, exponent, monkeypatch):
+def test_derivatives_at_the_tail_do_not_depend_on_the_clamps_of_torch(make, below, above, tail, exponent, monkeypatch):
     monkeypatch.setattr(Tensor, "clamp_min", lambda x, bound: clamped(x, bound, below))
     monkeypatch.setattr(Tensor, "clamp_max", lambda x, bound: clamped(x, bound, above))
     monkeypatch.setattr(Tensor, "relu", lambda x: clamped(x, 0, below))
     rhs, is_eigh = make_columns(7, 2), make is make_eigh
-    # τ is a value itself, but of a root, which has no derivative there unless τ is the smallest one.
+    # τ is one of the values, except for a root. A root has no derivative at τ unless τ is its smallest value.
     values = torch.tensor([3, 2, 0.5 if is_eigh or tail == "smallest" else 0.25], dtype=torch.float64)
     basis = oracles.orthonormal(7, 3, seed=1)
     root = basis * values.sqrt()
 
     def power(values):
         factor = brandla.LowRankEigh(values, basis) if is_eigh else brandla.LowRankRoot(root, torch.diag(values))
-        # A trace that moves with the values leaves τ = 0.
+        # The trace moves with the values, so the mean of the values left out stays 0.
         return brandla.damped_power(brandla.track(factor), rhs, 0.05, exponent, tail=tail)
 
     assert gradcheck(power, [values.requires_grad_()])

@@ -24,7 +24,7 @@ TINY = Settings(
 
 @pytest.fixture(autouse=True)
 def _ctrl_c_interrupts():
-    # A shell lets what it runs in the background ignore it.
+    # A shell makes background processes ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -57,10 +57,10 @@ def test_a_file_is_written_whole_or_not_at_all_and_holds_no_nan(tmp_path):
 def test_no_image_is_in_two_parts():
     digits = data.load("cpu")
     assert [len(part.labels) for part in digits] == [1437, 360, 1149, 288]
-    training_set, test, search_training, search_validation = ({*map(tuple, part.images.tolist())} for part in digits)
-    assert not training_set & test
+    training, test, search_training, search_validation = ({*map(tuple, part.images.tolist())} for part in digits)
+    assert not training & test
     assert not search_training & search_validation
-    assert search_training | search_validation == training_set
+    assert search_training | search_validation == training
 
 
 def test_an_epoch_shows_no_image_twice():
@@ -72,14 +72,14 @@ def test_an_epoch_shows_no_image_twice():
     assert not torch.equal(first, again[48:])
 
 
-def test_network_depends_on_its_seed_alone():
+def test_a_network_depends_only_on_its_seed():
     state = torch.get_rng_state()
     assert torch.equal(*(data.seeded(3, data.mlp, 64, 8)[0].weight for _ in range(2)))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(content):
-    rows = summary.tracked(content)
+    rows = summary.tracked_errors(content)
     assert rows.groupby(["method", "rank"])["step"].apply(list).map(lambda steps: steps == [*range(1, 11)]).all()
     assert len(rows) == 2 * 2 * 10
     ratios = rows[[f"{norm} ratio" for norm in summary.NORMS]]
@@ -90,7 +90,7 @@ def test_tracked_factors_are_close_to_the_best_possible_and_their_bounds_hold(co
     assert rows["orthogonality"].max() < 1e-5
 
 
-def test_failed_decomposition_is_not_timed(monkeypatch):
+def test_a_failed_decomposition_has_no_time(monkeypatch):
     eigh = torch.linalg.eigh
 
     def fail_when_dense(matrix):
@@ -99,42 +99,42 @@ def test_failed_decomposition_is_not_timed(monkeypatch):
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fail_when_dense)
-    found = summary.others({"tracking": list(studies.track(TINY, data.load("cpu"))), "settings": {"warmup": 1}})
-    assert found.isna().to_dict() == {
+    rows = list(studies.track(TINY, data.load("cpu")))
+    assert summary.reference_times({"tracking": rows, "settings": {"warmup": 1}}).isna().to_dict() == {
         "dense average": False, "torch.linalg.eigh": True,
         **{f"{name} ({rank})": False for rank in TINY.ranks for name in ("randomized_eigh", "torch.svd_lowrank")},
     }  # fmt: skip
 
 
-def test_every_method_is_searched_alike_and_learns_from_every_seed(content):
+def test_every_method_gets_the_same_search_and_learns_from_every_seed(content):
     runs, trials = content["runs"], content["trials"]
-    assert [(run["seed"], run["method"]) for run in runs] == [(seed, one.name) for seed in (0, 1) for one in METHODS]
+    assert [(run["seed"], run["method"]) for run in runs] == [(seed, m.name) for seed in (0, 1) for m in METHODS]
     assert all(run["finished"] and len(run["milliseconds"]) == 6 for run in runs)
     assert [at["step"] for at in runs[0]["evaluations"]] == [2, 4, 6]
     for run in runs:
-        own = [row for row in trials if row["method"] == run["method"]]
-        assert len(own) == 2
-        assert run["rate"] == max(own, key=lambda row: row["score"])["rate"]
+        of_method = [row for row in trials if row["method"] == run["method"]]
+        assert len(of_method) == 2
+        assert run["rate"] == max(of_method, key=lambda row: row["score"])["rate"]
 
 
-def test_search_seed_is_not_a_final_one_and_the_grid_lies_within_the_decade():
+def test_the_search_has_a_seed_of_its_own_and_its_grid_lies_within_the_decade():
     assert all(settings.search_seed not in settings.seeds for settings in (TINY, QUICK, Settings()))
     for method in METHODS:
         assert method.grid(4)[::3] == pytest.approx(method.rates)
         assert method.grid(2) == method.grid(4)[1:3]
 
 
-def test_only_brand_keeps_less_than_the_dense_factor(content):
-    factors = {run["method"]: max(run["memory"], key=lambda one: one["n"]) for run in content["runs"] if run["memory"]}
-    less = {name for name, one in factors.items() if one["bytes"] < one["dense_bytes"]}
-    assert less == {"B-KFAC", "B-KFAC, sketched"}
+def test_only_brand_takes_less_memory_than_the_dense_factor(content):
+    largest = {run["method"]: max(run["memory"], key=lambda row: row["n"]) for run in content["runs"] if run["memory"]}
+    smaller = {method for method, row in largest.items() if row["bytes"] < row["dense_bytes"]}
+    assert smaller == {"B-KFAC", "B-KFAC, sketched"}
     brand = next(run["memory"] for run in content["runs"] if run["method"] == "B-KFAC")
     # F and S, the error bound, the trace and the sum of the weights.
     expected = 4 * ((TINY.width + 1) * TINY.rank + TINY.rank**2 + 3)
-    assert max(one["bytes"] for one in brand if one["n"] == TINY.width + 1) == expected
+    assert max(row["bytes"] for row in brand if row["n"] == TINY.width + 1) == expected
 
 
-def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch):
+def test_the_study_notes_a_numerical_failure_and_goes_on(monkeypatch):
     step = Trainer.step
 
     def fail(self, batch):
@@ -143,38 +143,38 @@ def test_numerical_failure_is_noted_and_the_study_goes_on(monkeypatch):
         step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", fail)
-    found = commands.measure(TINY, quiet())
-    failed = {run["method"] for run in found["runs"] if run["failure"] == "step 1: eigendecomposition failed"}
-    assert failed == {one.name for one in METHODS if one.strategy is not None}
-    assert summary.training(found)["method"].tolist() == ["SGD, momentum", "AdamW"]
+    content = commands.measure(TINY, quiet())
+    failed = {run["method"] for run in content["runs"] if run["failure"] == "step 1: eigendecomposition failed"}
+    assert failed == {method.name for method in METHODS if method.strategy is not None}
+    assert summary.training_table(content)["method"].tolist() == ["SGD, momentum", "AdamW"]
 
 
-def test_target_counts_steps_and_seconds_until_it_is_reached():
-    def made_up(seed, accuracies):
-        looks = [{"step": 2 * at, "seconds": 0.5 * at, "accuracy": value} for at, value in enumerate(accuracies, 1)]
+def test_the_table_has_steps_and_seconds_to_the_target():
+    def make_run(seed, accuracies):
+        evaluations = [{"step": 2 * i, "seconds": 0.5 * i, "accuracy": value} for i, value in enumerate(accuracies, 1)]
         about = {"method": "AdamW", "seed": seed, "rate": 0.1, "finished": True, "failure": None, "memory": None}
-        return about | {"milliseconds": [9.0, *[1.0] * 9, 50.0], "evaluations": looks}
+        return about | {"milliseconds": [9.0, *[1.0] * 9, 50.0], "evaluations": evaluations}
 
-    runs = [made_up(0, [0.5, 0.97, 0.96]), made_up(1, [0.5, 0.6, 0.98]), made_up(2, [0.1, 0.2, 0.3])]
-    (row,) = summary.training({"settings": {"target": 0.97, "warmup": 1}, "runs": runs}).to_dict("records")
+    runs = [make_run(0, [0.5, 0.97, 0.96]), make_run(1, [0.5, 0.6, 0.98]), make_run(2, [0.1, 0.2, 0.3])]
+    (row,) = summary.training_table({"settings": {"target": 0.97, "warmup": 1}, "runs": runs}).to_dict("records")
     assert (row["steps"], row["seconds"]) == ("5*", "1.25*")
     assert row["accuracy, %"] == "74.7 (30.0–98.0)"
     assert row["median"] == "1"
 
 
-def test_figures_are_the_same_again_except_times(content):
-    found = [without_times({**one, "facts": None}) for one in (content, commands.measure(TINY, quiet()))]
-    assert found[0] == found[1]
+def test_a_second_run_has_the_same_figures_except_times(content):
+    first, second = (without_times({**run, "facts": None}) for run in (content, commands.measure(TINY, quiet())))
+    assert first == second
 
 
-def test_a_whole_run_leaves_everything(content, tmp_path):
+def test_a_whole_run_writes_and_prints_everything(content, tmp_path):
     console = quiet()
-    commands.leave(content, tmp_path, console)
-    found = json.loads((tmp_path / "demo.json").read_text())
-    assert set(found) == {"schema", "facts", "settings", "tracking", "trials", "runs"}
-    assert {"cpu", "cores", "gpus", "platform", "versions", "blas", "lapack", "threads"} <= set(found["facts"])
-    assert {"torch", "python", "brandla"} <= set(found["facts"]["versions"])
-    assert (found["settings"]["damping"], found["facts"]["interrupted"]) == (0.03, False)
+    commands.report(content, tmp_path, console)
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert set(written) == {"schema", "facts", "settings", "tracking", "trials", "runs"}
+    assert {"cpu", "cores", "gpus", "platform", "versions", "blas", "lapack", "threads"} <= set(written["facts"])
+    assert {"torch", "python", "brandla"} <= set(written["facts"]["versions"])
+    assert (written["settings"]["damping"], written["facts"]["interrupted"]) == (0.03, False)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     text = console.file.getvalue()
     assert max(len(line) for line in text.splitlines() if "Figures in" not in line) <= 80
@@ -184,18 +184,18 @@ def test_a_whole_run_leaves_everything(content, tmp_path):
     assert all(method.name in text for method in METHODS)
 
 
-# In the tracking study, in the search, and in the first run of the training study.
+# The interrupt comes in the tracking study, in the search, and in the first run of the training study.
 @pytest.mark.parametrize("steps", [3, 12, 10 + 4 * 2 * len(METHODS) + 2])
-def test_interrupted_study_keeps_what_was_measured_and_leaves_a_clean_terminal(steps, monkeypatch, tmp_path):
+def test_an_interrupted_study_keeps_its_rows_and_leaves_a_clean_terminal(steps, monkeypatch, tmp_path):
     batches, count = data.batches, itertools.count(1)
 
-    def counted(*about):
-        for batch in batches(*about):
+    def interrupted(*arguments):
+        for batch in batches(*arguments):
             if next(count) > steps:
                 signal.raise_signal(signal.SIGINT)
             yield batch
 
-    monkeypatch.setattr(data, "batches", counted)
+    monkeypatch.setattr(data, "batches", interrupted)
     monkeypatch.setattr(commands, "QUICK", replace(TINY, seeds=(0,)))
     monkeypatch.setattr(commands, "Console", partial(Console, force_terminal=True))
     done = CliRunner().invoke(commands.app, ["--quick", "--device", "cpu", "--output", str(tmp_path)])
@@ -203,29 +203,29 @@ def test_interrupted_study_keeps_what_was_measured_and_leaves_a_clean_terminal(s
     assert "Tracked error" in done.output
     assert "Interrupted" in done.output
     assert done.output.rfind(CURSOR_SHOWN) > done.output.rfind(CURSOR_HIDDEN) > -1
-    found = json.loads((tmp_path / "demo.json").read_text())
-    assert found["facts"]["interrupted"]
-    assert len(summary.tracked(found)) == 4 * min(steps, 10)
-    assert len(found.get("trials", [])) == min(max(steps - 10, 0) // 4, 2 * len(METHODS))
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert written["facts"]["interrupted"]
+    assert len(summary.tracked_errors(written)) == 4 * min(steps, 10)
+    assert len(written.get("trials", [])) == min(max(steps - 10, 0) // 4, 2 * len(METHODS))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
 
 
-@pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.7, True), (None, False)])
-def test_busy_machine_is_pointed_out(load, said, monkeypatch, tmp_path):
-    found = machine.facts() | {"load": load, "cores": 2}
-    monkeypatch.setattr(machine, "facts", lambda: found)
+@pytest.mark.parametrize(("load", "warns"), [(0.4, False), (1.7, True), (None, False)])
+def test_a_busy_machine_gets_a_warning(load, warns, monkeypatch, tmp_path):
+    facts = machine.facts() | {"load": load, "cores": 2}
+    monkeypatch.setattr(machine, "facts", lambda: facts)
     monkeypatch.setattr(commands, "run", lambda *_: "tracking: seed 0")
     console = quiet()
-    left = commands.measure(TINY, console)
-    assert ("busy" in console.file.getvalue()) is said
+    content = commands.measure(TINY, console)
+    assert ("busy" in console.file.getvalue()) is warns
     # Nothing was measured, so nothing is drawn.
-    commands.leave(left, tmp_path, quiet())
+    commands.report(content, tmp_path, quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
 
-def test_commit_is_named_only_where_git_tracks_the_package(monkeypatch):
+def test_the_commit_is_named_only_if_git_tracks_the_package(monkeypatch):
     answers = {"ls-files": "machine.py", "rev-parse": "abc", "status": ""}
-    monkeypatch.setattr(machine, "said", lambda *command: answers.get(command[3]))
+    monkeypatch.setattr(machine, "output_of", lambda *command: answers.get(command[3]))
     assert machine.commit() == {"commit": "abc", "modified": False}
     del answers["ls-files"]
     assert machine.commit() == {"commit": None, "modified": None}

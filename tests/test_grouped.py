@@ -1,4 +1,4 @@
-"""brandla.grouped: the same functions over lists of factors of different sizes."""
+"""brandla.grouped: the public functions over lists of factors of different sizes."""
 
 import pytest
 import torch
@@ -16,37 +16,37 @@ RHS = list_calls("different")["damped_solve"][0][1]
 MATRICES = [psd_matrix(power_law(1.0)(n), seed=n) for n, *_ in LIST_SIZES["different"]]
 
 
-def own_of(values, index):
-    """Return what belongs to one factor of a list, or what is one for all."""
+def entry_of(values, index):
+    """Return the entry of one factor, or the one value of all factors."""
     return values[index] if isinstance(values, (list, tuple)) else values
 
 
-def both(name, lists, options):
-    """Return the results of a grouped call, and those of the calls one by one."""
+def grouped_and_single(name, lists, options):
+    """Return the results of a grouped call, and the results of single calls."""
     function = name.partition(",")[0]
-    alone = [
+    singles = [
         getattr(brandla, function)(
-            *(own_of(values, index) for values in lists),
-            **{key: own_of(value, index) for key, value in options.items()},
+            *(entry_of(values, index) for values in lists),
+            **{key: entry_of(value, index) for key, value in options.items()},
         )
         for index in range(len(lists[0]))
     ]
-    return getattr(grouped, function)(*lists, **options), alone
+    return getattr(grouped, function)(*lists, **options), singles
 
 
 def factor_of(result):
-    """Return the factor of a result, which may have more beside it, or nothing."""
+    """Return the factor in a result, or None if the result holds no factor."""
     parts = (result, *result) if isinstance(result, tuple) else ()
     return next((part for part in parts if isinstance(part, (LowRankEigh, LowRankRoot))), None)
 
 
 def assert_equal(results, expected, dtype):
-    """Check that results stand for the same matrices, to the rounding of two backward stable ways to them."""
+    """Check that results stand for the same matrices, up to the rounding of two backward stable computations."""
     for result, wanted in zip(results, expected, strict=True):
         assert_agree(result, wanted, oracles.tolerance(90, dtype))
-        factor, other = factor_of(result), factor_of(wanted)
+        factor, wanted_factor = factor_of(result), factor_of(wanted)
         if factor is not None:
-            assert [part.shape for part in factor] == [part.shape for part in other]
+            assert [part.shape for part in factor] == [part.shape for part in wanted_factor]
             assert defect(factor) <= oracles.ORTHONORMAL * oracles.epsilon(dtype)
 
 
@@ -55,7 +55,7 @@ def assert_equal(results, expected, dtype):
 def test_grouped_call_equals_a_loop(sizes, name, dtype):
     lists, options = list_calls(sizes, dtype)[name]
     with unchanged(lists, options):
-        results, expected = both(name, lists, options)
+        results, expected = grouped_and_single(name, lists, options)
     if sizes == "different":
         assert_same(results, expected)
     else:
@@ -63,13 +63,13 @@ def test_grouped_call_equals_a_loop(sizes, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["eigh_update", "root_update", "root_update, tracked", "eigh_refresh"])
-def test_a_factor_that_is_not_finite_spoils_no_other(name):
+def test_a_non_finite_factor_spoils_no_other_factor(name):
     (factors, matrices), options = list_calls("one rank")[name]
     matrices = [matrix.clone() for matrix in matrices]
     matrices[1][3, 2] = float("nan")
-    results, alone = both(name, [factors, matrices], options)
+    results, singles = grouped_and_single(name, [factors, matrices], options)
     assert [bool(factor_of(result).is_finite()) for result in results] == [True, False, True, True]
-    assert_equal(results[::2], alone[::2], torch.float64)
+    assert_equal(results[::2], singles[::2], torch.float64)
 
 
 @pytest.mark.parametrize("function", ["randomized_eigh", "randomized_svd"])
@@ -77,8 +77,8 @@ def test_a_factor_that_is_not_finite_spoils_no_other(name):
 def test_grouped_randomized_call_equals_a_loop_from_one_generator(function, rank):
     results = getattr(grouped, function)(MATRICES, rank, power_iterations=1, generator=generator(3))
     options = {"power_iterations": 1, "generator": generator(3)}
-    alone = [getattr(brandla, function)(each, own_of(rank, index), **options) for index, each in enumerate(MATRICES)]
-    assert_same(results, alone)
+    calls = ((matrix, entry_of(rank, index)) for index, matrix in enumerate(MATRICES))
+    assert_same(results, [getattr(brandla, function)(*call, **options) for call in calls])
 
 
 @pytest.mark.parametrize("tracked", [False, True], ids=["plain", "tracked"])
@@ -91,19 +91,19 @@ def test_columns_inside_the_span_of_some_factors(update, inside, tracked, dtype)
         columns[index] = factors[index].dense() @ columns[index] / factors[index].n ** 0.5
     factors = [brandla.track(factor) for factor in factors] if tracked else factors
     for options in ({"rank": Rank(13, tol=1e-2)}, {"rank": 3}):
-        given = update.options | options | {"decay": 0.9, "weight": [0.5, 1.0, 2.0]}
-        assert_equal(*both(update.name, [factors, columns], given), dtype)
+        all_options = update.options | options | {"decay": 0.9, "weight": [0.5, 1.0, 2.0]}
+        assert_equal(*grouped_and_single(update.name, [factors, columns], all_options), dtype)
 
 
-def test_the_gradient_of_listed_powers_is_that_of_single_ones():
+def test_grouped_powers_have_the_gradient_of_single_powers():
     (lefts, rights, matrices, *numbers), _ = list_calls("one rank")["kron_damped_power"]
-    given = [part.clone().requires_grad_() for part in (*matrices, *(left.eigenvalues for left in lefts))]
-    factors = [left._replace(eigenvalues=own) for left, own in zip(lefts, given[4:], strict=True)]
-    of_listed, of_single = (
-        torch.autograd.grad(sum(x.square().sum() for x in found), given)
-        for found in both("kron_damped_power", [factors, rights, given[:4], *numbers], {})
+    leaves = [part.clone().requires_grad_() for part in (*matrices, *(left.eigenvalues for left in lefts))]
+    factors = [left._replace(eigenvalues=values) for left, values in zip(lefts, leaves[4:], strict=True)]
+    of_grouped, of_single = (
+        torch.autograd.grad(sum(x.square().sum() for x in results), leaves)
+        for results in grouped_and_single("kron_damped_power", [factors, rights, leaves[:4], *numbers], {})
     )
-    torch.testing.assert_close(of_listed, of_single)
+    torch.testing.assert_close(of_grouped, of_single)
 
 
 def test_an_empty_group_gives_an_empty_list():
@@ -129,32 +129,32 @@ def test_bad_lists_are_refused(function, lists, options, words):
     assert all(word in str(caught.value) for word in words.split(" … "))
 
 
-def test_a_list_whose_layout_has_passed_is_computed_from_its_own_tensors_and_numbers():
-    """What a check has found of one list holds for another only where nothing that it looks at has changed."""
-    one, other = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
-    second = [2 * part for part in COLUMNS]
-    lists = [(COLUMNS, one, one), (second, one, one), (COLUMNS, one, other), (second, other, one), (second, 0.5, 1.0)]
-    for columns, decay, weight in [*lists, *lists]:
+def test_lists_of_a_checked_layout_are_computed_from_their_own_tensors_and_numbers():
+    """A check of one list is reused for another list only if everything that it reads is the same."""
+    half, quarter = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
+    doubled = [2 * part for part in COLUMNS]
+    lists = [(COLUMNS, half, half), (doubled, half, half), (COLUMNS, half, quarter), (doubled, quarter, half)]
+    for columns, decay, weight in 2 * [*lists, (doubled, 0.5, 1.0)]:
         for rank in ([5, 8, 1, 12], [4, 8, 1, 12]):
             options = {"decay": decay, "weight": weight, "rank": rank}
-            assert_same(*both("root_update", [ROOTS, columns], options))
+            assert_same(*grouped_and_single("root_update", [ROOTS, columns], options))
     with pytest.raises(TypeError, match="weight must be a number"):
-        grouped.root_update(ROOTS, second, decay=0.5, weight=True)
+        grouped.root_update(ROOTS, doubled, decay=0.5, weight=True)
     with brandla.checked(), pytest.raises(ValueError, match="columns must be finite"):
-        grouped.root_update(ROOTS, [part * torch.nan for part in second], decay=0.5, weight=1.0)
+        grouped.root_update(ROOTS, [part * torch.nan for part in doubled], decay=0.5, weight=1.0)
 
 
 @pytest.mark.parametrize("function", ["eigh_update", "root_update"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_lists_of_half_precision_columns_equal_their_float32_values(function, half):
     (factors, columns), options = list_calls("some of one rank", torch.float32)[function]
-    columns = [own.to(half) for own in columns]
-    expected = getattr(grouped, function)(factors, [own.float() for own in columns], **options)
-    for given in (columns, [columns[0], columns[1].float(), *columns[2:]]):
-        assert_same(getattr(grouped, function)(factors, given, **options), expected)
+    columns = [block.to(half) for block in columns]
+    expected = getattr(grouped, function)(factors, [block.float() for block in columns], **options)
+    for blocks in (columns, [columns[0], columns[1].float(), *columns[2:]]):
+        assert_same(getattr(grouped, function)(factors, blocks, **options), expected)
 
 
 def test_every_public_function_has_a_grouped_form():
-    """Except the in-place ones: bad input in one factor could no longer leave the others unchanged."""
+    """In-place functions have none: bad input in one factor could no longer leave the others unchanged."""
     functions = {name for name in brandla.__all__ if "_" in name and not name.endswith("_")} - {"keep_dtype"}
     assert functions == set(grouped.__all__)

@@ -1,4 +1,4 @@
-"""kron_damped_solve against two dense float64 solves, and what has one damping against the dense product."""
+"""kron_damped_solve against two dense float64 solves; the functions of a joint damping against the dense product."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ from oracles import THRESHOLD
 
 LEFT_DAMPING, RIGHT_DAMPING, JOINT = 0.2, 0.05, 0.07
 KINDS = {"eigh": make_eigh, "root": make_root}
-# How much each factor holds, and the tails.
+# The rank that each factor holds ("and zeros": with zero columns), and the tails.
 HELD_AND_TAILS = [
     *((("some", "some"), tails) for tails in [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1)]),
     *((("some", "some"), tails) for tails in [("smallest", "smallest"), ("smallest", 0.1), ("mean", "mean")]),
@@ -24,11 +24,11 @@ HELD_AND_TAILS = [
 
 
 def operands(kinds, held, orders, **options):
-    """Return two factors of matrices whose traces are larger by 3 and by 5."""
+    """Return two tracked factors. The traces of their matrices are larger than their own by 3 and by 5."""
 
-    def factor(make, n, part, *spectrum, **options):
-        rank = {"none": 0, "all": n}.get(part, n // 3)
-        return padded(make(n, rank, *spectrum, **options), 2 if part == "and zeros" else 0)
+    def factor(make, n, rank_name, *spectrum, **options):
+        rank = {"none": 0, "all": n}.get(rank_name, n // 3)
+        return padded(make(n, rank, *spectrum, **options), 2 if rank_name == "and zeros" else 0)
 
     left = factor(KINDS[kinds[0]], orders[0], held[0], **options)
     right = factor(KINDS[kinds[1]], orders[1], held[1], "slow", seed=4, **options)
@@ -42,7 +42,7 @@ def test_solve_power_and_logdet_equal_the_dense_ones(kinds, held, tails, dtype):
     (left, right), matrix = operands(kinds, held, (p, q), dtype=dtype), make_columns(p, q, dtype=dtype)
     options = dict(zip(("left_tail", "right_tail"), tails, strict=True))
     solve = partial(brandla.kron_damped_solve, left, right, **options)
-    # By ‖W − (G + λ_G I) X (A + λ_A I)‖ over the norms of all three and n·ε, and the solves of pairs by X.
+    # The residual ‖W − (G + λ_G I) X (A + λ_A I)‖ is relative to the norms of all three. Pairs are compared with X.
     solution = solve(matrix, LEFT_DAMPING, RIGHT_DAMPING)
     g, a = dense_operator(left, LEFT_DAMPING, tails[0]), dense_operator(right, RIGHT_DAMPING, tails[1])
     scale = math.prod(map(oracles.spectral_norm, (g, solution, a)))
@@ -54,7 +54,7 @@ def test_solve_power_and_logdet_equal_the_dense_ones(kinds, held, tails, dtype):
         assert [part.shape for part in solved] == [(p, k), (q, k)]
         expected = solve(pair[0] @ pair[1].mT, LEFT_DAMPING, RIGHT_DAMPING)
         assert oracles.difference_ratio(solved[0] @ solved[1].mT, expected, dtype) <= THRESHOLD
-    # (A ⊗ G + δI)^p vec(W), by columns.
+    # The dense product is (A ⊗ G + δI)^p vec(W), where vec stacks columns.
     g, a = (dense_operator(factor, 0.0, tail) for factor, tail in zip((left, right), tails, strict=True))
     values, vectors = oracles.eigh(torch.kron(a, g) + JOINT * torch.eye(p * q, dtype=torch.float64))
     for exponent in (-1, -0.5, 0, 0.5, 1):
@@ -68,7 +68,7 @@ def test_solve_power_and_logdet_equal_the_dense_ones(kinds, held, tails, dtype):
     assert abs(logdet - values.log().sum()) <= oracles.tolerance(p * q, dtype)
 
 
-def test_values_stand_for_the_products_where_both_spans_meet():
+def test_values_replace_the_products_of_eigenvalues_in_both_spans():
     left, right = (factor.lowrank for factor in operands(("eigh", "eigh"), ("some", "some"), (9, 12)))
     u, v, matrix = left.eigenvectors, right.eigenvectors, make_columns(9, 12)
     products = left.eigenvalues[:, None] * right.eigenvalues
@@ -87,7 +87,7 @@ def test_values_stand_for_the_products_where_both_spans_meet():
 
 
 @pytest.mark.parametrize("kind", [brandla.LowRankEigh, brandla.LowRankRoot])
-def test_the_derivative_of_a_product_of_zeros_is_finite(kind):
+def test_derivatives_by_a_factor_of_zeros_are_finite(kind):
     right = make_eigh(4, 3, seed=4)
     start = [part.requires_grad_() for part in kind.zeros(5, 2, dtype=torch.float64)]
     damping = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""randomized_eigh and randomized_svd: exact on low rank, within the theory's bounds elsewhere."""
+"""randomized_eigh and randomized_svd: exact at low rank, within the theory's bounds elsewhere."""
 
 from itertools import product
 from unittest import mock
@@ -14,7 +14,7 @@ from oracles import THRESHOLD
 
 FUNCTIONS = {"eigh": brandla.randomized_eigh, "svd": brandla.randomized_svd}
 BOTH = pytest.mark.parametrize("kind", FUNCTIONS)
-# Of an n × n matrix of rank 5.
+# The spectrum of a 60 × 60 matrix of rank 5.
 RANK_5 = torch.cat([torch.linspace(3, 1, 5), torch.zeros(55)]).double()
 
 
@@ -27,11 +27,11 @@ def matrix_for(kind, spectrum, seed=3):
 
 
 def decomposed(kind, matrix, rank, seed=0, **options):
-    """Return what the function of a kind makes of a matrix, from a generator with this seed."""
+    """Return the decomposition of a matrix by the function of this kind, from a generator with this seed."""
     return FUNCTIONS[kind](matrix, rank, generator=oracles.generator(seed), **options)
 
 
-# Values, and ranks that hold them all.
+# Spectra, and ranks at which nothing of them is lost.
 RECOVERED = {
     "rank 5": (RANK_5, (5, 8, 16)),
     **{f"whole, {n}": (oracles.SPECTRA["slow"](n), (n,)) for n in (1, 5, 30)},
@@ -41,12 +41,12 @@ RECOVERED = {
 
 @BOTH
 @pytest.mark.parametrize("case", RECOVERED)
-def test_what_the_rank_holds_is_recovered(kind, case, dtype):
+def test_a_matrix_of_low_enough_rank_is_recovered(kind, case, dtype):
     values, ranks = RECOVERED[case]
-    matrix = matrix_for(kind, values).to(dtype)
-    for one in (matrix, matrix.mT):
+    wide = matrix_for(kind, values).to(dtype)
+    for matrix in (wide, wide.mT):
         for rank, power_iterations in product(ranks, (0, 1, 4)):
-            assert_equals(decomposed(kind, one, rank, power_iterations=power_iterations), one)
+            assert_equals(decomposed(kind, matrix, rank, power_iterations=power_iterations), matrix)
 
 
 @BOTH
@@ -55,8 +55,8 @@ def test_values_beyond_the_rank_of_the_matrix_vanish(kind, dtype):
     assert values_of(decomposed(kind, matrix, 20))[16:].max() <= 4 * oracles.epsilon(dtype)
 
 
-def test_the_shift_that_steadies_nystrom_is_taken_out_again(dtype):
-    # It is √n·ε·‖Y‖_F: 55·ε here, below what the ratios of this suite can see.
+def test_the_shift_that_stabilises_nystrom_is_subtracted_again(dtype):
+    # The shift is √n·ε·‖Y‖_F: 55·ε here, which the ratios of the other tests cannot show.
     values = decomposed("eigh", torch.eye(100, dtype=dtype), 20).eigenvalues
     assert (values - 1).abs().max() <= 30 * oracles.epsilon(dtype)
 
@@ -68,9 +68,9 @@ def test_values_are_near_the_leading_ones_and_never_above(kind, spectrum, dtype)
     matrix = matrix_for(kind, values).to(dtype)
     result = decomposed(kind, matrix, 10, power_iterations=3)
     assert_factor(result, 60, 10)
-    found, least = values_of(result).double(), 0.9 if spectrum == "slow" else 0.98
-    assert (found <= values[:10] + slack).all()
-    assert (found >= least * values[:10] - slack).all()
+    leading, least = values_of(result).double(), 0.9 if spectrum == "slow" else 0.98
+    assert (leading <= values[:10] + slack).all()
+    assert (leading >= least * values[:10] - slack).all()
     if kind == "eigh":
         # Nyström's approximation lies between 0 and the matrix.
         remainder = oracles.symmetrised(matrix.double()) - dense(result)
@@ -82,9 +82,9 @@ def test_values_are_near_the_leading_ones_and_never_above(kind, spectrum, dtype)
 
 @pytest.mark.parametrize(("spectrum", "oversample"), [("slow", 2), ("slow", 10), ("medium", 5), ("flat", 2)])
 def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum, oversample):
-    # Theorem 10.5 bounds the projection on all rank + oversample columns. Cutting it back to the rank adds at most
-    # the tail once more, since the singular values of a projection are no larger than the matrix's.
-    # Above n = 128 the sketch has rank + oversample columns and no more.
+    # Theorem 10.5 bounds the error of the projection on all rank + oversample columns. Truncation to the rank adds at
+    # most the tail once more, since the singular values of a projection are no larger than those of the matrix.
+    # Above n = 128 the sketch has exactly rank + oversample columns.
     n, rank = 160, 8
     values = oracles.SPECTRA[spectrum](n)
     matrix = matrix_for("svd", values)
@@ -96,7 +96,7 @@ def test_mean_error_keeps_to_the_bound_of_halko_martinsson_and_tropp(spectrum, o
 
 @BOTH
 def test_powers_are_orthonormalised_between_products(kind):
-    # Bare powers leave only the directions above a root of ε. Nyström resolves √n·ε·‖M‖, and the SVD ε·‖X‖.
+    # Bare powers keep only the directions above a root of ε. Nyström resolves √n·ε·‖M‖, and the SVD ε·‖X‖.
     values = torch.logspace(0, -5, 12).double()
     matrix = matrix_for(kind, torch.cat([values, torch.zeros(48).double()])).float()
     result = decomposed(kind, matrix, 12, power_iterations=4)
@@ -111,7 +111,7 @@ def test_nystrom_is_better_than_the_projection_from_the_same_products(spectrum, 
     results = [decomposed("eigh", matrix, rank, seed, oversample=oversample, power_iterations=1) for seed in seeds]
     of_projections = 0.0
     for seed in seeds:
-        # ‖M − [Q QᵀM Q Qᵀ]_r‖ in the nuclear norm, for a range of M Ω.
+        # ‖M − [Q QᵀM Q Qᵀ]_r‖ in the nuclear norm, where Q spans the range of M Ω.
         q = torch.linalg.qr(matrix @ oracles.gaussian(n, rank + oversample, seed=seed)).Q
         projected = q @ oracles.eigh(oracles.symmetrised(q.mT @ matrix @ q)).truncation(rank) @ q.mT
         of_projections += float(torch.linalg.svdvals(matrix - projected).sum())
@@ -122,7 +122,7 @@ def test_nystrom_is_better_than_the_projection_from_the_same_products(spectrum, 
 def test_long_sums_lose_no_digits(shape):
     lengths = torch.logspace(0, -2, min(shape)).unsqueeze(-1 if shape[0] < shape[1] else 0)
     matrix = (torch.randn(*shape, generator=oracles.generator(0)) + 0.5) * lengths
-    # One float32 product of such a matrix is wrong by some thousand ε.
+    # A single float32 product of such a matrix has an error of some thousand ε.
     tall = (matrix if shape[0] > shape[1] else matrix.mT).double()
     exact = torch.linalg.eigvalsh(tall.mT @ tall).flip(0)
     values = decomposed("svd", matrix, 4).S.double()
@@ -132,7 +132,7 @@ def test_long_sums_lose_no_digits(shape):
 # --- A start
 
 
-def test_a_start_near_the_eigenvectors_takes_the_place_of_power_iterations(dtype):
+def test_a_start_near_the_eigenvectors_replaces_power_iterations(dtype):
     n, rank = 200, 10
     before = matrix_for("eigh", oracles.SPECTRA["slow"](n))
     start = decomposed("eigh", before, rank, power_iterations=8).eigenvectors.to(dtype)
@@ -140,19 +140,19 @@ def test_a_start_near_the_eigenvectors_takes_the_place_of_power_iterations(dtype
     best = float(oracles.eigh(moved).eigenvalues[rank])
     for powers, most in ((0, 1.02), (1, 1.01)):
         options = {"power_iterations": powers, "oversample": 4}
-        warm, cold = (decomposed("eigh", moved.to(dtype), rank, 1, start=one, **options) for one in (start, None))
-        errors = [oracles.spectral_norm(moved - dense(found)) for found in (warm, cold)]
-        assert errors[0] < most * best < errors[1]
+        results = (decomposed("eigh", moved.to(dtype), rank, 1, start=basis, **options) for basis in (start, None))
+        warm, cold = (oracles.spectral_norm(moved - dense(result)) for result in results)
+        assert warm < most * best < cold
 
 
 @pytest.mark.parametrize("power_iterations", [0, 2])
-def test_zero_columns_of_a_start_stand_for_random_signs(power_iterations, dtype):
+def test_random_signs_replace_zero_columns_of_a_start(power_iterations, dtype):
     matrix = matrix_for("eigh", oracles.SPECTRA["slow"](150)).to(dtype)
-    nothing = brandla.LowRankEigh.zeros(150, 8, dtype=dtype).eigenvectors
-    found, expected = (
-        decomposed("eigh", matrix, 8, power_iterations=power_iterations, start=start) for start in (nothing, None)
+    zeros = brandla.LowRankEigh.zeros(150, 8, dtype=dtype).eigenvectors
+    result, expected = (
+        decomposed("eigh", matrix, 8, power_iterations=power_iterations, start=start) for start in (zeros, None)
     )
-    assert oracles.difference_ratio(dense(found), dense(expected), dtype) <= THRESHOLD
+    assert oracles.difference_ratio(dense(result), dense(expected), dtype) <= THRESHOLD
 
 
 # --- Arguments
@@ -170,7 +170,7 @@ class OperatorFromTheRight(Operator):
     [("eigh", Operator), ("svd", OperatorWithTranspose), ("svd", OperatorFromTheRight)],
     ids=["eigh", "svd by mT", "svd by tensor @ operator"],
 )
-def test_a_linear_operator_gives_what_its_matrix_gives(kind, operator, dtype):
+def test_a_linear_operator_gives_the_result_of_its_matrix(kind, operator, dtype):
     matrix = matrix_for(kind, oracles.SPECTRA["medium"](40)).to(dtype)
     wrapped = operator(matrix)
     from_operator, from_matrix = (decomposed(kind, source, 8) for source in (wrapped, matrix))
@@ -181,7 +181,7 @@ def test_a_linear_operator_gives_what_its_matrix_gives(kind, operator, dtype):
 @BOTH
 @pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["COO", "CSR"])
-def test_a_sparse_matrix_gives_what_a_dense_one_gives(kind, layout, dtype):
+def test_a_sparse_matrix_gives_the_result_of_the_dense_matrix(kind, layout, dtype):
     matrix = matrix_for(kind, oracles.SPECTRA["medium"](40)).to(dtype)
     with mock.patch.object(Tensor, "to_dense", side_effect=AssertionError):
         from_sparse = decomposed(kind, matrix.to_sparse(layout=layout), 8)
@@ -191,7 +191,7 @@ def test_a_sparse_matrix_gives_what_a_dense_one_gives(kind, layout, dtype):
 
 
 @BOTH
-def test_generator_or_the_default_one_makes_the_result_repeat(kind):
+def test_a_seed_of_the_generator_or_of_torch_repeats_the_result(kind):
     matrix = matrix_for(kind, oracles.SPECTRA["slow"](40))
     once, again, other = (decomposed(kind, matrix, 8, seed, power_iterations=0) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
@@ -201,7 +201,7 @@ def test_generator_or_the_default_one_makes_the_result_repeat(kind):
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-# Nearly all of the range of the dtype: sums of 60 entries must not overflow, nor 25 bits of an entry underflow.
+# Nearly the whole range of the dtype: sums of 60 entries must not overflow, and 25 bits of an entry not underflow.
 SCALES = {torch.float32: (1e-30, 1e-18, 1e-9, 1e9, 1e20, 1e36), torch.float64: (1e-290, 1e-160, 1e160, 1e300)}
 
 

@@ -1,4 +1,4 @@
-"""eigh_refresh: subspace iteration with a stream of wide matrices, and the permutation that follows the vectors."""
+"""eigh_refresh: subspace iteration with a stream of wide matrices, and the permutation of the vectors."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ N, M, R = 40, 70, 6
 
 
 def wide(dtype):
-    """Return a matrix G of which G Gᵀ has the eigenvalues i^−3/2."""
+    """Return a matrix G such that G Gᵀ has the eigenvalues i^−3/2."""
     u, _, vh = torch.linalg.svd(oracles.gaussian(N, M, seed=9), full_matrices=False)
     return ((u * oracles.power_law(0.75)(N)) @ vh).to(dtype)
 
@@ -34,12 +34,12 @@ def test_refresh_is_subspace_iteration_with_the_whole_average(iterations, dtype)
     assert (new.eigenvalues - values).abs().max() <= oracles.tolerance(N, dtype, values[0])
 
 
-def test_what_is_permuted_stays_with_its_vector(dtype):
+def test_permuted_labels_stay_with_their_vectors(dtype):
     basis = oracles.orthonormal(N, R, seed=2).to(dtype)
     old = brandla.LowRankEigh(torch.linspace(6, 1, R, dtype=dtype), basis)
     labels = torch.arange(R)
     for _ in range(3):
-        # Energy that puts the vectors in a new order, and turns none far.
+        # The strengths put the vectors in a new order, and the noise turns none of them far.
         strengths = oracles.gaussian(R, seed=int(labels[0])).abs().argsort() + 1.0
         matrix = (basis.double() * strengths) @ torch.eye(R, M).double() + 1e-3 * oracles.gaussian(N, M, seed=5)
         new, permutation = brandla.eigh_refresh(old, matrix.to(dtype), decay=0.0)
@@ -49,7 +49,7 @@ def test_what_is_permuted_stays_with_its_vector(dtype):
         old = new
 
 
-def test_zero_columns_are_begun_anew_and_missing_rank_leaves_zero_values(dtype):
+def test_fresh_columns_replace_zero_columns_and_missing_rank_leaves_zero_values(dtype):
     span = oracles.orthonormal(N, 3, seed=3)
     low = span @ oracles.gaussian(3, M, seed=4)
     eigh, permutation = brandla.eigh_refresh(brandla.LowRankEigh.zeros(N, R, dtype=dtype), low.to(dtype))
@@ -63,8 +63,8 @@ def test_zero_columns_are_begun_anew_and_missing_rank_leaves_zero_values(dtype):
     assert oracles.orthonormality_defect(eigh.eigenvectors, torch.ones(R)) <= ORTHONORMAL * oracles.epsilon(dtype)
 
 
-def test_vectors_below_the_rounding_leave_the_leading_ones_in_their_places(dtype):
-    # A whole basis of a graded stream: in float32 most columns of M U are rounding, and some go and are begun anew.
+def test_vectors_below_the_rounding_leave_the_leading_vectors_in_their_places(dtype):
+    # A whole basis of a graded stream: in float32 most columns of M U are rounding, and fresh columns replace some.
     root, order = oracles.orthonormal(30, 30, seed=1) * oracles.SPECTRA["graded"](30).sqrt(), torch.arange(10)
     eigh = brandla.LowRankEigh.zeros(30, 30, dtype=dtype)
     for step in range(25):
@@ -75,8 +75,8 @@ def test_vectors_below_the_rounding_leave_the_leading_ones_in_their_places(dtype
 
 
 @pytest.mark.parametrize("kind", [OperatorWithTranspose, Tensor.to_sparse], ids=["operator", "sparse"])
-def test_operators_and_sparse_matrices_give_what_dense_ones_give(kind):
+def test_operators_and_sparse_matrices_give_the_result_of_dense_matrices(kind):
     old = make_eigh(N, R, dtype=torch.float32)
     matrix = wide(torch.float32)
-    found, expected = (brandla.eigh_refresh(old, each) for each in (kind(matrix), matrix))
-    assert_agree(found, expected, oracles.tolerance(N, torch.float32))
+    result, expected = brandla.eigh_refresh(old, kind(matrix)), brandla.eigh_refresh(old, matrix)
+    assert_agree(result, expected, oracles.tolerance(N, torch.float32))

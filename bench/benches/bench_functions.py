@@ -27,7 +27,7 @@ from bench.gpu import cases
 from bench.gpu.cases import fresh
 from bench.gpu.device import Ceilings, Device, Floor, Work, device_of, measure, size_of
 from bench.studies import roofline
-from brandla.demo.frame import plain
+from brandla.demo.frame import jsonable
 from brandla_kernels import OPS
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
@@ -163,7 +163,7 @@ def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, S
             row = about | {"error": judged.error, "orthogonality": judged.orthogonality}
             row |= {"blas_threads": threads} if on_numpy is not None else {}
             row |= {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
-            benchmark.extra_info.update(plain(row))
+            benchmark.extra_info.update(jsonable(row))
             if benchmark.stats:
                 study.cases.append(row | row_of(benchmark.stats.stats.data, around, floor))
                 benchmark.extra_info["of_ceiling"] = study.cases[-1]["of_ceiling"].value

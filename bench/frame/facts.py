@@ -22,7 +22,7 @@ def facts(quick: bool, *, gpu: bool = False) -> dict[str, Any]:
 def gpu_facts() -> dict[str, Any]:
     """Return the GPU, with its state as nvidia-smi says it; None where it does not."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    said = machine.said("nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0")
+    said = machine.output_of("nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0")
     return {
         "name": properties.name,
         "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),

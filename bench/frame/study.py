@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from bench.frame import pages, results
 from bench.frame.facts import commit_of, facts
 from bench.gpu.device import Device, device_of
-from brandla.demo.frame import INTERRUPTED, Piece, Row, Tables, plain, run
+from brandla.demo.frame import INTERRUPTED, Piece, Row, Tables, jsonable, run
 
 THREADS = 2
 SAME = ("commit", "modified", "cpu", "threads", "versions")
@@ -87,7 +87,7 @@ def conduct(study: Study, quick: bool, full: bool, resume: bool, out: Path | Non
     device = device_of(quick)
     machine = machine_of(device)
     path = (out or results.folder_of(machine)) / f"{study.name}.json"
-    kept, tables, seconds = plain(asdict(settings)) if is_dataclass(settings) else {}, {}, 0.0
+    kept, tables, seconds = jsonable(asdict(settings)) if is_dataclass(settings) else {}, {}, 0.0
     pieces = list(study.pieces(settings, device, tables))
     if resume and path.exists():
         seconds = _take_up(tables, pieces, kept, machine, path)
@@ -121,6 +121,6 @@ def _take_up(tables: Tables, pieces: Sequence[Piece], settings: Row, machine: Ro
         message = f"{path.name} {wrong}; move it away"
         raise typer.BadParameter(message, param_hint="--resume")
     for piece in pieces:
-        if piece.words != before["interrupted"]:
+        if piece.label != before["interrupted"]:
             tables.setdefault(piece.table, []).extend(filter(piece.owns, begun.get(piece.table, [])))
     return before["seconds"]

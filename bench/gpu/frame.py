@@ -25,7 +25,7 @@ from bench.frame.figures import Figure
 from bench.gpu.cases import FULL, TOY, Sizes
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
 from bench.studies import roofline as study
-from brandla.demo.frame import plain
+from brandla.demo.frame import jsonable
 
 Row = dict[str, Any]
 
@@ -112,7 +112,7 @@ STATUSES = ("done", "partial", "skipped", "failed", "cut off")
 
 def write(path: Path, stage: str, kind: str, value: Any = None) -> None:
     """Add a line. One write of one line, so that processes do not get into each other's."""
-    line = json.dumps(plain({"stage": stage, "kind": kind, "value": value}), ensure_ascii=False)
+    line = json.dumps(jsonable({"stage": stage, "kind": kind, "value": value}), ensure_ascii=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 

@@ -25,7 +25,7 @@ from bench.frame.pictures import THEMES, Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu.device import Device
 from brandla.demo import data
-from brandla.demo.studies import observed
+from brandla.demo.studies import observe_step
 from brandla.refresh import ritz_correct
 from brandla_kernels import gram_ema_
 from tests.oracles import gaussian, updated
@@ -210,7 +210,7 @@ def observations(settings: Settings, width: int, seed: int) -> Iterator[tuple[di
     model = data.seeded(seed, data.mlp, 64, width, width, 10)
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
     for batch in data.batches(data.load("cpu").training, settings.batch, settings.steps, seed):
-        inputs, gradients = observed(model, optimizer, batch)
+        inputs, gradients = observe_step(model, optimizer, batch)
         yield {"inputs": inputs, "gradients": gradients}, gradients @ inputs.mT
 
 

@@ -27,7 +27,7 @@ from bench.studies.kfac_page import BASE, by_method, ranged, ratio
 from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data
 from brandla.demo.data import Split, seeded
-from brandla.demo.studies import Trainer, follow
+from brandla.demo.studies import Trainer, train_and_evaluate
 from brandla.kfac import KFAC, Exact
 
 DIGITS, FASHION = "digits", "fashion-mnist"
@@ -138,7 +138,7 @@ def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, s
         trainer = Trainer(model, torch.optim.SGD(model.parameters(), numbers["rate"]), kfac)
     looks = {*range(task.evaluate_every, steps, task.evaluate_every), steps}
     batches = data.batches(training, task.batch, steps, seed)
-    run = follow(trainer, batches, lambda model: judge(model, judging, task.batch), looks)
+    run = train_and_evaluate(trainer, batches, lambda model: judge(model, judging, task.batch), looks)
     if run["failure"]:
         raise RuntimeError(run["failure"])
     return [{name: look[name] for name in ("step", "accuracy", "loss")} for look in run["evaluations"]]

@@ -26,7 +26,7 @@ from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, U
 from bench.studies.kfac_page import shown
 from brandla.demo import data
 from brandla.demo.data import Parts, Split
-from brandla.demo.studies import Trainer, follow, timed
+from brandla.demo.studies import Trainer, timed, train_and_evaluate
 
 Samples = Callable[[Task], Parts]
 PIXELS = 784
@@ -113,7 +113,7 @@ def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, setti
         looks.append(max(looks[-1] + 1, round(looks[-1] * (1 + settings.look_every))))
     judge, done = lambda model: {"score": task.score(model, parts[1])}, lambda look: task.reached(look["score"])
     batches = data.batches(parts[0], task.batch, task.steps, seed)
-    run = follow(trainer, batches, judge, {*looks, task.steps}, task.seconds, done)
+    run = train_and_evaluate(trainer, batches, judge, {*looks, task.steps}, task.seconds, done)
     took, last = run["milliseconds"], (run["evaluations"] or [{"score": None}])[-1]
     arrived = run["failure"] is None and task.reached(last["score"])
     return {

@@ -1,1 +1,1 @@
-"""The demo: a tracking study and a training study on real data, with tables, a picture and a JSON of all figures."""
+"""The demo: a tracking and a training study on real data, with tables, a picture and a JSON file of all figures."""

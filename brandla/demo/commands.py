@@ -1,4 +1,4 @@
-"""``brandla demo``: its options, both studies in their order, and what is left behind."""
+"""``brandla demo``: its options, both studies in their order, and the files and tables that it produces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from brandla.demo import data, machine, summary
-from brandla.demo.frame import INTERRUPTED, Row, Tables, plain, run, write
+from brandla.demo.frame import INTERRUPTED, Row, Tables, jsonable, run, write
 from brandla.demo.studies import QUICK, Settings, pieces
 
 SCHEMA = 2
@@ -45,7 +45,7 @@ def demo(
         raise typer.BadParameter(message, param_hint="--device") from error
     settings, console = replace(QUICK if quick else Settings(), device=place), Console(highlight=False)
     content = measure(replace(settings, seeds=tuple(range(seeds))) if seeds else settings, console)
-    leave(content, output, console)
+    report(content, output, console)
     if content["facts"]["interrupted"]:
         raise typer.Exit(INTERRUPTED)
 
@@ -54,22 +54,21 @@ def measure(settings: Settings, console: Console) -> Row:
     """Run both studies; an interrupted run returns what was measured until then."""
     facts, digits, start = machine.facts(), data.load(settings.device), perf_counter()
     if facts["load"] and facts["cores"] and facts["load"] > facts["cores"] / 2:
-        # Threads that wait for each other then wait for other programs as well.
+        # Threads wait for each other, and on a busy machine also for other programs.
         console.print(f"The machine is busy (load {facts['load']:.1f}): times will be too long.")
     tables: Tables = {}
     stopped = run(pieces(settings, digits, tables), tables, console)
     about = {"seconds": perf_counter() - start, "quick": settings.quick, "interrupted": stopped or False}
-    content: Row = plain({"schema": SCHEMA, "facts": facts | about, "settings": asdict(settings), **tables})
+    content: Row = jsonable({"schema": SCHEMA, "facts": facts | about, "settings": asdict(settings), **tables})
     return content
 
 
-def leave(content: Row, output: Path, console: Console) -> None:
+def report(content: Row, output: Path, console: Console) -> None:
     """Write the JSON and the picture to ``output``, and print the tables."""
     write(content, output / "demo.json")
     for title, cells, note in summary.tables(content):
-        shown = cells.to_string(index=False)
-        console.print(f"[bold]{title}[/bold]", shown, f"[dim]{note}[/dim]\n", sep="\n")
+        console.print(f"[bold]{title}[/bold]", cells.to_string(index=False), f"[dim]{note}[/dim]\n", sep="\n")
     if content["facts"]["interrupted"]:
-        console.print("Interrupted: the figures are of the parts that were finished.")
+        console.print("Interrupted: the figures cover the parts that were finished.")
     names = "demo.json and demo.png" if summary.draw(content, output / "demo.png") else "demo.json"
     console.print(f"{content['facts']['seconds']:.0f} s. Figures in {output}: {names}", soft_wrap=True)

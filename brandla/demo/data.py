@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, batches of them, and the network that learns them."""
+"""Handwritten digits of scikit-learn, their batches, and the network that learns them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Split(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What is trained on and judged by, in the runs that are measured and in the searches before them."""
+    """Training and test data of the measured runs, and of the searches for learning rates before them."""
 
     training: Split
     test: Split
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
 
 def load(device: str) -> Parts:
-    """Load the 1,797 digits of scikit-learn: a fifth of each class tests, a fifth of the rest validates in searches."""
+    """Load the 1,797 digits. A fifth of each class is for tests, and a fifth of the rest validates in searches."""
     images, labels = load_digits(return_X_y=True)
     options = {"test_size": 0.2, "random_state": 0}
     training, test = train_test_split(np.arange(len(labels)), stratify=labels, **options)
@@ -43,20 +43,21 @@ def load(device: str) -> Parts:
 
 
 def batches(split: Split, size: int, steps: int, seed: int) -> Iterator[Split]:
-    """Yield ``steps`` batches: epochs in random order, their incomplete last batch left out."""
+    """Yield ``steps`` batches: epochs in random order, without the last, incomplete batch of an epoch."""
     generator = torch.Generator().manual_seed(seed)
     count = len(split.labels)
-    whole = count // size
+    per_epoch = count // size
     for step in range(steps):
-        if step % whole == 0:
+        if step % per_epoch == 0:
             order = torch.randperm(count, generator=generator).to(split.labels.device)
-        chosen = order[step % whole * size :][:size]
+        chosen = order[step % per_epoch * size :][:size]
         yield Split(split.images[chosen], split.labels[chosen])
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Return Linear layers between these widths, with ReLU between them."""
-    return nn.Sequential(*[part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())][:-1])
+    """Return Linear layers from each width to the next, with ReLU between the layers."""
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 def seeded(seed: int, make: Callable[..., Network], *sizes: int) -> Network:
@@ -68,5 +69,5 @@ def seeded(seed: int, make: Callable[..., Network], *sizes: int) -> Network:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Share of the images that the model classifies rightly."""
+    """Return the share of the images that the model classifies correctly."""
     return float((model(split.images).argmax(-1) == split.labels).float().mean())

@@ -12,14 +12,14 @@ from brandla_kernels._targets import AMD, NVIDIA, architecture, in_words
 
 
 def facts() -> dict[str, Any]:
-    """Return versions, devices, and for each op and device the backend and the reason for it."""
-    found = machine.facts()
+    """Return versions, devices, and the backend of each op on each device with the reason for it."""
+    about = machine.facts()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     gpus = range(torch.cuda.device_count())
     return {
-        **found.pop("versions"),
-        **found,
+        **about.pop("versions"),
+        **about,
         "kernels": [in_words(architecture(gpu)) for gpu in gpus] or f"for {', '.join(NVIDIA + AMD)}",
         "ops": {
             name: {at: dict(zip(("backend", "reason"), op.implementation(at), strict=True)) for at in devices}
@@ -29,15 +29,17 @@ def facts() -> dict[str, Any]:
 
 
 def as_text() -> str:
-    """Return everything as text: the facts, then a line an op; the reasons, which many ops share, are numbered."""
-    found = facts()
-    ops, reasons = found.pop("ops"), dict[str, int]()
-    words = {name: ", ".join(value) or "none" if isinstance(value, list) else value for name, value in found.items()}
-    lines = [f"{name} {value}" for name, value in words.items()]
-    lines += ["", "Backend of each op", f"{'op':24}" + "".join(f"{at:14}" for at in next(iter(ops.values())))]
-    for name, served in ops.items():
-        numbers = [reasons.setdefault(one["reason"], len(reasons) + 1) for one in served.values()]
-        cells = [f"{one['backend']} ({number})" for one, number in zip(served.values(), numbers, strict=True)]
+    """Return all facts as text, then a line for each op. The reasons, which many ops share, are numbered below."""
+    about = facts()
+    ops, numbers = about.pop("ops"), dict[str, int]()
+    texts = {name: ", ".join(value) or "none" if isinstance(value, list) else value for name, value in about.items()}
+    lines = [f"{name} {text}" for name, text in texts.items()]
+    lines += ["", "Backend of each op", f"{'op':24}" + "".join(f"{device:14}" for device in next(iter(ops.values())))]
+    for name, devices in ops.items():
+        cells = []
+        for served in devices.values():
+            number = numbers.setdefault(served["reason"], len(numbers) + 1)
+            cells.append(f"{served['backend']} ({number})")
         lines.append(f"{name:24}" + "".join(f"{cell:14}" for cell in cells))
-    lines += [f"({number}) {reason}" for reason, number in reasons.items()]
+    lines += [f"({number}) {reason}" for reason, number in numbers.items()]
     return "\n".join(line.rstrip() for line in lines)

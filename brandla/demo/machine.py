@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine and the software on which figures are measured."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ SOURCES = ("brandla", "kernels")
 
 def facts(packages: Sequence[str] = PACKAGES, sources: Sequence[str] = SOURCES) -> dict[str, Any]:
     """Return CPU, GPUs, versions, threads, load, date, and the commit of the sources."""
-    built = dict(re.findall(r"\b(BLAS|LAPACK)_INFO=(\w+)", torch.__config__.show()))
+    libraries = dict(re.findall(r"\b(BLAS|LAPACK)_INFO=(\w+)", torch.__config__.show()))
     versions = {"brandla": brandla.__version__, "python": platform.python_version()}
-    # The processor's name, as far as the system tells it.
-    about = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.*\S)", about.read_text(encoding="utf-8") if about.exists() else "")
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.*\S)", cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
     return {
-        "cpu": named[1] if named else platform.processor() or platform.machine(),
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "platform": platform.platform(),
         "versions": versions | {name: version(name) for name in packages},
-        **{part.lower(): built.get(part, "unknown") for part in ("BLAS", "LAPACK")},
+        **{name.lower(): libraries.get(name, "unknown") for name in ("BLAS", "LAPACK")},
         "threads": torch.get_num_threads(),
-        # How many programs wanted to run in the last minute, on average, where the system says.
+        # The mean number of programs that wanted to run in the last minute, if the system tells it.
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **commit(sources),
@@ -45,7 +44,7 @@ def facts(packages: Sequence[str] = PACKAGES, sources: Sequence[str] = SOURCES) 
 
 
 def version(package: str) -> str | None:
-    """Return the version of a package; None where it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -53,17 +52,17 @@ def version(package: str) -> str | None:
 
 
 def commit(sources: Sequence[str] = SOURCES) -> dict[str, Any]:
-    """Return commit and whether the sources differ from it; None where this package is not tracked by git."""
+    """Return the commit, and whether the sources differ from it; None for both if git does not track this package."""
     git = ("git", "-C", str(Path(__file__).parents[2]))
-    # A virtual environment may lie inside somebody else's repository, whose commit would mean nothing here.
-    tracked = said(*git, "ls-files", "--error-unmatch", "brandla/demo/machine.py")
-    revision = None if tracked is None else said(*git, "rev-parse", "HEAD")
-    changes = None if revision is None else said(*git, "status", "--porcelain", "--", *sources)
+    # A virtual environment may lie inside another repository, whose commit would mean nothing here.
+    tracked = output_of(*git, "ls-files", "--error-unmatch", "brandla/demo/machine.py")
+    revision = None if tracked is None else output_of(*git, "rev-parse", "HEAD")
+    changes = None if revision is None else output_of(*git, "status", "--porcelain", "--", *sources)
     return {"commit": revision, "modified": None if changes is None else bool(changes)}
 
 
-def said(*command: str) -> str | None:
-    """Return what a command printed; None where there is no such command, or it failed."""
+def output_of(*command: str) -> str | None:
+    """Return what a command printed, or None if there is no such command or it failed."""
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     return None

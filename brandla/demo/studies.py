@@ -1,4 +1,4 @@
-"""The two studies of the demo: a layer's factor tracked while the network learns, and training by every method."""
+"""The two studies of the demo: tracking a layer's factor while the network learns, and training by every method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on besides the machine."""
+    """Everything that a run depends on, apart from the machine."""
 
     device: str = "cpu"
     quick: bool = False
@@ -37,7 +37,7 @@ class Settings:
     decay: float = 0.95
     warmup: int = 5  # steps whose times are left out
 
-    # Tracking: the decompositions to compare with are timed at every so many steps.
+    # Tracking. The decompositions to compare with are timed every ``reference_every`` steps.
     ranks: tuple[int, ...] = (32, 64, 128)
     headline_rank: int = 64
     tracking_steps: int = 200
@@ -45,7 +45,7 @@ class Settings:
     tracking_rate: float = 1e-3
     tracking_seed: int = 0
 
-    # Training: the search has a seed that no measured run has, and tries so many rates over each method's decade.
+    # Training. The search has a seed of its own, and tries ``trials`` rates over each method's decade.
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 100
     search_seed: int = 1000
@@ -64,35 +64,35 @@ QUICK = Settings("cpu", quick=True, ranks=(64,), seeds=(0,), **SHORT)
 
 
 def pieces(settings: Settings, digits: Parts, tables: Tables) -> Iterator[Piece]:
-    """Yield the tracking, the trials of the search, then the runs, seed by seed: an early end compares all methods."""
+    """Yield the tracking, the trials, then the runs, seed by seed: a study that ends early compares all methods."""
 
-    def tried(method: Method, rate: float) -> list[Row]:
-        """Return the mean validation accuracy along a short run; 0 if it failed."""
+    def trial(method: Method, rate: float) -> list[Row]:
+        """Return the mean validation accuracy over a short run, or 0 if it failed."""
         run = train(method, rate, settings.search_seed, settings.search_steps, digits[2:], settings)
-        score = 0.0 if run["failure"] else mean(look["accuracy"] for look in run["evaluations"])
+        score = 0.0 if run["failure"] else mean(evaluation["accuracy"] for evaluation in run["evaluations"])
         return [{"score": score, "failure": run["failure"]}]
 
-    def trained(method: Method, seed: int) -> list[Row]:
+    def measured_run(method: Method, seed: int) -> list[Row]:
         """Return a run at the method's best rate."""
         trials = [row for row in tables["trials"] if row["method"] == method.name]
         rate = max(trials, key=lambda row: row["score"])["rate"]
         return [train(method, rate, seed, settings.steps, digits[:2], settings)]
 
     steps, rows = settings.tracking_steps, settings.tracking_steps * len(UPDATES) * len(settings.ranks)
-    # A step takes about as long as six of training.
+    # A tracking step takes about as long as six training steps.
     yield Piece("tracking", {"seed": settings.tracking_seed}, partial(track, settings, digits), 6.0 * steps, rows)
     for method in METHODS:
         for rate in method.grid(settings.trials):
             key = {"method": method.name, "rate": rate}
-            yield Piece("trials", key, partial(tried, method, rate), settings.search_steps)
+            yield Piece("trials", key, partial(trial, method, rate), settings.search_steps)
     for seed in settings.seeds:
         for method in METHODS:
             key = {"method": method.name, "seed": seed}
-            yield Piece("runs", key, partial(trained, method, seed), settings.steps)
+            yield Piece("runs", key, partial(measured_run, method, seed), settings.steps)
 
 
 def timed(function: Callable[[], Result], device: str) -> tuple[Result, float]:
-    """Call ``function`` and return its result with the milliseconds it took, the device idle before and after."""
+    """Return the result of ``function`` and the milliseconds it took. The device is idle before and after the call."""
     synchronize = torch.get_device_module(device).synchronize
     synchronize()
     start = perf_counter()
@@ -105,7 +105,7 @@ def timed(function: Callable[[], Result], device: str) -> tuple[Result, float]:
 
 
 class Trainer(NamedTuple):
-    """A model with its optimizer and, where the method has one, its preconditioner."""
+    """A model with its optimizer, and with a preconditioner if the method has one."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -118,33 +118,33 @@ class Trainer(NamedTuple):
         self.loss(self.model(batch.images), batch.labels).backward()
         if self.preconditioner is not None:
             with warnings.catch_warnings():
-                # Small factors get a dense strategy, and the memory says what that takes.
+                # Small factors get a dense strategy. The table of memory shows their size.
                 warnings.filterwarnings("ignore", message="KFAC: some factors are too small")
                 self.preconditioner.step()
         self.optimizer.step()
 
 
-def follow(
+def train_and_evaluate(
     trainer: Trainer,
     batches: Iterable[Split],
-    judge: Callable[[nn.Module], Row],
-    looks: Container[int],
+    evaluate: Callable[[nn.Module], Row],
+    at_steps: Container[int],
     seconds: float = math.inf,
-    until: Callable[[Row], bool] = lambda look: False,
+    until: Callable[[Row], bool] = lambda evaluation: False,
 ) -> Row:
-    """Train on the batches, and return the milliseconds of each step, and what ``judge`` said after the steps to look.
+    """Train on the batches. Return the milliseconds of each step, and the evaluations after the steps ``at_steps``.
 
-    Only the steps are timed. A run ends, with a look, after so many seconds, and at a look that ``until`` is true of.
-    What ``judge`` or a step raises as RuntimeError ends it as well, and is its ``failure``.
+    Only the steps are timed. A run ends, with an evaluation, after so many seconds, and at an evaluation for which
+    ``until`` is true. A RuntimeError of ``evaluate`` or a step ends the run too, and becomes its ``failure``.
     """
-    took: list[float] = []
-    run: Row = {"milliseconds": took, "evaluations": [], "finished": False, "failure": None}
+    milliseconds: list[float] = []
+    run: Row = {"milliseconds": milliseconds, "evaluations": [], "finished": False, "failure": None}
     for step, batch in enumerate(batches, start=1):
         try:
-            took.append(timed(partial(trainer.step, batch), str(batch.images.device))[1])
-            spent = sum(took) / 1e3
-            if step in looks or spent >= seconds:
-                run["evaluations"].append({"step": step, "seconds": spent, **judge(trainer.model)})
+            milliseconds.append(timed(partial(trainer.step, batch), str(batch.images.device))[1])
+            spent = sum(milliseconds) / 1e3
+            if step in at_steps or spent >= seconds:
+                run["evaluations"].append({"step": step, "seconds": spent, **evaluate(trainer.model)})
                 if spent >= seconds or until(run["evaluations"][-1]):
                     break
         except RuntimeError as error:
@@ -153,14 +153,14 @@ def follow(
 
 
 class Method(NamedTuple):
-    """One way to train."""
+    """A method of training: an optimizer, or SGD without momentum after K-FAC with a strategy."""
 
-    name: str  # as in tables and in the picture
+    name: str  # as in the tables and the picture
     rates: tuple[float, float]  # ends of the decade of learning rates that the search covers
-    strategy: Callable[[Settings], Strategy] | None = None  # of K-FAC, before SGD without momentum
+    strategy: Callable[[Settings], Strategy] | None = None
 
     def grid(self, trials: int) -> list[float]:
-        """Return ``trials`` rates, evenly spaced in their logarithm; of two, those a third from the ends."""
+        """Return ``trials`` rates, evenly spaced in their logarithm. Two rates lie a third away from the ends."""
         rates = np.geomspace(*self.rates, 4)[1:3] if trials == 2 else np.geomspace(*self.rates, trials)
         return [float(f"{rate:.3g}") for rate in rates]
 
@@ -169,32 +169,33 @@ KFAC_RATES = (0.03, 0.3)
 METHODS = (
     Method("SGD, momentum", (0.05, 0.5)),
     Method("AdamW", (0.002, 0.02)),
-    Method("K-FAC", KFAC_RATES, lambda of: Exact(inverse_every=of.inverse_every)),
-    Method("RS-KFAC", KFAC_RATES, lambda of: Randomized(of.rank, method="svd", inverse_every=of.inverse_every)),
-    Method("SRE-KFAC", KFAC_RATES, lambda of: Randomized(of.rank, method="eigh", inverse_every=of.inverse_every)),
-    Method("B-KFAC", KFAC_RATES, lambda of: Brand(of.rank)),
-    Method("B-KFAC, sketched", KFAC_RATES, lambda of: Brand(of.rank, sketch=of.rank // 2)),
-    Method("B-R-KFAC", KFAC_RATES, lambda of: BrandRandomized(of.rank)),
-    Method("B-KFAC-C", KFAC_RATES, lambda of: BrandCorrected(of.rank)),
+    Method("K-FAC", KFAC_RATES, lambda s: Exact(inverse_every=s.inverse_every)),
+    Method("RS-KFAC", KFAC_RATES, lambda s: Randomized(s.rank, method="svd", inverse_every=s.inverse_every)),
+    Method("SRE-KFAC", KFAC_RATES, lambda s: Randomized(s.rank, method="eigh", inverse_every=s.inverse_every)),
+    Method("B-KFAC", KFAC_RATES, lambda s: Brand(s.rank)),
+    Method("B-KFAC, sketched", KFAC_RATES, lambda s: Brand(s.rank, sketch=s.rank // 2)),
+    Method("B-R-KFAC", KFAC_RATES, lambda s: BrandRandomized(s.rank)),
+    Method("B-KFAC-C", KFAC_RATES, lambda s: BrandCorrected(s.rank)),
 )
 
 
-def train(method: Method, rate: float, seed: int, steps: int, parts: tuple[Split, Split], of: Settings) -> Row:
-    """Train the network of a seed on the first part, judged on the second; return also the bytes of the factors."""
-    model, kfac = data.seeded(seed, data.mlp, 64, of.width, of.width, 10).to(of.device), None
+def train(method: Method, rate: float, seed: int, steps: int, parts: tuple[Split, Split], settings: Settings) -> Row:
+    """Train the network of a seed on the first part, and evaluate it on the second. Report the factors' memory too."""
+    model, kfac = data.seeded(seed, data.mlp, 64, settings.width, settings.width, 10).to(settings.device), None
     if method.strategy is not None:
-        kfac = KFAC(model, method.strategy(of), damping=of.damping, clip=of.clip, decay=of.decay)
+        strategy = method.strategy(settings)
+        kfac = KFAC(model, strategy, damping=settings.damping, clip=settings.clip, decay=settings.decay)
     if method.name == "AdamW":
         trainer = Trainer(model, torch.optim.AdamW(model.parameters(), rate))
     else:
         momentum = 0.9 if kfac is None else 0.0
         trainer = Trainer(model, torch.optim.SGD(model.parameters(), rate, momentum), kfac)
-    batches = data.batches(parts[0], of.batch, steps, seed)
-    looks = {*range(of.evaluate_every, steps, of.evaluate_every), steps}
-    run = follow(trainer, batches, lambda model: {"accuracy": data.accuracy(model, parts[1])}, looks)
-    keep = ("layer", "side", "n", "strategy", "rank", "bytes", "dense_bytes")
+    batches = data.batches(parts[0], settings.batch, steps, seed)
+    at_steps = {*range(settings.evaluate_every, steps, settings.evaluate_every), steps}
+    run = train_and_evaluate(trainer, batches, lambda model: {"accuracy": data.accuracy(model, parts[1])}, at_steps)
+    fields = ("layer", "side", "n", "strategy", "rank", "bytes", "dense_bytes")
     factors = kfac.report().factors if kfac is not None and run["finished"] else ()
-    memory = [{name: getattr(factor, name) for name in keep} for factor in factors]
+    memory = [{name: getattr(factor, name) for name in fields} for factor in factors]
     return {"rate": rate, "memory": memory or None, **run}
 
 
@@ -207,10 +208,10 @@ UPDATES: dict[str, tuple[Any, Callable[..., Any]]] = {
 
 
 def track(settings: Settings, digits: Parts) -> Iterator[Row]:
-    """Train by AdamW; yield a row for each step and factor, and one for each time of what to compare with.
+    """Train by AdamW. Yield a row for each step and factor, and a row for each time of a method to compare with.
 
-    ``trace``, ``frobenius`` and ``spectral`` are norms of M − M̂, trace norm first; those of ``best`` are of the best
-    approximation of that rank, by Eckart and Young, and those of ``whole`` of M itself.
+    ``trace``, ``frobenius`` and ``spectral`` are norms of M − M̂; ``trace`` is the trace norm. With ``best``, they are
+    the errors of the best approximation of that rank, by Eckart and Young. With ``whole``, they are norms of M.
     """
     n, device, decay, seed = settings.width + 1, settings.device, settings.decay, settings.tracking_seed
     model = data.seeded(seed, data.mlp, 64, settings.width, settings.width, 10).to(device)
@@ -223,7 +224,7 @@ def track(settings: Settings, digits: Parts) -> Iterator[Row]:
     }
     generator = torch.Generator(device).manual_seed(seed)
     for step, batch in enumerate(data.batches(digits.training, settings.batch, settings.tracking_steps, seed), start=1):
-        columns, _ = observed(model, optimizer, batch)
+        columns, _ = observe_step(model, optimizer, batch)
         truth = decay * truth + (1 - decay) * (columns.double() @ columns.double().mT)
         spectrum = torch.linalg.eigvalsh(truth).flip(0).clamp_min(0)
         for (name, rank), before in tracked.items():
@@ -232,27 +233,27 @@ def track(settings: Settings, digits: Parts) -> Iterator[Row]:
             about = {"step": step, "method": name, "rank": rank, "milliseconds": took}
             yield about | _errors(truth, spectrum, tracked[name, rank], rank)
         if step % settings.reference_every == 0:
-            # Each needs the dense average, whose own update is the first.
-            dense, average = truth.float(), {"beta": decay, "alpha": 1 - decay}
+            # The other calls need the dense average, so its update is timed first.
+            dense, weights = truth.float(), {"beta": decay, "alpha": 1 - decay}
             calls: dict[tuple[str, int | None], Callable[[], Any]] = {
-                ("dense average", None): partial(torch.addmm, dense, columns, columns.mT, **average),
+                ("dense average", None): partial(torch.addmm, dense, columns, columns.mT, **weights),
                 ("torch.linalg.eigh", None): partial(torch.linalg.eigh, dense),
             }
             for rank in settings.ranks:
                 calls["randomized_eigh", rank] = partial(brandla.randomized_eigh, dense, rank, generator=generator)
                 calls["torch.svd_lowrank", rank] = partial(torch.svd_lowrank, dense, rank + 10, niter=2)
-            for (name, of_rank), call in calls.items():
-                row: Row = {"step": step, "method": name, "rank": of_rank, "milliseconds": None}
+            for (name, rank_or_none), call in calls.items():
+                row: Row = {"step": step, "method": name, "rank": rank_or_none, "milliseconds": None}
                 # LAPACK's float32 eigensolver is known to fail on such factors.
                 with suppress(RuntimeError):
                     row["milliseconds"] = timed(call, device)[1]
                 yield row
 
 
-def observed(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Split) -> tuple[Tensor, Tensor]:
-    """Take a training step, and return what comes to the factors of the middle Linear, over the root of the batch k.
+def observe_step(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Split) -> tuple[Tensor, Tensor]:
+    """Take a training step, and return the new columns of both factors of the middle Linear, over the root of k.
 
-    These are its inputs (width + 1, k), with a last row for the bias, and the gradients of its outputs (width, k).
+    These are the inputs (width + 1, k) of k images, with a last row for the bias, and the output gradients (width, k).
     """
     hidden = model[:2](batch.images)
     outputs = model[2](hidden)
@@ -262,20 +263,20 @@ def observed(model: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Spli
     optimizer.step()
     root = len(hidden) ** 0.5
     inputs = torch.cat([hidden.detach(), hidden.new_ones(len(hidden), 1)], dim=1)
-    # The loss is a mean: the gradient of one sample's loss is k times what backward leaves.
+    # The loss is a mean, so the gradient of one sample's loss is k times the gradient that backward leaves.
     return inputs.mT / root, outputs.grad.mT * root
 
 
 def _errors(truth: Tensor, spectrum: Tensor, tracked: brandla.Tracked[Any], rank: int) -> Row:
-    """Return the errors, the running bound and the loss of orthogonality; of a root, that of its eigenvectors."""
+    """Return the errors, the running bound, and the loss of orthogonality of the eigenvectors."""
     factor = tracked.lowrank
     vectors = (factor if isinstance(factor, brandla.LowRankEigh) else factor.to_eigh()).eigenvectors.double()
     gram = vectors.mT @ vectors
-    # ‖UᵀU − I‖₂ over the columns that are not zero.
-    off = gram - torch.diag((gram.diagonal() > 0.5).to(gram.dtype))
-    row: Row = {"bound": float(tracked.error_bound), "orthogonality": float(torch.linalg.eigvalsh(off).abs().max())}
-    lost = torch.linalg.eigvalsh(truth - factor.dense().double())
-    for of, values in (("", lost), ("best ", spectrum[rank:]), ("whole ", spectrum)):
+    # Zero columns count as orthonormal.
+    defect = gram - torch.diag((gram.diagonal() > 0.5).to(gram.dtype))
+    row: Row = {"bound": float(tracked.error_bound), "orthogonality": float(torch.linalg.eigvalsh(defect).abs().max())}
+    error = torch.linalg.eigvalsh(truth - factor.dense().double())
+    for prefix, values in (("", error), ("best ", spectrum[rank:]), ("whole ", spectrum)):
         norms = {"trace": values.abs().sum(), "frobenius": values.norm(), "spectral": values.abs().max()}
-        row |= {f"{of}{name}": float(norm) for name, norm in norms.items()}
+        row |= {f"{prefix}{name}": float(norm) for name, norm in norms.items()}
     return row

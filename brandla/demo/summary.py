@@ -1,4 +1,4 @@
-"""What tables and picture state, derived from the rows of a run; the tables are at most 80 columns wide."""
+"""The tables and the picture of a run, derived from its rows. The tables are at most 80 columns wide."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from brandla.demo.frame import Row
 
 NORMS = ("trace", "frobenius", "spectral")
-NOTHING = "–"
-# Below this, relative to the norm of M, an error is float32's rounding and a ratio to it means nothing.
+NO_VALUE = "–"
+# An error below this, relative to the norm of M, is float32 rounding, so a ratio to it means nothing.
 _NOISE = 1e-6
-# What rounding in float32 may add to an error that the running bound covers, relative to ‖M‖₂.
+# Rounding in float32 may add this much to an error, relative to ‖M‖₂, beyond the running bound.
 _SLACK = 4e-7
 
 
-def tracked(content: Row) -> pd.DataFrame:
-    """Return the rows of the tracked factors, with the ratios of their errors to the best possible ones."""
+def tracked_errors(content: Row) -> pd.DataFrame:
+    """Return the rows of the tracked factors, with the ratios of their errors to the best possible errors."""
     rows = pd.DataFrame(content.get("tracking", []))
     if rows.empty:
         return rows
@@ -32,62 +32,63 @@ def tracked(content: Row) -> pd.DataFrame:
         rows[f"{norm} ratio"] = (rows[norm] / best).where(best > _NOISE * rows[f"whole {norm}"])
     bounded = rows["spectral"] > _NOISE * rows["whole spectral"]
     beyond = rows["spectral"] > rows["bound"] + _SLACK * rows["whole spectral"]
-    return rows.assign(over=(rows["bound"] / rows["spectral"]).where(bounded), broken=bounded & beyond)
+    return rows.assign(bound_ratio=(rows["bound"] / rows["spectral"]).where(bounded), broken=bounded & beyond)
 
 
-def tracking(content: Row) -> pd.DataFrame:
-    """Return a row for each tracked factor: medians over the steps, the worst in brackets."""
+def tracking_table(content: Row) -> pd.DataFrame:
+    """Return a row for each tracked factor: medians over the steps, and the worst in brackets."""
     rows = []
-    for (update, rank), own in tracked(content).groupby(["method", "rank"], sort=False):
+    for (update, rank), factor in tracked_errors(content).groupby(["method", "rank"], sort=False):
         cells = {"update": update, "rank": f"{rank:.0f}"}
         for norm, name in zip(NORMS, ("trace", "Frobenius", "spectral"), strict=True):
-            ratio = own[f"{norm} ratio"].dropna()
-            cells[name] = f"{ratio.median():.2f} ({ratio.max():.2f})" if len(ratio) else NOTHING
-        within, over = (own["trace ratio"].dropna() <= 1.1).mean(), own["over"].median()
-        # Rounded down: 100 % means every step.
-        cells["≤ 1.1"] = NOTHING if np.isnan(within) else f"{floor(100 * within)} %"
-        cells["bound"] = NOTHING if np.isnan(over) else f"{over:.1f} ×" + (" broken" if own["broken"].any() else "")
-        cells["ms"] = f"{settled(own, content)['milliseconds'].median():.1f}"
+            ratio = factor[f"{norm} ratio"].dropna()
+            cells[name] = f"{ratio.median():.2f} ({ratio.max():.2f})" if len(ratio) else NO_VALUE
+        within, bound = (factor["trace ratio"].dropna() <= 1.1).mean(), factor["bound_ratio"].median()
+        # Rounded down, so that 100 % means every step.
+        cells["≤ 1.1"] = NO_VALUE if np.isnan(within) else f"{floor(100 * within)} %"
+        broken = " broken" if factor["broken"].any() else ""
+        cells["bound"] = NO_VALUE if np.isnan(bound) else f"{bound:.1f} ×{broken}"
+        cells["ms"] = f"{after_warmup(factor, content)['milliseconds'].median():.1f}"
         rows.append(cells)
     return pd.DataFrame(rows)
 
 
-def others(content: Row) -> pd.Series:
-    """Return median milliseconds of what is timed beside the updates, NaN where every call failed."""
-    rows = settled(pd.DataFrame(content["tracking"]), content)
+def reference_times(content: Row) -> pd.Series:
+    """Return median milliseconds of the calls that are timed beside the updates. NaN: every call failed."""
+    rows = after_warmup(pd.DataFrame(content["tracking"]), content)
     rows = rows[rows["bound"].isna()]
     rank = rows["rank"].map(lambda rank: f" ({rank:.0f})" if rank > 0 else "")
     return rows.groupby(rows["method"] + rank.astype(str), sort=False)["milliseconds"].median()
 
 
-def settled(rows: pd.DataFrame, content: Row) -> pd.DataFrame:
-    """Return rows after the warm-up, or all where there are no more."""
-    found = rows[rows["step"] > content["settings"]["warmup"]]
-    return found if len(found) else rows
+def after_warmup(rows: pd.DataFrame, content: Row) -> pd.DataFrame:
+    """Return the rows after the warm-up, or all rows if there are no later ones."""
+    later = rows[rows["step"] > content["settings"]["warmup"]]
+    return later if len(later) else rows
 
 
-def training(content: Row) -> pd.DataFrame:
+def training_table(content: Row) -> pd.DataFrame:
     """Return a row for each method: accuracies at the end, steps and seconds to the target, and times of a step."""
     target, warmup, rows = content["settings"]["target"], content["settings"]["warmup"], []
-    runs = [run for run in content.get("runs", []) if run["milliseconds"]]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method]
-        ends = 100 * np.array([run["evaluations"][-1]["accuracy"] for run in own if run["finished"]])
-        looks = (next((at for at in run["evaluations"] if at["accuracy"] >= target), None) for run in own)
-        reached = pd.DataFrame([at for at in looks if at], columns=["step", "seconds"])
-        missed, means = "*" if len(reached) < len(own) else "", reached.mean()
-        took = [ms for run in own for ms in run["milliseconds"][warmup:] or run["milliseconds"]]
-        median, late = np.percentile(took, [50, 99])
-        memory = pd.DataFrame(next((run["memory"] for run in own if run["memory"]), []))
+    all_runs = [run for run in content.get("runs", []) if run["milliseconds"]]
+    for method in dict.fromkeys(run["method"] for run in all_runs):
+        runs = [run for run in all_runs if run["method"] == method]
+        ends = 100 * np.array([run["evaluations"][-1]["accuracy"] for run in runs if run["finished"]])
+        firsts = (next((at for at in run["evaluations"] if at["accuracy"] >= target), None) for run in runs)
+        reached = pd.DataFrame([at for at in firsts if at], columns=["step", "seconds"])
+        missed, means = "*" if len(reached) < len(runs) else "", reached.mean()
+        times = [ms for run in runs for ms in run["milliseconds"][warmup:] or run["milliseconds"]]
+        median, p99 = np.percentile(times, [50, 99])
+        memory = pd.DataFrame(next((run["memory"] for run in runs if run["memory"]), []))
         cells = {
             "method": method,
-            "rate": f"{own[0]['rate']:.2g}",
-            "accuracy, %": f"{ends.mean():.1f} ({ends.min():.1f}–{ends.max():.1f})" if len(ends) else NOTHING,
+            "rate": f"{runs[0]['rate']:.2g}",
+            "accuracy, %": f"{ends.mean():.1f} ({ends.min():.1f}–{ends.max():.1f})" if len(ends) else NO_VALUE,
             "steps": f"{means['step']:.0f}{missed}" if len(reached) else "never",
             "seconds": f"{means['seconds']:.2f}{missed}" if len(reached) else "never",
             "median": _milliseconds(median),
-            "p99": _milliseconds(late),
-            "ratio": f"{late / median:.1f}",
+            "p99": _milliseconds(p99),
+            "ratio": f"{p99 / median:.1f}",
             "memory": f"{memory['bytes'].sum() / memory['dense_bytes'].sum():.2f}" if len(memory) else "",
         }
         rows.append(cells)
@@ -97,35 +98,35 @@ def training(content: Row) -> pd.DataFrame:
 def tables(content: Row) -> Iterator[tuple[str, pd.DataFrame, str]]:
     """Yield title, table and note of each part that has been measured."""
     settings = content["settings"]
-    if len(rows := tracked(content)):
+    if len(rows := tracked_errors(content)):
         sizes = f"n = {settings['width'] + 1}, {settings['batch']} columns a step"
-        beside = "; ".join(f"{name} {_milliseconds(value)}" for name, value in others(content).items())
+        references = "; ".join(f"{name} {_milliseconds(value)}" for name, value in reference_times(content).items())
         yield (
             f"Tracked error / best rank-r error, {rows['step'].nunique()} steps, {sizes}",
-            tracking(content),
+            tracking_table(content),
             "In each norm: median over the steps (worst). ≤ 1.1: share of the steps within 10 % of the best in the "
             "trace norm. bound: running bound / spectral error, median. ms: median of an update. Beside it, in ms, the "
-            f"update of a dense average, and its decompositions (rank): {beside or NOTHING}.",
+            f"update of a dense average, and its decompositions (rank): {references or NO_VALUE}.",
         )
-    if len(cells := training(content)):
+    if len(cells := training_table(content)):
         yield (
             f"Training, {settings['steps']} steps, rank {settings['rank']}, {len(settings['seeds'])} seed(s)",
             cells.drop(columns="ratio"),
             f"accuracy: test, at the end, mean (lowest–highest). steps, seconds: until {100 * settings['target']:g} %, "
-            f"mean; *: of the runs that got there. median, p99: ms of a step, without the first "
-            f"{settings['warmup']} of a run. memory: of the factors over that of dense ones.",
+            f"mean; *: of the runs that reached it. median, p99: ms of a step, without the first "
+            f"{settings['warmup']} of a run. memory: of the factors over the memory of dense factors.",
         )
 
 
 def _milliseconds(value: float) -> str:
     if np.isnan(value):
-        return NOTHING
+        return NO_VALUE
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def draw(content: Row, path: Path) -> bool:
-    """Draw the tracked errors over steps, and the test error over seconds; return False where nothing was measured."""
-    rows, settings, facts = tracked(content), content["settings"], content["facts"]
+    """Draw the tracked errors over steps, and the test error over seconds. Return False if nothing was measured."""
+    rows, settings, facts = tracked_errors(content), content["settings"], content["facts"]
     if rows.empty:
         return False
     figure = Figure(figsize=(9, 10), dpi=110, layout="constrained")
@@ -137,10 +138,10 @@ def draw(content: Row, path: Path) -> bool:
     above.axhspan(1, 1.1, alpha=0.1, linewidth=0, label="within 10 % of the best")
     above.set(title=f"Error of a layer's tracked input factor / best rank-{rank} error, trace norm", xlabel="step")
     runs = pd.DataFrame(content.get("runs", []), columns=["method", "evaluations"])
-    for method, own in runs[runs["evaluations"].astype(bool)].groupby("method", sort=False):
-        looks = pd.DataFrame(own["evaluations"].explode().tolist()).groupby("step").mean()
+    for method, of_method in runs[runs["evaluations"].astype(bool)].groupby("method", sort=False):
+        means = pd.DataFrame(of_method["evaluations"].explode().tolist()).groupby("step").mean()
         # A logarithmic axis has no place for 0.
-        below.plot(looks["seconds"], (100 - 100 * looks["accuracy"]).clip(lower=0.1), label=method)
+        below.plot(means["seconds"], (100 - 100 * means["accuracy"]).clip(lower=0.1), label=method)
     below.axhline(100 - target, color="grey", linestyle="--", label=f"{target:g} % accuracy")
     below.set(title="Training on digits: test error, %", xlabel="seconds, mean over seeds", xscale="log", yscale="log")
     for axis in (below.xaxis, below.yaxis):
