@@ -14,7 +14,7 @@ from brandla._sharded import is_dtensor
 from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms
 from brandla.kfac.capture.kinds.kind import Kind, OwnHook
 from brandla.kfac.capture.tap import LEAF, Keep, Tap, Ticket
-from brandla.kfac.values import Noted
+from brandla.kfac.values import Version
 
 
 class Capture:
@@ -92,7 +92,7 @@ class Capture:
         not count as writing.
         """
         noted = self._accumulated
-        return self._fresh and noted is not None and noted.is_still(self._witness.grad)
+        return self._fresh and noted is not None and noted.matches(self._witness.grad)
 
     def is_overtaken(self) -> bool:
         """Say whether somebody has written to the weight since the last backward pass."""
@@ -111,7 +111,7 @@ class Capture:
         # Whether the weight had no gradient before the first of the calls, and autograd alone has written to it since.
         self._fresh = False
         # The gradient as autograd has left it.
-        self._accumulated: Noted | None = None
+        self._accumulated: Version | None = None
         # The weight at the last backward pass, and its version then.
         self._seen: tuple[Tensor, int] | None = None
         # The backward passes, by autograd's numbers, that have added to the weight's gradient.
@@ -273,7 +273,7 @@ class Capture:
                 if own is not None:
                     own._reached.add(torch._C._current_graph_task_id())
                     if of.grad is not None:
-                        own._accumulated = Noted(of.grad)
+                        own._accumulated = Version(of.grad)
 
             self._noting = weight, weight.register_post_accumulate_grad_hook(note)
 

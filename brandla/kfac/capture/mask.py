@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
 from brandla.kfac.capture.layer import Layer
-from brandla.kfac.values import Rows, alike, by_kind
+from brandla.kfac.values import Rows, by_kind, map_by_kind
 from brandla_kernels import reads_are_free
 
 # What tensors of one kernel have in common.
@@ -82,7 +82,7 @@ class Mask:
             return dict(own)
         parts = {id(part): part for rows in own.values() for part in (rows.inputs, rows.gradients)}
         found = [part for part in parts.values() if part.is_floating_point()]
-        masked = alike(found, _kind, lambda members: self._times(torch._foreach_mul, members))
+        masked = map_by_kind(found, _kind, lambda members: self._times(torch._foreach_mul, members))
         parts |= {id(part): new.view(part.dtype) for part, new in zip(found, masked, strict=True)}
         return {
             layer: Rows(parts[id(rows.inputs)], parts[id(rows.gradients)], *rows[2:]) for layer, rows in own.items()
