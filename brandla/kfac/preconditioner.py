@@ -227,8 +227,8 @@ class KFAC:
         """Mark which positions of the coming batch are data, so that no factor counts padding.
 
         Call it before the forward pass. The mask applies to all calls until the next `step` or `mask`, so each of
-        several accumulated batches may have its own. It applies to inputs (samples, positions, ...), to inputs
-        (positions, samples, ...) without `batch_first`, and to inputs with all positions in one dimension. ``"reduce"``
+        several accumulated batches may have its own. It applies to inputs (samples, positions, ...), or (positions,
+        samples, ...) if `batch_first` is False, and to inputs with all positions in one dimension. ``"reduce"``
         averages over the positions with data.
 
         Parameters
@@ -351,12 +351,13 @@ class KFAC:
         for layer in layers:
             layer.begin()
         # After a refused call, the weight may no longer be a parameter.
-        own = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
-        mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
+        local_rows = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
+        mask, rows = self._replicas.exchange(local_rows, Mask.of(local_rows.values(), self._model), self._seed, 0)
         now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows):
-            pairs = [(layer, rows[layer]) for layer in members]
-            problems = [Problem(layer.curvature, of.gradients, of, layer.parameters) for layer, of in pairs]
+            problems = [
+                Problem(layer.curvature, rows[layer].gradients, rows[layer], layer.parameters) for layer in members
+            ]
             strategy.second_pass(problems, now)
         for layer in self._layers:
             layer.end()
@@ -387,8 +388,8 @@ class KFAC:
 
     def others(self) -> list[nn.Parameter]:
         """Return all other parameters of the model, for a separate optimizer."""
-        known = {id(part) for part in self.parameters()}
-        return [part for part in self._model.parameters() if id(part) not in known]
+        preconditioned = {id(part) for part in self.parameters()}
+        return [part for part in self._model.parameters() if id(part) not in preconditioned]
 
     @contextmanager
     def graphs(self, index: Tensor, count: int | None = None) -> Iterator[None]:
@@ -442,7 +443,7 @@ class KFAC:
         Raises
         ------
         ValueError
-            For a state of other layers or strategies. Nothing changes then.
+            For any other state. Nothing changes then.
         """
         state.load(self._layers, state_dict)
         for layer in self._layers:
@@ -465,22 +466,23 @@ class KFAC:
             layer.follow()
         if self._steps == CHECKED_AT and not self._replicas.several and not is_captured():
             self._mistakes.look_at_rows(layers, scale)
-        own = self._rows(self._due_layers(layers, options), scale)
-        terms = self._loss_terms(own)
+        local_rows = self._rows(self._due_layers(layers, options), scale)
+        terms = self._loss_terms(local_rows)
         pairs = {}
         for layer in layers:
-            if layer.capture.left_out and (rows := layer.take_gradient(own.get(layer), scale)) is not None:
+            if layer.capture.left_out and (rows := layer.take_gradient(local_rows.get(layer), scale)) is not None:
                 pairs[layer] = rows
         # If a gradient is the product of rows, the check of the rows replaces the check of the gradient.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
-            for layer in own | pairs
-            if layer.unformed is not None or (reads_rows_alone and layer in own and layer.checked_by_rows)
+            for layer in local_rows | pairs
+            if layer.unformed is not None or (reads_rows_alone and layer in local_rows and layer.checked_by_rows)
             for gradient in (layer.weight.grad, layer.bias_gradient)
         ]
-        mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
-        mask, absorbing = self._replicas.exchange(own, mask, self._seed, terms)
+        distinct = {id(rows): rows for rows in (*local_rows.values(), *pairs.values())}
+        mask = Mask.of(distinct.values(), self._model, products)
+        mask, absorbing = self._replicas.exchange(local_rows, mask, self._seed, terms)
         now = self._now(options, mask)
         self._replicas.absorb(absorbing, now)
         ready = [layer for layer in layers if layer.curvature.started and not layer.capture.refusal]
@@ -556,7 +558,7 @@ class KFAC:
             divisors = []
             norms = spectral_norms(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
-                # A layer's groups are one weight each, or all of them are one weight.
+                # The norm of a weight is the largest norm of its groups.
                 divisors += (own.norm.reshape(layer.kind.weights, -1).amax(-1) / clip).clamp_min(1).unbind()
                 layer.direction = own.direction
         written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]

@@ -119,7 +119,7 @@ def _loaded_curvature(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
     try:
         return layer.curvature.loaded(_with_empty_mappings(curvature, layer.curvature.state_dict()), layer.name)
     except KeyError as key:
-        message = f"{_FUNCTION}: {layer.name}: the state must be that of the same kind of layer; it lacks {key}"
+        message = f"{_FUNCTION}: {layer.name}: the state must come from the same kind of layer; it lacks {key}"
         raise ValueError(message) from key
 
 

@@ -60,10 +60,9 @@ FORMS: dict[str, dict[str, str]] = {"root": {}, "cholesky": {"compress": "choles
 every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 
 
-def some_systems(*given: str | Strategy) -> pytest.MarkDecorator:
+def some_systems(*systems: str | Strategy) -> pytest.MarkDecorator:
     """Run a test with a few systems, given by name or as strategies."""
-    strategies = [SYSTEMS[one] if isinstance(one, str) else one for one in given]
-    return pytest.mark.parametrize("strategy", strategies, ids=str)
+    return pytest.mark.parametrize("strategy", [SYSTEMS[s] if isinstance(s, str) else s for s in systems], ids=str)
 
 
 def growing(step: int) -> int:

@@ -79,15 +79,15 @@ class RowsOfBatches(StateCurvature):
         inputs = rows.inputs * (count / rows.uses) ** 0.5
         scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": inputs}
         for side, new in scaled.items():
-            known = self.state.get(f"{side} rows", new[..., :0, :])
+            old = self.state.get(f"{side} rows", new[..., :0, :])
             weights = self.state.get(f"{side} weights", new.new_empty(0))
-            most = max(self.strategy.batches * new.shape[-2], known.shape[-2])
+            most = max(self.strategy.batches * new.shape[-2], old.shape[-2])
             share = (1 - now.decay) / max(new.shape[-2], 1)
-            joined = torch.cat([new, known], dim=-2)[..., :most, :]
+            joined = torch.cat([new, old], dim=-2)[..., :most, :]
             joined_weights = torch.cat([weights.new_full(new.shape[-2:-1], share), now.decay * weights])[:most]
-            # Both choices need one shape, because the choice is made on the device.
-            missing = joined.shape[-2] - known.shape[-2]
-            self.state[f"{side} rows"] = torch.where(now.finite, joined, pad(known, (0, 0, 0, missing)))
+            # Old and new rows need one shape, because the device chooses between them.
+            missing = joined.shape[-2] - old.shape[-2]
+            self.state[f"{side} rows"] = torch.where(now.finite, joined, pad(old, (0, 0, 0, missing)))
             self.state[f"{side} weights"] = torch.where(now.finite, joined_weights, pad(weights, (0, missing)))
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
@@ -136,5 +136,5 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:
-    """Return one / other, or 0 for other = 0, so that the iteration stays at the solution."""
+    """Return one / other, or 0 unless other > 0, so that the iteration stays at the solution."""
     return torch.where(other > 0, one / torch.where(other > 0, other, 1), 0)

@@ -21,7 +21,7 @@ from brandla.randomized import randomized_eigh, randomized_svd
 
 @dataclass(frozen=True)
 class Exact(DenseForm, FactorStrategy):
-    """K-FAC: a dense average whose inverse is renewed every ``inverse_every`` steps. O(n²) memory, O(n³) at a renewal.
+    """K-FAC: a dense average, decomposed every ``inverse_every`` steps. O(n²) memory, O(n³) at a renewal.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Exact(DenseForm, FactorStrategy):
         _check.count("Exact", "inverse_every", at(self.inverse_every, 0), 1)
         _check.choice("Exact", "method", self.method, ("eigh", "cholesky"))
         if self.method == "cholesky" and self.tail != 0:
-            rule = "tail must be 0 for method='cholesky', which leaves out no eigenvalue"
+            rule = "tail must be 0 for method='cholesky', which leaves no eigenvalue out"
             _check.fail_value("Exact", f"{rule}; got {self.tail!r}")
 
     @property

@@ -45,7 +45,7 @@ def restored(saved: Tensor, like: Tensor, what: str, *, free: int = 0) -> Tensor
 def due(state: State, step: int, every: Schedule[int], *, early: bool = False) -> bool:
     """Return whether ``every`` steps have passed since this function last returned True for the state.
 
-    With ``early``, the first waits are only 1, 2, 4, ... steps: the first data is 0 below a head that begins at 0.
+    With ``early``, the first waits are only 1, 2, 4, ... steps: the first data may be 0, as below a head of zeros.
     """
     wait, last = at(every, step), state.get("renewed")
     if early:

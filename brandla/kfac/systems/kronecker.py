@@ -97,15 +97,15 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
         return isinstance(gradients[index], Tensor) and len(factors) == 2 and None not in [own.rank for own in factors]
 
     def solve_kind(indices: list[int]) -> Sequence[Gradient]:
-        own, factors = [gradients[index] for index in indices], [sides[index] for index in indices]
+        chosen, factors = [gradients[index] for index in indices], [sides[index] for index in indices]
         if not has_joint_solve(indices[0]):
-            return _solve_each_side(own, factors, damping)
+            return _solve_each_side(chosen, factors, damping)
         left, right = ([of_layer[side] for of_layer in factors] for side in SIDES)
         of_left, of_right = ([cast(LowRank, factor.operand()) for factor in of_side] for of_side in (left, right))
         left_tail, right_tail = ([factor.strategy.tail for factor in of_side] for of_side in (left, right))
         both = shifts_of_each(left + right, damping)
         shifts = both[: len(left)], both[len(left) :]
-        return grouped.kron_damped_solve(of_left, of_right, own, *shifts, left_tail=left_tail, right_tail=right_tail)
+        return grouped.kron_damped_solve(of_left, of_right, chosen, *shifts, left_tail=left_tail, right_tail=right_tail)
 
     return map_by_kind(range(len(problems)), has_joint_solve, solve_kind)
 

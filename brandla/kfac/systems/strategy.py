@@ -148,8 +148,8 @@ class Strategy(ABC):
 
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
         """Take the rows of a step into the curvatures of all layers of this strategy."""
-        for index, (curvature, own) in enumerate(zip(curvatures, rows, strict=True)):
-            curvature.absorb(own, now._replace(seed=now.seed + index))
+        for index, (curvature, of_layer) in enumerate(zip(curvatures, rows, strict=True)):
+            curvature.absorb(of_layer, now._replace(seed=now.seed + index))
 
     def steps(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
         """Return the steps of all layers. With reduced factors and relative damping, each matrix's step is shortened.

@@ -99,8 +99,8 @@ class SampleCurvature(StateCurvature):
             gram.diagonal().add_(shift)
             new |= {"factor": torch.linalg.cholesky_ex(gram).L, "shift": shift}
         for name, part in new.items():
-            known = self.state.get(name)
-            same = isinstance(known, Tensor) and known.shape == part.shape
+            old = self.state.get(name)
+            same = isinstance(old, Tensor) and old.shape == part.shape
             self.state[name] = torch.where(now.finite, part, self.state[name]) if same else part
         self.state |= {"uses": samples.uses, "positions": samples.positions}
         self._source = ref(rows.gradients) if samples.gradients is rows.gradients else None
