@@ -137,12 +137,11 @@ def share_totals(factors: Iterable[Factor]) -> None:
 
 def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
     """Return λ for each factor."""
-    largest = map_by_kind(
-        factors,
-        attrgetter("strategy"),
-        lambda members: members[0].strategy.largest_of_each([factor.state for factor in members]),
-    )
-    return damping.of_each(largest)
+
+    def largest(members: list[Factor]) -> list[Tensor]:
+        return members[0].strategy.largest_of_each([factor.state for factor in members])
+
+    return damping.of_each(map_by_kind(factors, attrgetter("strategy"), largest))
 
 
 def damped_solves(factors: Sequence[Factor | None], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:

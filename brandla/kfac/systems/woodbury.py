@@ -100,8 +100,8 @@ class SampleCurvature(StateCurvature):
             new |= {"factor": torch.linalg.cholesky_ex(gram).L, "shift": shift}
         for name, part in new.items():
             old = self.state.get(name)
-            same = isinstance(old, Tensor) and old.shape == part.shape
-            self.state[name] = torch.where(now.finite, part, self.state[name]) if same else part
+            can_stay = isinstance(old, Tensor) and old.shape == part.shape
+            self.state[name] = torch.where(now.finite, part, self.state[name]) if can_stay else part
         self.state |= {"uses": samples.uses, "positions": samples.positions}
         self._source = ref(rows.gradients) if samples.gradients is rows.gradients else None
         if self.strategy.fixed_after is not None and not self._is_fixed:
