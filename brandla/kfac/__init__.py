@@ -1,4 +1,4 @@
-"""K-FAC on brandla's functions: one loop, and a strategy for each system of the family."""
+"""K-FAC on brandla's functions: one preconditioner, and a strategy for each system of the family."""
 
 from brandla.kfac.adaptive import Adaptive
 from brandla.kfac.applications.evidence import evidence

@@ -1,4 +1,4 @@
-"""A damping that follows how far the curvature can be trusted: the rule of Levenberg and Marquardt."""
+"""Damping adapted to how well the curvature predicts the loss: the rule of Levenberg and Marquardt."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from brandla import _check
 from brandla._sharded import gathered
 from brandla.kfac.capture.layer import Layer
-from brandla.kfac.values import Gradient, dense, inner_of_each
+from brandla.kfac.values import Gradient, dense, inner_products
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Damping that follows the ratio of the loss's reduction to the one that the curvature predicts.
+    """Damping that follows the ratio of the loss's reduction to the reduction that the curvature predicts.
 
-    Above 3/4 the damping is multiplied by ``factor ** every``, and below 1/4 it is divided by that. `KFAC.adapt`
-    measures the ratio every ``every`` steps, with one more forward pass and one read-back.
+    If the ratio is above 3/4, the damping is multiplied by ``factor ** every``. If it is below 1/4, the damping is
+    divided by it. `KFAC.adapt` measures the ratio every ``every`` steps, with one more forward pass and one read-back.
 
     Parameters
     ----------
     initial
-        The damping to begin with.
+        The first damping.
     every
-        Steps between two looks.
+        Steps between two measurements.
     factor
         In (0, 1): the change for each step.
     least, most
@@ -67,23 +67,23 @@ class Adaptive:
             _check.fail_value("Adaptive", f"0 < least <= initial <= most < inf must hold; {bounds}")
 
     def next(self, damping: float, ratio: float) -> float:
-        """Return the damping after a look."""
+        """Return the damping after a measurement."""
         change = self.factor**self.every
         if ratio > 0.75:
             return max(damping * change, self.least)
-        # A loss that is not finite is one that the model did not foresee.
+        # A non-finite loss has the ratio NaN: it counts as badly predicted.
         return min(damping / change, self.most) if not ratio >= 0.25 else damping
 
 
 class Trial:
-    """The weights before a step, and what the curvature says of the step, by layer and matrix (*groups,)."""
+    """The weights before a step, and the numbers from which the step's effect is predicted, by layer (*groups,)."""
 
     def __init__(self, layers: Sequence[Layer], steps: Sequence[Gradient], gradients: Sequence[Gradient]) -> None:
         self._layers = list(layers)
         self._before = [_part(layer, layer.kind.weight.detach()).clone() for layer in layers]
-        self._slopes = [inner_of_each(*pair) for pair in zip(steps, gradients, strict=True)]
-        # Of the weight alone, without the bias.
-        self._lengths = [
+        self._slopes = [inner_products(*pair) for pair in zip(steps, gradients, strict=True)]
+        # Squared lengths of the steps before the clip, without the bias.
+        self._squares = [
             dense(step)[..., : layer.kind.shape[2]].square().sum((-2, -1))
             for layer, step in zip(layers, steps, strict=True)
         ]
@@ -91,24 +91,24 @@ class Trial:
     def predicted(self) -> Tensor:
         """Return the reduction −⟨∂W, δ⟩ − ½ ⟨δ, F δ⟩ that the damped curvature F predicts of the weights' change δ.
 
-        With s = F⁻¹ ∂W and δ = −β s that is β (1 − β/2) ⟨s, ∂W⟩. β is the optimizer's rate times the clip: what has
-        come of the step that is in the gradient. If the gradients are gone, this raises.
+        With s = F⁻¹ ∂W and δ = −β s the reduction is β (1 − β/2) ⟨s, ∂W⟩. β is the optimizer's rate times the clip,
+        measured from δ and the clipped step in the gradient. If the gradients are gone, this raises an error.
         """
         total: list[Tensor] = []
-        for layer, before, slope, squared in zip(self._layers, self._before, self._slopes, self._lengths, strict=True):
+        for layer, before, slope, whole in zip(self._layers, self._before, self._slopes, self._squares, strict=True):
             gradient = layer.kind.weight.grad
             if gradient is None:
                 message = f"KFAC.adapt: {layer.name}.weight has no gradient; call adapt before zero_grad()"
                 raise RuntimeError(message)
             step = layer.kind.matrix(_part(layer, gradient).to(layer.shape.dtype))
             change = layer.kind.matrix((_part(layer, layer.kind.weight.detach()) - before).to(layer.shape.dtype))
-            length = inner_of_each(step, step)
-            share = -inner_of_each(change, step) / torch.where(length > 0, length, 1)
-            beta = share * (length / torch.where(squared > 0, squared, 1)).sqrt()
+            clipped = inner_products(step, step)
+            rate = -inner_products(change, step) / torch.where(clipped > 0, clipped, 1)
+            beta = rate * (clipped / torch.where(whole > 0, whole, 1)).sqrt()
             total.append((beta * (1 - beta / 2) * slope).sum().to(total[0].device if total else slope.device))
         return torch.stack(total).sum()
 
 
 def _part(layer: Layer, parameter: Tensor) -> Tensor:
-    """Return what is the layer's of a tensor of the parameter's shape, which may be sharded."""
+    """Return the layer's part of a tensor that has the parameter's shape and may be sharded."""
     return layer.kind.weight_part(gathered(parameter))

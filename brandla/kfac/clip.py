@@ -1,4 +1,4 @@
-"""How long a step may be: by the RMS or the spectral norm of each weight's, or by the divergence that it stands for."""
+"""The clip of a step: by the RMS or the spectral norm of each weight's step, or by the divergence of all."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from brandla.kfac.capture.layer import StepPart
-from brandla.kfac.values import Gradient, alike, inner, sizes
+from brandla.kfac.values import Gradient, inner_product, map_by_kind, sizes
 from brandla_kernels import signs
 
-# Products with S and with Sᵀ from the direction of the last step, and from none.
-_AGAIN, _AT_FIRST = 5, 20
+# Power iterations with SᵀS: from the last step's direction, and without one.
+_WARM_ITERATIONS, _COLD_ITERATIONS = 5, 20
 
 
-def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
-    """Return max(1, RMS of its entries / clip) for the step of each weight, given in parts; on the device.
+def rms_divisors(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
+    """Return max(1, RMS of the entries / clip) on the device for each weight's step, which is given in parts.
 
-    Summed over the entries, which are written in any case: the Gram matrices of a pair are more work unless it is thin,
-    and where its terms cancel they are rounding only.
+    The norm is taken over the entries, which are formed in any case. Gram matrices of a pair would be more work unless
+    the pair is thin, and only rounding if its terms cancel.
     """
 
-    def of(members: list[Sequence[Tensor]]) -> Sequence[Tensor]:
+    def divisors(members: list[Sequence[Tensor]]) -> Sequence[Tensor]:
         bounds = [clip * math.sqrt(sum([part.numel() for part in step])) for step in members]
         lengths = torch._foreach_norm([part for step in members for part in step])
         torch._foreach_div_(lengths, [bound for bound, step in zip(bounds, members, strict=True) for _ in step])
@@ -32,59 +32,58 @@ def by_rms(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]:
         relative: Tensor = torch.linalg.vector_norm(of_parts, dim=-1)
         return relative.clamp_min(1).unbind()
 
-    return alike(steps, lambda step: (len(step), step[0].dtype, step[0].device), of)
+    return map_by_kind(steps, lambda step: (len(step), step[0].dtype, step[0].device), divisors)
 
 
-def by_kl(steps: Sequence[Gradient], gradients: Sequence[Gradient], clip: float) -> Tensor:
+def kl_divisor(steps: Sequence[Gradient], gradients: Sequence[Gradient], clip: float) -> Tensor:
     """Return max(1, √(Σ ⟨step, ∂W⟩ / clip)), one number for all layers.
 
-    The inner product is the step's squared length in the curvature's metric, twice the divergence that it stands for.
+    The inner product is the step's squared length in the curvature's metric: twice the divergence that it predicts.
     """
-    squared = torch.stack([inner(step, gradient) for step, gradient in zip(steps, gradients, strict=True)]).sum()
+    squared = torch.stack([inner_product(*pair) for pair in zip(steps, gradients, strict=True)]).sum()
     return (squared.abs() / clip).sqrt().clamp_min(1)
 
 
-class Spectral(NamedTuple):
-    """The spectral norm (*groups,) of each matrix S of a step, and the unit vectors (*groups, d_in) it comes from."""
+class SpectralNorm(NamedTuple):
+    """The spectral norm (*groups,) of each matrix S of a step, and unit vectors v (*groups, d_in) with ‖S v‖ = ‖S‖."""
 
     norm: Tensor
     direction: Tensor
 
 
-def spectral(steps: Sequence[Gradient], known: Sequence[Tensor | None], seed: int) -> list[Spectral]:
-    """Estimate spectral norms from below, with no sync: from the directions of the last steps, and from random signs.
+def spectral_norms(steps: Sequence[Gradient], directions: Sequence[Tensor | None], seed: int) -> list[SpectralNorm]:
+    """Estimate spectral norms from below with no sync, from the last steps' directions and from random signs.
 
-    The better of the two is kept: the old direction may have no part in what a step has come to be.
+    The larger estimate counts, because the last direction may be orthogonal to the new step's.
     """
     widths = [sizes(step)[1] for step in steps]
     drawn: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-    found = []
-    for step, width, old in zip(steps, widths, known, strict=True):
+    norms = []
+    for step, width, old in zip(steps, widths, directions, strict=True):
         like = step if isinstance(step, Tensor) else step[0]
         if (like.dtype, like.device) not in drawn:
             number = torch.full((), seed, dtype=torch.int64, device=like.device)
             drawn[like.dtype, like.device] = signs(number, max(widths), 1, dtype=like.dtype)
         fresh = drawn[like.dtype, like.device][:width].expand(*like.shape[:-2], width, 1) / math.sqrt(width)
         fits = old is not None and (old.shape, old.dtype, old.device) == (fresh.shape[:-1], like.dtype, like.device)
-        found.append(_iterated(step, fresh, old[..., None] if old is not None and fits else None))
-    return found
+        norms.append(_power_iteration(step, fresh, old[..., None] if old is not None and fits else None))
+    return norms
 
 
-def _iterated(step: Gradient, fresh: Tensor, old: Tensor | None) -> Spectral:
-    """Go on by power iterations; a direction that is not finite, or that the step makes 0, is not kept."""
+def _power_iteration(step: Gradient, fresh: Tensor, old: Tensor | None) -> SpectralNorm:
+    """Iterate from both starts and keep the larger norm. If it is 0 or not finite, the direction stays as it was."""
     tiny = torch.finfo(fresh.dtype).tiny
     vectors = fresh if old is None else torch.cat([old, fresh], dim=-1)
-    for _ in range(_AT_FIRST if old is None else _AGAIN):
+    for _ in range(_COLD_ITERATIONS if old is None else _WARM_ITERATIONS):
         image = _times(step, vectors)
         norms = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
         back = _times(step.mT if isinstance(step, Tensor) else step[::-1], image / norms.clamp_min(tiny))
         vectors = back / torch.linalg.vector_norm(back, dim=-2, keepdim=True).clamp_min(tiny)
     best = norms.argmax(-1, keepdim=True)
     norm = norms.take_along_dim(best, -1)
-    direction = torch.where(
-        (norm > 0) & norm.isfinite(), vectors.take_along_dim(best, -1), fresh if old is None else old
-    )
-    return Spectral(norm[..., 0, 0], direction.squeeze(-1))
+    before = fresh if old is None else old
+    direction = torch.where((norm > 0) & norm.isfinite(), vectors.take_along_dim(best, -1), before)
+    return SpectralNorm(norm[..., 0, 0], direction.squeeze(-1))
 
 
 def _times(step: Gradient, vectors: Tensor) -> Tensor:
@@ -92,22 +91,22 @@ def _times(step: Gradient, vectors: Tensor) -> Tensor:
     return product
 
 
-def place(steps: Sequence[Sequence[StepPart]]) -> None:
-    """Copy into the gradients, in one call, what would not be rounded there before it is scaled."""
+def copy_exact(steps: Sequence[Sequence[StepPart]]) -> None:
+    """Copy, in one call, the steps that have their gradient's dtype. The others must be scaled before rounding."""
     parts = [part for step in steps for part in step if part.step is not part.gradient]
-    waiting = [part for part in parts if part.step.dtype == part.gradient.dtype]
-    if waiting:
-        torch._foreach_copy_([part.gradient for part in waiting], [part.step for part in waiting])
-    for part in waiting:
+    same_dtype = [part for part in parts if part.step.dtype == part.gradient.dtype]
+    if same_dtype:
+        torch._foreach_copy_([part.gradient for part in same_dtype], [part.step for part in same_dtype])
+    for part in same_dtype:
         part.step = part.gradient
 
 
-def finish(steps: Sequence[Sequence[StepPart]], divisors: Sequence[Tensor] | None) -> None:
-    """Divide the steps, and write those that were not placed, for gradients of less precision."""
+def divide_and_copy(steps: Sequence[Sequence[StepPart]], divisors: Sequence[Tensor] | None) -> None:
+    """Divide the steps, and copy those that `copy_exact` left, for gradients of less precision."""
     parts = [part for step in steps for part in step]
     if divisors is not None and parts:
-        each = [own for step, own in zip(steps, divisors, strict=True) for _ in step]
-        torch._foreach_div_([part.step for part in parts], each)
+        of_parts = [divisor for step, divisor in zip(steps, divisors, strict=True) for _ in step]
+        torch._foreach_div_([part.step for part in parts], of_parts)
     for part in parts:
         if part.step is not part.gradient:
             part.gradient.copy_(part.step)

@@ -1,4 +1,4 @@
-"""The K-FAC loop: capture, absorb, refresh, precondition. Everything that differs between systems is a strategy."""
+"""`KFAC`: capture, absorb, refresh, precondition. Everything that differs between systems is in a strategy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
 from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import GRADIENTS_CHECKED_AT, Mistakes
-from brandla.kfac.clip import by_kl, by_rms, finish, place, spectral
+from brandla.kfac.clip import copy_exact, divide_and_copy, kl_divisor, rms_divisors, spectral_norms
 from brandla.kfac.find import find_layers
 from brandla.kfac.options import AtStep, ByModule, ClipBy, Options, set_order, sharings, strategies
 from brandla.kfac.processes.distributed import Mode, Replicas, replicas
@@ -47,15 +47,15 @@ class KFAC:
     ----------
     model
         Any module. Modules that share a weight are one layer, with the bias of the first. Layers that cannot be
-        preconditioned are left to the optimizer, at once or when training shows it: `report` says why.
+        preconditioned are left to the optimizer, at once or as soon as training shows it. `report` gives the reason.
     inverse
         The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
         `ConjugateGradient`, `TwoLevel`, `Woodbury`, `KBFGS`. One for all layers, a function of a module's name and the
-        module, or a mapping from module names. A name holds for all that the module contains (``""`` names the model).
+        module, or a mapping from module names. A name applies to everything inside the module (``""`` is the model).
         None leaves a layer to the optimizer. The default is ``Brand(rank=128)``.
     damping
-        λ > 0, relative to the largest eigenvalue of each factor, or absolute, as ``damping_scale`` says. Or `Adaptive`:
-        then call `adapt` after every step of the optimizer.
+        λ > 0. ``damping_scale`` makes it relative to the largest eigenvalue of each factor, or absolute. If this is
+        `Adaptive`, call `adapt` after every step of the optimizer.
     clip
         Bound on the length of the step as ``clip_by`` measures it; None for no clipping.
     decay
@@ -64,34 +64,34 @@ class KFAC:
         Steps between batches that the factors take in. ``damping``, ``clip``, ``decay`` and ``factor_every`` are
         numbers, or functions of the step's number (from 0).
     sharing
-        For inputs with dimensions between the first and the last: ``"expand"`` treats positions as samples,
-        ``"reduce"`` averages inputs and sums gradients over them first. One for all layers, a mapping or a function,
-        as ``inverse``.
+        For inputs with positions, the dimensions between the first and the last. ``"expand"`` treats positions as
+        samples. ``"reduce"`` first averages inputs and sums gradients over the positions. One for all layers, a
+        mapping or a function, like ``inverse``.
     batch_first
-        Whether inputs are (samples, positions, ...), or the other way round. One for all layers, a mapping or a
-        function, as ``inverse``. None asks the ``batch_first`` of the module, or of the nearest module around it that
-        has one. If there is none, samples come first. `report` shows the order taken. Convolutions and other modules
-        with a fixed order ignore this.
+        Whether inputs are (samples, positions, ...) or (positions, samples, ...). One for all layers, a mapping or a
+        function, like ``inverse``. None takes the ``batch_first`` of the module, or of the nearest module around it
+        that has one. If there is none, samples come first. `report` shows the order taken. Convolutions and other
+        modules with a fixed order ignore this.
     damping_scale
         ``"relative"`` or ``"absolute"``.
     clip_by
-        ``"rms"``: the root mean square of the entries of each weight's step, its bias included. ``"spectral"``: its
-        spectral norm as a matrix with the bias as a column, estimated from below; 0.3 at the rate 1 is a start.
+        ``"rms"``: the root mean square of the entries of each weight's step, bias included. ``"spectral"``: its
+        spectral norm as a matrix with the bias as a column, estimated from below; start with 0.3 at the rate 1.
         ``"kl"``: Σ ⟨step, ∂W⟩ over all layers.
     application
         ``"auto"`` applies the factors to the pair of inputs and output gradients, at a cost linear in the layer's size,
         if the gradient is exactly that pair and the pair is thin. ``"two-sided"`` always applies them to the gradient.
     curvature
-        What G is made of. ``"empirical"``: the gradients of the loss. ``"monte-carlo"``: the gradients for labels drawn
+        The source of G. ``"empirical"``: the gradients of the loss. ``"monte-carlo"``: the gradients for labels drawn
         from the model's own prediction. ``"type-2"``: the exact Hessian of the loss in the model's outputs, with one
-        backward pass for each output. For the last two call `curvature` in every step.
+        backward pass for each output. The last two need a call of `curvature` in every step.
     gradient
         ``"pair"``: autograd does not form the gradients of the weights of ``nn.Linear`` modules with a trained bias.
         `step` makes them, or the steps directly, from the inputs and output gradients. Until then ``weight.grad`` is
         None: do not clip or read it before `step`, and run no optimizer without `step`. ``torch.autograd.grad`` does
-        not see it either. Gradients from elsewhere in the loss, such as a penalty on the weight, are added. Weights
-        with hooks on their gradients, in compiled graphs, or of several modules are left to autograd. For one process,
-        and with gradients set to None after each step.
+        not return it either. Gradients from elsewhere in the loss, such as a penalty on the weight, are added. Autograd
+        still handles weights with hooks on their gradients, in compiled graphs, or shared by several modules. This
+        works in one process only, and gradients must be set to None after each step.
     scaler
         The ``torch.amp.GradScaler`` of the loss, if there is one. Call its ``unscale_`` before `step`.
     seed
@@ -99,13 +99,13 @@ class KFAC:
     distributed
         For several processes that each hold the model and their own batch, and average their losses, as under
         DistributedDataParallel and FSDP2. ``"gather"``: every process takes in the rows of all. ``"split"``: each
-        factor belongs to one process, which broadcasts what solving needs (``docs/many-machines.md``). The application
-        is then two-sided.
+        factor belongs to one process, which broadcasts the part that solving needs (``docs/many-machines.md``). The
+        application is two-sided in several processes.
     process_group
         The processes; None for all.
     columns
-        Bound on the number of columns of a factor's batch from all processes: wider batches are brought down to it.
-        None for no bound.
+        Bound on the number of columns of a factor's batch from all processes: wider batches are reduced to it. None
+        for no bound.
 
     Raises
     ------
@@ -114,10 +114,10 @@ class KFAC:
 
     Notes
     -----
-    The loss counts as a mean over samples (and positions, for ``"expand"``) unless `curvature` tells the number of its
+    The loss counts as a mean over samples (and positions, for ``"expand"``) unless `curvature` gives the number of its
     terms. A sum only scales G. The gradient's history shows whether the pair is the whole gradient, and one comparison
     for each layer, with one read-back, confirms it. A batch with a non-finite value anywhere is skipped: factors stay
-    as they are and all gradients of the model become 0, on the device.
+    unchanged and all gradients of the model become 0, on the device.
 
     Examples
     --------
@@ -155,7 +155,7 @@ class KFAC:
         if not isinstance(model, nn.Module):
             remedy = "pass the model itself, not its parameters or its optimizer"
             _check.fail_type("KFAC", f"model must be an nn.Module; got {type(model).__name__}; {remedy}")
-        model = _innermost(model, gradient)
+        model = _unwrapped(model, gradient)
         by_name = strategies(model, inverse, _DEFAULT)
         self.options = Options(
             damping, clip, decay, factor_every, damping_scale, clip_by, application, gradient, curvature, seed
@@ -165,7 +165,7 @@ class KFAC:
             _check.count("KFAC", "columns", columns, 1)
         self._model = model
         self._scaler = scaler
-        self._among = (distributed, process_group, columns)
+        self._process_options = (distributed, process_group, columns)
         self._known_replicas: Replicas | None = None
         self._recorder = Recorder(edges=self._takes_curvature)
         self._mistakes = Mistakes()
@@ -173,19 +173,19 @@ class KFAC:
         self._steps = 0
         self._adapted = damping.initial if isinstance(damping, Adaptive) else None
         self._trial: Trial | None = None
-        self._curvatures = 0
-        self._captured = 0
-        # Steps that were looked at on the device, how many of them were finite, and 1.
-        self._counted: list[Tensor] = []
+        self._curvature_calls = 0
+        self._captured_bytes = 0
+        # The number of steps that were checked on the device, the number of finite ones among them, and 1.
+        self._step_counts: list[Tensor] = []
         self._removed = False
         self._layers, self._unsupported = find_layers(model, by_name, sharings(model, sharing), self._recorder)
         set_order(model, batch_first, self._layers)
         if gradient == "pair":
-            self._check_alone()
+            self._check_one_process()
             for layer in self._layers:
                 layer.capture.leave_out_weight_gradient()
         self._choose_captures()
-        # Hooks hold their captures, and nothing holds this object: when it goes, they do.
+        # Hooks hold the captures but not this object: when it is freed, the hooks are removed.
         finalize(self, _detach, self._layers).atexit = False
 
     def __repr__(self) -> str:
@@ -193,11 +193,11 @@ class KFAC:
         return f"KFAC({systems}; {self.options}; step {self._steps})"
 
     def curvature(self, outputs: Tensor, loss: Loss = "cross_entropy", weights: Tensor | None = None) -> None:
-        """Send the curvature of a loss back through the model, where factors are not made of the loss's own gradients.
+        """Send the curvature of a loss back through the model, if factors are not made of the loss's own gradients.
 
         Call it in every step, after the forward pass and before the loss's backward pass. It does nothing if no factor
-        takes data in. With ``curvature="empirical"`` nothing is sent: the call tells how many terms the loss is a mean
-        of, and G gets the same scale as with the others. It changes no gradient of a parameter.
+        takes in data. With ``curvature="empirical"`` nothing is sent: the call gives the number of terms that the loss
+        is a mean of, and G gets the same scale as with the other kinds. No gradient of a parameter changes.
 
         Parameters
         ----------
@@ -206,30 +206,30 @@ class KFAC:
         loss
             ``"cross_entropy"`` or ``"mse"``, as in ``torch.nn.functional`` with ``reduction="mean"``.
         weights
-            Weight of each term, shape (N,) or (N, positions...): 0 for what the loss ignores, or the weight of its
-            class. None for 1. Label smoothing makes no difference.
+            Weight of each term, shape (N,) or (N, positions...): 0 for a term that the loss ignores, or the weight of
+            its class. None for 1. Label smoothing makes no difference.
 
         Raises
         ------
         ValueError, TypeError
-            For a loss that is not one of these, outputs that require no gradient, and weights of another shape.
+            For another loss, outputs that require no gradient, and weights of another shape.
         """
         _check.choice("KFAC.curvature", "loss", loss, ("cross_entropy", "mse"))
         if not self._takes_curvature:
             self._recorder.terms["loss"] = Terms(fisher.term_count(outputs, loss, weights))
         elif any("curvature" in layer.capture.passes for layer in self._layers):
-            # Apart from the seeds of factors, and for every call and process: counted as if one process made all calls.
-            seed = self._seed + 65_536 - (self._curvatures * self._replicas.world + self._replicas.rank)
+            # Each call and process has a seed of its own, counted down from above the seeds of factors.
+            seed = self._seed + 65_536 - (self._curvature_calls * self._replicas.world + self._replicas.rank)
             fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
-            self._curvatures += 1
+            self._curvature_calls += 1
 
     def mask(self, valid: Tensor | None) -> None:
-        """Say which positions of the coming batch are data, so that padding counts in no factor.
+        """Mark which positions of the coming batch are data, so that no factor counts padding.
 
-        Call it before the forward pass. It holds for all calls until the next `step` or `mask`, so each of several
-        accumulated batches may have its own. It holds for calls with inputs (samples, positions, ...), or the other way
-        round if `batch_first` says so, and for calls with all positions in one dimension. ``"reduce"`` averages over
-        the positions with data.
+        Call it before the forward pass. The mask applies to all calls until the next `step` or `mask`, so each of
+        several accumulated batches may have its own. It applies to inputs (samples, positions, ...), or (positions,
+        samples, ...) if `batch_first` is False, and to inputs with all positions in one dimension. ``"reduce"``
+        averages over the positions with data.
 
         Parameters
         ----------
@@ -240,7 +240,7 @@ class KFAC:
         Raises
         ------
         ValueError
-            If it is not such a matrix.
+            If ``valid`` is no matrix.
         """
         if valid is not None and valid.ndim != 2:
             rule = "valid must be a tensor (samples, positions), or None"
@@ -252,7 +252,7 @@ class KFAC:
     def step(self) -> None:
         """Take in the data captured since the last step, and overwrite the gradients of the layers that have one.
 
-        A gradient that nobody has written to since the last step is left as it is.
+        A gradient that nobody has written to since the last step stays unchanged.
 
         With several processes, all of them must call this, each after a backward pass. If one does not, the others
         raise an error of torch.distributed after the group's timeout.
@@ -260,30 +260,30 @@ class KFAC:
         Raises
         ------
         RuntimeError
-            If `curvature` is needed and was not called, or gradients are still multiplied by the scale of the
-            ``scaler``. With ``gradient="pair"``, if there are several processes, or a gradient was not None before the
-            first backward pass or has changed since the last one. While a CUDA graph is captured, for a step that it
-            cannot repeat (``docs/recipes/cuda-graphs.md``).
+            If `curvature` is needed and was not called, or if gradients are still multiplied by the scale of the
+            ``scaler``. With ``gradient="pair"``, if there are several processes, or if a gradient was not None before
+            the first backward pass or has changed since the last one. While a CUDA graph is captured, for a step that
+            the graph cannot repeat (``docs/recipes/cuda-graphs.md``).
         """
         if self._removed:
             return
         if self.options.gradient == "pair":
-            self._check_alone()
+            self._check_one_process()
         unseen: list[Layer] = []
         working = [layer for layer in self._layers if not layer.capture.refusal]
         for layer in working:
             layer.begin()
         parts = [part for layer in working for part in (layer.weight, layer.bias)]
-        with whole_gradients(parts), self._as_captured(working):
+        with whole_gradients(parts), self._graph_capture(working):
             layers = [layer for layer in working if layer.has_gradient]
             self._mistakes.check_loop(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
                 self._step(working, layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
-        self._captured = sum([layer.end() for layer in self._layers])
+        self._captured_bytes = sum([layer.end() for layer in self._layers])
         self._recorder.forget_terms()
         self._recorder.valid = None
-        self._curvatures = 0
+        self._curvature_calls = 0
         self._steps += 1
         self._choose_captures()
         self._mistakes.warn_of_layers(self._layers, unseen)
@@ -291,7 +291,7 @@ class KFAC:
             self._mistakes.warn_of_checks()
 
     def adapt(self, loss: Tensor, again: Callable[[], Tensor]) -> float | None:
-        """Measure what the last step did to the loss of its batch, and adapt the damping, if that is due.
+        """Measure how the last step changed the loss of its batch, and adapt the damping, if a measurement is due.
 
         If ``damping`` is `Adaptive`, call this in every step, after ``optimizer.step()`` and before ``zero_grad()``. It
         is right for an optimizer that moves the weights along the step, such as SGD without momentum.
@@ -301,13 +301,13 @@ class KFAC:
         loss
             The loss that the step was taken for.
         again
-            Computes the same loss of the same batch again: one more forward pass, without gradients, when a look is
-            due.
+            Computes the same loss of the same batch again. It is called only if a measurement is due: one more forward
+            pass, without gradients.
 
         Returns
         -------
         float or None
-            The reduction of the loss over what the curvature predicts. None if no look was due.
+            The loss's reduction divided by the reduction that the curvature predicts. None if no measurement was due.
 
         Raises
         ------
@@ -316,7 +316,7 @@ class KFAC:
         """
         adaptive = self.options.damping
         if not isinstance(adaptive, Adaptive) or self._adapted is None:
-            message = "KFAC.adapt: damping must be Adaptive(...), which this follows"
+            message = "KFAC.adapt: damping must be Adaptive(...)"
             raise RuntimeError(message)
         trial, self._trial = self._trial, None
         if trial is None:
@@ -335,7 +335,7 @@ class KFAC:
         """Take in a second backward pass of the same batch, after the optimizer's step, as `KBFGS` needs it.
 
         Call ``zero_grad()`` before that pass, and again before the next batch. Only layers whose strategy takes a
-        second pass are looked at, and no gradient is changed.
+        second pass are read, and no gradient changes.
 
         Raises
         ------
@@ -350,53 +350,54 @@ class KFAC:
             raise RuntimeError(message)
         for layer in layers:
             layer.begin()
-        # The weight of a refused call may be no parameter any more.
-        own = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
-        mask, rows = self._replicas.exchange(own, Mask.of(own.values(), self._model), self._seed, 0)
+        # After a refused call, the weight may no longer be a parameter.
+        local_rows = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
+        mask, rows = self._replicas.exchange(local_rows, Mask.of(local_rows.values(), self._model), self._seed, 0)
         now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
         for strategy, members in by_strategy(rows):
-            known = [(layer, rows[layer]) for layer in members]
-            problems = [Problem(layer.curvature, seen.gradients, seen, layer.parameters) for layer, seen in known]
+            problems = [
+                Problem(layer.curvature, rows[layer].gradients, rows[layer], layer.parameters) for layer in members
+            ]
             strategy.second_pass(problems, now)
         for layer in self._layers:
             layer.end()
         self._recorder.forget_terms()
 
     def report(self) -> Report:
-        """Return the strategy of each factor and why it got that, its rank, its error bound and its memory.
+        """Return the strategy of each factor with the reason for it, its rank, its error bound and its memory.
 
-        With several processes and factors split among them, all of them must call this.
+        If factors are split among processes, all processes must call this.
         """
-        skipped = int(self._counted[0] - self._counted[1]) if self._counted else 0
+        skipped = int(self._step_counts[0] - self._step_counts[1]) if self._step_counts else 0
         with self._replicas.complete():
-            return describe(self._layers, self._unsupported, skipped, self._captured)
+            return describe(self._layers, self._unsupported, skipped, self._captured_bytes)
 
     def remove(self) -> None:
-        """Take every hook off the model: steps leave gradients as they are from then on."""
+        """Remove every hook from the model. Later steps leave gradients unchanged."""
         self._removed = True
         _detach(self._layers)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters whose gradients `step` overwrites: weights and biases of layers, each once.
 
-        They include parameters of frozen layers, but not of layers that turned out not to work.
+        They include parameters of frozen layers, but not of layers that training showed to be unsupported.
         """
         kinds = [layer.kind for layer in self._layers if not layer.capture.refusal]
-        own = [part for kind in kinds for part in (kind.weight, kind.bias) if part is not None]
-        return list({id(part): part for part in own}.values())
+        parts = [part for kind in kinds for part in (kind.weight, kind.bias) if part is not None]
+        return list({id(part): part for part in parts}.values())
 
     def others(self) -> list[nn.Parameter]:
         """Return all other parameters of the model, for a separate optimizer."""
-        known = {id(part) for part in self.parameters()}
-        return [part for part in self._model.parameters() if id(part) not in known]
+        preconditioned = {id(part) for part in self.parameters()}
+        return [part for part in self._model.parameters() if id(part) not in preconditioned]
 
     @contextmanager
     def graphs(self, index: Tensor, count: int | None = None) -> Iterator[None]:
-        """Tell, around the forward pass, which sample each row of a batch belongs to: for batches of graphs.
+        """Assign each row of a batch to a sample during the forward pass: for batches of graphs.
 
         In layers whose sharing is ``"reduce"``, a call whose input has as many rows as ``index`` counts as one row per
-        graph: inputs are averaged, and output gradients summed, over the graph's nodes, without those that `mask`
-        leaves out.
+        graph: inputs are averaged, and output gradients summed, over the graph's nodes, except nodes that `mask` leaves
+        out.
 
         Parameters
         ----------
@@ -413,12 +414,12 @@ class KFAC:
         if index.ndim != 1 or index.is_floating_point():
             got = f"{_check.spelled(index.dtype)} of shape {tuple(index.shape)}"
             _check.fail_value("KFAC.graphs", f"index must be a vector of integers, one for each row; got {got}")
-        known = self._recorder.groups
+        before = self._recorder.groups
         self._recorder.groups = Groups(index, int(index.max()) + 1 if count is None else count)
         try:
             yield
         finally:
-            self._recorder.groups = known
+            self._recorder.groups = before
 
     def __reduce__(self) -> NoReturn:
         _check.fail_type(
@@ -426,11 +427,11 @@ class KFAC:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a bit-equal continuation needs: numbers, strings and tensors, by layer name.
+        """Return the whole state for a bit-equal continuation: numbers, strings and tensors, by layer name.
 
-        Data captured since the last step is not in it: save between a step and the next backward pass. It is the same
-        in every process, and any number of processes can continue from it. If factors are split among processes, all
-        processes must call this.
+        Data captured since the last step is not included: save between a step and the next backward pass. The state is
+        the same in every process, and any number of processes can continue from it. If factors are split among
+        processes, all processes must call this.
         """
         with self._replicas.complete():
             layers = {layer.name: state.of_layer(layer) for layer in self._layers}
@@ -442,14 +443,14 @@ class KFAC:
         Raises
         ------
         ValueError
-            If it does not; nothing is changed then.
+            For any other state. Nothing changes then.
         """
         state.load(self._layers, state_dict)
         for layer in self._layers:
             layer.capture.clear()
         share_totals(factor for layer in self._layers for _, factor in layer.curvature.factors())
         self._recorder.forget_terms()
-        self._curvatures = 0
+        self._curvature_calls = 0
         self._steps = int(state_dict["steps"])
         if self._adapted is not None and state_dict["damping"] is not None:
             self._adapted = float(state_dict["damping"])
@@ -457,30 +458,31 @@ class KFAC:
         self._choose_captures()
 
     def _step(self, working: list[Layer], layers: list[Layer]) -> None:
-        """Take the step of the layers with a gradient, among those that can be preconditioned."""
+        """Step the ``layers`` that have a gradient. ``working`` are all layers that can be preconditioned."""
         options = self.options.at(self._steps)
         scale = loss_scale(self._scaler, layers[0].weight.device) if layers else None
-        # Also those whose data comes from another process.
+        # Layers without a gradient here may get data from another process.
         for layer in working:
             layer.match_weight()
         if self._steps == GRADIENTS_CHECKED_AT and not self._replicas.several and not is_captured():
             self._mistakes.check_gradients(layers, scale)
-        own = self._rows(self._due(layers, options), scale)
-        told = self._told(own)
+        local_rows = self._rows(self._due_layers(layers, options), scale)
+        terms = self._loss_terms(local_rows)
         pairs = {}
         for layer in layers:
-            if layer.capture.left_out and (rows := layer.take_gradient(own.get(layer), scale)) is not None:
+            if layer.capture.left_out and (rows := layer.take_gradient(local_rows.get(layer), scale)) is not None:
                 pairs[layer] = rows
-        # Rows take the place of a gradient that is their product, which is finite where they are.
+        # If a gradient is the product of rows, the check of the rows replaces the check of the gradient.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
-            for layer in own | pairs
-            if layer.unformed is not None or (reads_rows_alone and layer in own and layer.checked_by_rows)
+            for layer in local_rows | pairs
+            if layer.unformed is not None or (reads_rows_alone and layer in local_rows and layer.checked_by_rows)
             for gradient in (layer.weight.grad, layer.bias_gradient)
         ]
-        mask = Mask.of({id(rows): rows for rows in (*own.values(), *pairs.values())}.values(), self._model, products)
-        mask, absorbing = self._replicas.exchange(own, mask, self._seed, told)
+        distinct = {id(rows): rows for rows in (*local_rows.values(), *pairs.values())}
+        mask = Mask.of(distinct.values(), self._model, products)
+        mask, absorbing = self._replicas.exchange(local_rows, mask, self._seed, terms)
         now = self._now(options, mask)
         self._replicas.absorb(absorbing, now)
         ready = [layer for layer in layers if layer.curvature.started and not layer.capture.refusal]
@@ -492,16 +494,16 @@ class KFAC:
             layer.mark_stepped()
         if not mask.known_finite:
             self._count(mask)
-            # With a scaler some batches overflow, and are left out by it too.
+            # With a scaler some batches overflow; the scaler skips them too.
             if scale is None and not is_captured():
-                self._mistakes.check_skipped(self._counted[0], self._counted[1], self._steps)
+                self._mistakes.check_skipped(self._step_counts[0], self._step_counts[1], self._steps)
 
     def _count(self, mask: Mask) -> None:
-        """Count a step that was looked at on the device, in place, so that replays of a CUDA graph count too."""
-        if not self._counted:
-            looked_at, finite, one = torch.tensor([0, 0, 1], dtype=torch.int32, device=mask.finite_int.device).unbind()
-            self._counted = [looked_at, finite, one]
-        torch._foreach_add_(self._counted[:2], [self._counted[2], mask.finite_int])
+        """Count a step that was checked on the device, in place, so that replays of a CUDA graph count too."""
+        if not self._step_counts:
+            checked, finite, one = torch.tensor([0, 0, 1], dtype=torch.int32, device=mask.finite_int.device).unbind()
+            self._step_counts = [checked, finite, one]
+        torch._foreach_add_(self._step_counts[:2], [self._step_counts[2], mask.finite_int])
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""
@@ -516,8 +518,8 @@ class KFAC:
             return fisher.rows_of(layers)
         return {layer: rows for layer in layers if (rows := layer.rows("loss", scale)) is not None}
 
-    def _told(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
-        """Return how many terms the loss is a mean of, where rows are its own gradients and `curvature` has told."""
+    def _loss_terms(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
+        """Return the loss's number of terms as `curvature` gave it; 0 if it gave none, or if it made the rows."""
         number: Tensor | float = 0 if self._takes_curvature else fisher.terms_of(rows, "loss")
         if rows and self._recorder.terms["loss"] is not None and not isinstance(number, Tensor) and number == 0:
             message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
@@ -548,25 +550,25 @@ class KFAC:
         """Overwrite the gradients of layers with their steps, clipped."""
         by, clip = self.options.clip_by, clip if steps else None
         divisors: Sequence[Tensor] | None = None
-        # Before anything is written: a gradient, or a step, may be the weight's own.
+        # Compute these clips before writing: a gradient or a step may share the weight's memory.
         if clip is not None and by == "kl":
             weights = sum(layer.kind.weights for layer in gradients)
-            divisors = [by_kl(steps, list(gradients.values()), clip)] * weights
+            divisors = [kl_divisor(steps, list(gradients.values()), clip)] * weights
         elif clip is not None and by == "spectral":
             divisors = []
-            norms = spectral(steps, [layer.direction for layer in gradients], self._seed)
+            norms = spectral_norms(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
-                # Of each of the weights that a layer's groups are, or of all groups in one.
+                # The norm of a weight is the largest norm of its groups.
                 divisors += (own.norm.reshape(layer.kind.weights, -1).amax(-1) / clip).clamp_min(1).unbind()
                 layer.direction = own.direction
         written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
-        place(written)
+        copy_exact(written)
         if clip is not None and by == "rms":
-            divisors = by_rms([[part.step for part in parts] for parts in written], clip)
-        finish(written, divisors)
+            divisors = rms_divisors([[part.step for part in parts] for parts in written], clip)
+        divide_and_copy(written, divisors)
 
-    def _as_captured(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
-        """Where a CUDA graph is captured, check that it can hold the step, and keep the tensors that replays read."""
+    def _graph_capture(self, layers: Sequence[Layer]) -> AbstractContextManager[None]:
+        """While a CUDA graph is captured, check that it can hold the step, and keep the tensors that replays read."""
         if not is_captured():
             return nullcontext()
         options = {
@@ -579,27 +581,27 @@ class KFAC:
         check_capture(options, {layer.name: layer.curvature for layer in layers if layer.has_gradient})
         return in_place([layer.curvature for layer in layers])
 
-    def _check_alone(self) -> None:
-        """Check that no other process waits for the gradients that autograd does not form."""
+    def _check_one_process(self) -> None:
+        """Check that there is one process, because others would wait for gradients that autograd does not form."""
         if self._replicas.several:
             message = f"KFAC: {_FOR_ONE_PROCESS}; got several processes"
             raise RuntimeError(message)
 
-    def _due(self, layers: list[Layer], options: AtStep) -> list[Layer]:
+    def _due_layers(self, layers: list[Layer], options: AtStep) -> list[Layer]:
         """Return the layers whose factors take in data at this step."""
         if self._steps % options.factor_every == 0:
             return layers
         return [layer for layer in layers if not layer.curvature.started]
 
     def _now(self, options: AtStep, mask: Mask) -> Now:
-        """Return what this step has besides data; an `Adaptive` damping has been found by now."""
+        """Return the settings of this step, with the current value of an `Adaptive` damping."""
         damping = Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
-        replays = self._counted[0] if is_captured() else 0
+        replays = self._step_counts[0] if is_captured() else 0
         return Now(self._steps, self._seed, options.decay, damping, mask.finite, replays)
 
     def _choose_captures(self) -> None:
-        """Capture in the next passes only where the data will be used."""
-        due = set(self._due(self._layers, self.options.at(self._steps)))
+        """Capture in the next passes only the data that will be used."""
+        due = set(self._due_layers(self._layers, self.options.at(self._steps)))
         of_factors: Pass = "curvature" if self._takes_curvature else "loss"
         applies_to_pairs = self._applies_to_pairs
         for layer in self._layers:
@@ -609,26 +611,26 @@ class KFAC:
 
     @property
     def _seed(self) -> int:
-        """Apart for every step and factor, and the same when training continues from a checkpoint."""
+        """The first seed of this step, with room for one per factor. A checkpoint continues with the same seeds."""
         return (self.options.seed * 1_000_003 + self._steps) * 65_537
 
     @property
     def _takes_curvature(self) -> bool:
-        """Whether factors are made of backward passes for the curvature alone."""
+        """Whether factors are made of separate backward passes for the curvature."""
         return self.options.curvature != "empirical"
 
     @property
     def _replicas(self) -> Replicas:
-        """The processes: a group may be made later than this object."""
+        """The processes. One process is not cached, because a group may be made later than this object."""
         if self._known_replicas is not None:
             return self._known_replicas
-        found = replicas(self._layers, *self._among, from_curvature=self._takes_curvature)
+        found = replicas(self._layers, *self._process_options, from_curvature=self._takes_curvature)
         self._known_replicas = found if found.several else None
         return found
 
     @property
     def _applies_to_pairs(self) -> bool:
-        """Whether a gradient may be that of the rows captured here."""
+        """Whether a gradient may be applied as the pair of the rows captured here."""
         return self.options.application == "auto" and not self._replicas.several
 
 
@@ -637,8 +639,8 @@ def _detach(layers: Sequence[Layer]) -> None:
         layer.capture.detach()
 
 
-def _innermost(model: nn.Module, gradient: str) -> nn.Module:
-    """Return the model itself, out of the wrappers of torch.compile and DistributedDataParallel."""
+def _unwrapped(model: nn.Module, gradient: str) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.DataParallel):
             _check.fail_value(

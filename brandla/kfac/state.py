@@ -1,4 +1,4 @@
-"""The state of a preconditioner as nested mappings, and its way through checkpoints."""
+"""The state of a preconditioner as nested mappings: saved, loaded, and read from distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FUNCTION = "KFAC.load_state_dict"
 
 
 def of_layer(layer: Layer) -> dict[str, Any]:
-    """Return what a layer needs to go on: numbers, strings and copies of tensors, with no tensor before any data."""
+    """Return a layer's state: numbers, strings and copies of tensors. It has no tensors before any data."""
     curvature = layer.curvature.state_dict() if layer.curvature.started else {}
     return {
         "strategy": str(layer.strategy),
@@ -27,34 +27,34 @@ def of_layer(layer: Layer) -> dict[str, Any]:
         "linear": layer.gradient_is_pair,
         "refusal": layer.capture.refusal,
         "direction": None if layer.direction is None else layer.direction.clone(),
-        "tensors": ", ".join(_tensors(curvature)),
+        "tensors": ", ".join(_tensor_names(curvature)),
     }
 
 
 def load(layers: Sequence[Layer], state: Mapping[str, Any]) -> None:
-    """Continue layers from what ``state`` describes, or raise before anything is changed."""
+    """Load ``state`` into the layers, or raise before anything is changed."""
     if state.get("format") != FORMAT:
         rule = f"the state must have format {FORMAT}; got {state.get('format')!r}"
-        remedy = "one of another version cannot be read: train on with new factors, or with the version that wrote it"
+        remedy = "other versions cannot be read: continue with new factors, or with the version that wrote the state"
         _check.fail_value(_FUNCTION, f"{rule}; {remedy}")
     saved = state["layers"]
     names = [layer.name for layer in layers]
     if sorted(saved) != sorted(names):
         missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
-        _check.fail_value(_FUNCTION, f"the state must be of the same layers; missing {missing}, unexpected {extra}")
-    curvatures = [_continued(layer, saved[layer.name]) for layer in layers]
+        _check.fail_value(_FUNCTION, f"the state must have the same layers; missing {missing}, unexpected {extra}")
+    curvatures = [_loaded_curvature(layer, saved[layer.name]) for layer in layers]
     for layer, curvature in zip(layers, curvatures, strict=True):
-        own, shape = saved[layer.name], layer.shape
-        layer.curvature, layer.gradient_is_pair, layer.capture.refusal = curvature, own["linear"], own["refusal"]
-        found: Tensor | None = own["direction"]
-        layer.direction = None if found is None else found.to(device=shape.device, dtype=shape.dtype, copy=True)
+        parts, shape = saved[layer.name], layer.shape
+        layer.curvature, layer.gradient_is_pair, layer.capture.refusal = curvature, parts["linear"], parts["refusal"]
+        direction: Tensor | None = parts["direction"]
+        layer.direction = None if direction is None else direction.to(shape.device, shape.dtype, copy=True)
 
 
 def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str, Any]:
     """Read the state of a preconditioner from a checkpoint of ``torch.distributed.checkpoint``.
 
-    ``torch.distributed.checkpoint.load`` fills only what the object already has, and a preconditioner that has seen no
-    data has no factors. This function reads everything that was saved.
+    ``torch.distributed.checkpoint.load`` fills only the tensors that the object already has, and a preconditioner that
+    has seen no data has no factors. This function reads everything that was saved.
 
     Parameters
     ----------
@@ -66,8 +66,8 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
     Returns
     -------
     dict
-        For `KFAC.load_state_dict`. The values are as saved, but not their order in memory. If a decomposition was
-        stored by columns, training continues equal up to rounding.
+        For `KFAC.load_state_dict`. The values are the saved ones, but their order in memory may differ. If a
+        decomposition was stored by columns, the continued training agrees up to rounding.
 
     Raises
     ------
@@ -87,12 +87,12 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
     state: dict[str, Any] = {}
     for key, path in (metadata.planner_data or {}).items():
         if path[0] == name and len(path) > 1:
-            own: Any = metadata.state_dict_metadata[key]
+            entry: Any = metadata.state_dict_metadata[key]
             parent = state
             for part in path[1:-1]:
                 parent = parent.setdefault(part, {})
-            is_tensor = hasattr(own, "properties")
-            memory = torch.empty(own.size, dtype=own.properties.dtype, device="cpu") if is_tensor else None
+            is_tensor = hasattr(entry, "properties")
+            memory = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if is_tensor else None
             parent[path[-1]] = memory
     if not state:
         names = sorted({str(path[0]) for path in (metadata.planner_data or {}).values()})
@@ -102,34 +102,34 @@ def read_state(checkpoint: str | PathLike[str], name: str = "kfac") -> dict[str,
     return loaded[name]
 
 
-def _continued(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
+def _loaded_curvature(layer: Layer, saved: Mapping[str, Any]) -> Curvature:
     if saved["strategy"] != str(layer.strategy):
         rule = f"{layer.name}: the strategy must be {layer.strategy}, as in this preconditioner"
         _check.fail_value(_FUNCTION, f"{rule}; the state has {saved['strategy']}")
     curvature = saved.get("curvature", {})
     if not saved["tensors"]:
         return layer.strategy.curvature(layer.shape)
-    if missing := sorted(set(saved["tensors"].split(", ")) - set(_tensors(curvature))):
+    if missing := sorted(set(saved["tensors"].split(", ")) - set(_tensor_names(curvature))):
         remedy = (
-            "torch.distributed.checkpoint.load does not read what a preconditioner without data cannot ask for: use"
+            "torch.distributed.checkpoint.load cannot fill a preconditioner that has no data yet: use"
             " brandla.kfac.read_state"
         )
         _check.fail_value(_FUNCTION, f"{layer.name}: the state lacks {', '.join(missing)}; {remedy}")
     layer.match_weight(thaws=True)
     try:
-        return layer.curvature.loaded(_with_empty(curvature, layer.curvature.state_dict()), layer.name)
+        return layer.curvature.loaded(_with_empty_mappings(curvature, layer.curvature.state_dict()), layer.name)
     except KeyError as key:
-        message = f"{_FUNCTION}: {layer.name}: the state must be of the same kind of layer; it lacks {key}"
+        message = f"{_FUNCTION}: {layer.name}: the state must come from the same kind of layer; it lacks {key}"
         raise ValueError(message) from key
 
 
-def _with_empty(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """Put back the mappings with nothing in them, which torch.distributed.checkpoint does not keep."""
+def _with_empty_mappings(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """Restore empty mappings, which torch.distributed.checkpoint does not keep."""
     inner = {key: part for key, part in fresh.items() if isinstance(part, Mapping)}
-    return {**state, **{key: _with_empty(state.get(key, {}), part) for key, part in inner.items()}}
+    return {**state, **{key: _with_empty_mappings(state.get(key, {}), part) for key, part in inner.items()}}
 
 
-def _tensors(state: Mapping[str, Any]) -> list[str]:
-    """Name all tensors of nested mappings."""
+def _tensor_names(state: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of all tensors in nested mappings."""
     parts: list[tuple[Any, Any]] = tree_flatten_with_path(state)[0]
-    return [".".join(str(own.key) for own in path) for path, part in parts if isinstance(part, Tensor)]
+    return [".".join(str(entry.key) for entry in path) for path, part in parts if isinstance(part, Tensor)]

@@ -1,4 +1,4 @@
-"""The values that flow between capture, systems and processes: rows, gradients, and what a step brings."""
+"""The values that capture, systems and processes exchange: rows, gradients, and the settings of a step."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Scale = Literal["relative", "absolute"]
 Side = Literal["input", "output"]
-# What tensors that can be stacked have in common; no call of Python's.
+# Tensors of one layout can be stacked. An attrgetter costs no Python call.
 layout = attrgetter("shape", "dtype", "device")
-# The gradient of a layer as a matrix (..., d_out, d_in), or P (..., d_out, k) and Q (..., d_in, k) standing for P Qᵀ.
+# The gradient of a layer as a matrix (..., d_out, d_in), or as the pair P (..., d_out, k), Q (..., d_in, k) for P Qᵀ.
 Gradient: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-class Noted:
-    """A tensor as it is now, to tell later whether a tensor is that one and nobody has written to it."""
+class Version:
+    """Remembers a tensor and its version, to recognise it later if nobody has written to it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = ref(tensor)
         self._version = tensor._version
 
-    def is_still(self, tensor: Tensor | None) -> bool:
-        """Say so."""
+    def matches(self, tensor: Tensor | None) -> bool:
+        """Return whether ``tensor`` is the remembered one and is unchanged."""
         return tensor is not None and tensor is self._tensor() and tensor._version == self._version
 
 
 class Shape(NamedTuple):
-    """Of a layer's weight as a matrix (*groups, d_out, d_in), the bias's column counted in.
+    """The shape of a layer's weight as a matrix (*groups, d_out, d_in); d_in includes the bias's column.
 
-    ``one_hot`` inputs are given as indices, and their factor is diagonal. ``single`` layers have no output factor:
-    their input rows are whole gradients of samples.
+    ``one_hot`` inputs are indices, and their factor is diagonal. A ``single`` layer has no output factor: its input
+    rows are whole gradients of samples.
     """
 
     groups: tuple[int, ...]
@@ -52,13 +52,14 @@ class Shape(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Uses of a weight: inputs a (*groups, N, d_in) and output gradients γ (*groups, m N, d_out) of a mean loss.
+    """The uses of a weight: inputs a (*groups, N, d_in) and output gradients γ (*groups, m N, d_out) of a mean loss.
 
-    The bias's 1 is the last entry of a. ``uses`` is N, samples times ``positions``, sample by sample; m > 1 where the
-    curvature takes m gradients of every use. One-hot inputs are (N,) indices, −1 for a row of zeros; those of single
-    layers are m N rows, and their gradients the same. ``share`` is the part of the uses that is no padding, whose rows
-    are 0; the others are scaled so that means over N are those over them. ``counted`` rows have been divided by what
-    makes N Σ γ γᵀ the mean over the terms of the loss, so that Σ γ aᵀ is no gradient.
+    The last entry of a is the bias's 1. ``uses`` is N, samples times ``positions``, in the order of the samples.
+    ``positions`` is 1 if calls differ in it. The curvature takes m gradients of each use. One-hot inputs are (N,)
+    indices, with −1 for a row of zeros. A single layer's inputs are m N rows, and its gradients are the same rows.
+    ``share`` is the fraction of uses that are not padding. Rows of padding are 0, and the others are scaled so that a
+    mean over N is the mean over them. In ``counted`` rows γ is divided so that N Σ γ γᵀ is the mean over the terms of
+    the loss; Σ γ aᵀ is not the gradient then.
     """
 
     inputs: Tensor
@@ -70,7 +71,7 @@ class Rows(NamedTuple):
     counted: bool = False
 
     def of_terms(self, divisor: Tensor | float) -> Rows:
-        """Divide γ by what makes the rows those of terms; of single layers it is in both places."""
+        """Return rows counted by terms: γ divided by ``divisor``. In a single layer γ is the input as well."""
         gradients = self.gradients / divisor
         return self._replace(inputs=gradients if self.single else self.inputs, gradients=gradients, counted=True)
 
@@ -84,9 +85,9 @@ class Damping(NamedTuple):
     def of(self, largest: Tensor, *, stacked: bool = False) -> Tensor:
         """Return λ for the largest eigenvalues (*groups,) of a factor, or of several in one tensor.
 
-        Relative to no less than ε times the largest eigenvalue of all matrices of a factor: what is below cannot be
-        told from rounding. It is 1 where a factor is zero so far, which leaves its side of the gradient as it is, and
-        where λ would be too small for 1/λ to be finite.
+        Relative damping raises d₁ of each matrix to at least ε times the largest d₁ of its factor, because smaller
+        values are rounding. λ is 1 if a factor is still zero, which leaves its side of the gradient unchanged, or if
+        1/λ would be infinite.
         """
         if self.scale == "absolute":
             return torch.full_like(largest, self.value)
@@ -99,21 +100,21 @@ class Damping(NamedTuple):
     def of_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return λ for matrices (*groups, n, n), and their largest eigenvalues d₁, estimated from below with no sync.
 
-        λ is no less than n ε d₁: a matrix that was summed up is semi-definite up to about that.
+        λ is at least n ε d₁, because rounding may make a sum of Gram matrices indefinite by about that much.
         """
         largest = largest_eigenvalue(matrix)
         return torch.maximum(self.of(largest), matrix.shape[-1] * torch.finfo(matrix.dtype).eps * largest), largest
 
     def of_each(self, largest: Sequence[Tensor]) -> list[Tensor]:
         """Return λ for each of a list of factors."""
-        return alike(largest, layout, lambda members: self.of(stacked(members), stacked=True).unbind())
+        return map_by_kind(largest, layout, lambda members: self.of(stacked(members), stacked=True).unbind())
 
 
 class Now(NamedTuple):
-    """What a step of training has besides data.
+    """The settings of one training step.
 
-    ``seed`` is new at every step. Where ``finite``, a 0-dim bool tensor, is False, the rows are all 0 and the step
-    counts for nothing. In a CUDA graph ``replays`` is a 0-dim tensor that each replay finds larger by one.
+    ``seed`` is new at every step. ``finite`` is a 0-dim bool tensor: if it is False, all rows are 0 and the step has
+    no effect. In a CUDA graph, ``replays`` is a 0-dim tensor that grows by one with each replay.
     """
 
     step: int
@@ -124,36 +125,36 @@ class Now(NamedTuple):
     replays: Tensor | int = 0
 
 
-def inner(one: Gradient, other: Gradient) -> Tensor:
-    """Return the inner product."""
-    return _products(one, other).sum()
+def inner_product(one: Gradient, other: Gradient) -> Tensor:
+    """Return the inner product, summed over groups."""
+    return _entrywise_products(one, other).sum()
 
 
-def inner_of_each(one: Gradient, other: Gradient) -> Tensor:
-    """Return the inner products of matrices (*groups,); ⟨P Qᵀ, R Sᵀ⟩ = ⟨PᵀR, QᵀS⟩ needs no d_out × d_in matrix."""
-    return _products(one, other).sum((-2, -1))
+def inner_products(one: Gradient, other: Gradient) -> Tensor:
+    """Return the inner product in each group (*groups,). ⟨P Qᵀ, R Sᵀ⟩ = ⟨PᵀR, QᵀS⟩ needs no d_out × d_in matrix."""
+    return _entrywise_products(one, other).sum((-2, -1))
 
 
-def _products(one: Gradient, other: Gradient) -> Tensor:
-    """Return what the inner product is the sum of."""
+def _entrywise_products(one: Gradient, other: Gradient) -> Tensor:
+    """Return matrices whose entries sum to the inner product."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return dense(one) * dense(other)
     products: Tensor = (one[0].mT @ other[0]) * (one[1].mT @ other[1])
     return products
 
 
-def length(part: Gradient) -> Tensor:
-    """Return ‖·‖_F; of a product P Qᵀ no less than √ε ‖P‖ ‖Q‖, below which ⟨PᵀP, QᵀQ⟩ is rounding, of either sign."""
+def frobenius_norm(part: Gradient) -> Tensor:
+    """Return ‖·‖_F. For P Qᵀ it is at least √ε ‖P‖ ‖Q‖: below, ⟨PᵀP, QᵀQ⟩ is rounding, of either sign."""
     if isinstance(part, Tensor):
         norm: Tensor = torch.linalg.vector_norm(part)
         return norm
     first, second = (torch.linalg.vector_norm(factor) for factor in part)
     rounding = torch.finfo(first.dtype).eps ** 0.5 * first * second
-    return torch.maximum(inner(part, part).clamp_min(0).sqrt(), rounding)
+    return torch.maximum(inner_product(part, part).clamp_min(0).sqrt(), rounding)
 
 
 def dense(part: Gradient) -> Tensor:
-    """Return the matrix."""
+    """Return a gradient as a matrix."""
     return part if isinstance(part, Tensor) else part[0] @ part[1].mT
 
 
@@ -162,20 +163,20 @@ def sizes(part: Gradient) -> tuple[int, int]:
     return (part.shape[-2], part.shape[-1]) if isinstance(part, Tensor) else (part[0].shape[-2], part[1].shape[-2])
 
 
-def plus(one: Gradient, factor: Tensor | float, other: Gradient) -> Gradient:
-    """``one + factor · other``: of two pairs, the pair of both; else a matrix."""
+def add_scaled(one: Gradient, factor: Tensor | float, other: Gradient) -> Gradient:
+    """Return ``one + factor · other``: a pair if both are pairs, else a matrix."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return dense(one) + factor * dense(other)
     return torch.cat([one[0], factor * other[0]], dim=-1), torch.cat([one[1], other[1]], dim=-1)
 
 
 def scaled(part: Gradient, factor: Tensor | float) -> Gradient:
-    """``factor · part``."""
+    """Return ``factor · part``."""
     return part * factor if isinstance(part, Tensor) else (part[0] * factor, part[1])
 
 
 def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]]:
-    """Return the items of each kind, in their order."""
+    """Split items into one list per kind; both keep the order of the items."""
     kinds = list(kinds)
     if kinds and kinds.count(kinds[0]) == len(kinds):
         return [list(items)]
@@ -185,11 +186,11 @@ def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]
     return list(members.values())
 
 
-def alike(
-    items: Sequence[Item], kind_of: Callable[[Item], Hashable], of: Callable[[list[Item]], Sequence[Result]]
+def map_by_kind(
+    items: Sequence[Item], kind_of: Callable[[Item], Hashable], function: Callable[[list[Item]], Sequence[Result]]
 ) -> list[Result]:
-    """Return what ``of`` makes of all items of a kind, in the order of the items."""
+    """Call ``function`` once for all items of each kind, and return its results in the order of the items."""
     results: dict[int, Result] = {}
     for indices in by_kind(range(len(items)), map(kind_of, items)):
-        results |= dict(zip(indices, of([items[index] for index in indices]), strict=True))
+        results |= dict(zip(indices, function([items[index] for index in indices]), strict=True))
     return [results[index] for index in range(len(items))]

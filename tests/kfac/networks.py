@@ -1,4 +1,4 @@
-"""Small networks, steps of them, and the dense K-FAC formula in float64 that the preconditioner is held against."""
+"""Small networks, steps of training, and the dense K-FAC formula in float64 that steps are compared with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from brandla.kfac import KFAC, Exact, Strategy
 Batch = tuple[Tensor, Tensor]
 Tensors = Tensor | Iterable[Tensor]
 EXACT = Exact(inverse_every=1)
-# What `assert_dense_step` takes a preconditioner to have.
+# The options that `assert_dense_step` expects.
 DENSE: dict[str, Any] = {"damping": 0.03, "damping_scale": "absolute", "clip": None}
 
 
 def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
-    """A ReLU network whose activations overwrite their input."""
+    """Return a ReLU network whose activations overwrite their input."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for d_in, d_out in pairwise(widths):
@@ -29,20 +29,20 @@ def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float64, bias: b
 
 
 def pooled(*modules: nn.Module, width: int = 4) -> nn.Sequential:
-    """Modules over positions, and a Linear behind the mean of what they give."""
+    """Return modules over positions, followed by a mean over positions and a Linear."""
     mean = nn.AdaptiveAvgPool2d((1, None)), nn.Flatten()
     return nn.Sequential(*modules, nn.Tanh(), *mean, nn.Linear(width, 3)).double()
 
 
 def encoder() -> nn.Sequential:
-    """A layer of a transformer, and a Linear behind it."""
+    """Return a layer of a transformer, followed by a Linear."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, dtype=torch.float64)
     return nn.Sequential(layer, nn.Linear(6, 6, dtype=torch.float64))
 
 
 class Words(nn.Module):
-    """Every kind of rows: indices with padding, whole gradients, channels in groups, positions; and attention."""
+    """A network with every kind of rows: indices with padding, whole gradients, groups, positions; and attention."""
 
     def __init__(
         self, words: int, width: int, classes: int, *, channels: int = 6, kernel: int = 2, attention: bool = False
@@ -65,7 +65,7 @@ class Words(nn.Module):
 
 
 def batch(count: int, d_in: int, classes: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Batch:
-    """Normal inputs and random labels."""
+    """Return normal inputs and random labels."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, d_in, generator=generator, dtype=dtype)
     return inputs, torch.randint(classes, (count,), generator=generator)
@@ -75,16 +75,16 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def loss_of(model: nn.Module, data: Batch, told: KFAC | None = None) -> Tensor:
-    """The cross-entropy of a batch, of whose outputs a preconditioner may be told."""
+def loss_of(model: nn.Module, data: Batch, preconditioner: KFAC | None = None) -> Tensor:
+    """Return the cross-entropy of a batch, and call `KFAC.curvature` with its outputs if asked."""
     outputs = model(data[0])
-    if told is not None:
-        told.curvature(outputs)
+    if preconditioner is not None:
+        preconditioner.curvature(outputs)
     return nn.functional.cross_entropy(outputs, data[1])
 
 
 def stepped(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor]:
-    """One backward pass and one step; copies of all gradients after it."""
+    """Take one backward pass and one step, and return copies of all gradients."""
     model.zero_grad()
     loss.backward()
     preconditioner.step()
@@ -94,7 +94,7 @@ def stepped(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> list[Tensor
 def lone_step(
     model: nn.Module, loss: Callable[[KFAC], Tensor], strategy: Strategy = EXACT, **options: Any
 ) -> list[Tensor]:
-    """The gradients after one step, not clipped, of a preconditioner that goes then."""
+    """Return the gradients after one unclipped step of a new preconditioner, which is then removed."""
     preconditioner = KFAC(model, strategy, **{"clip": None} | options)
     after = stepped(model, preconditioner, loss(preconditioner))
     preconditioner.remove()
@@ -108,32 +108,32 @@ def train(
     rate: float = 0.1,
     loss: Callable[[nn.Module, Batch], Tensor] = loss_of,
 ) -> None:
-    """A step of SGD for each batch."""
+    """Take a step of SGD for each batch."""
     optimizer = torch.optim.SGD(model.parameters(), rate)
-    for own in data:
-        stepped(model, preconditioner, loss(model, own))
+    for of_step in data:
+        stepped(model, preconditioner, loss(model, of_step))
         optimizer.step()
 
 
 def average(preconditioner: KFAC, side: str = "input", layer: int = 0) -> Tensor:
-    """A or G of a layer, as a factor that keeps the dense average has it."""
+    """Return A or G of a layer from a factor that keeps the dense average."""
     factor = getattr(preconditioner._layers[layer].curvature, side)
     return factor.strategy.average(factor.state)
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:
-    """All weights have the same bits."""
+    """Assert that all weights have the same bits."""
     assert all(map(torch.equal, one.parameters(), other.parameters()))
 
 
 def layer_gradient(layer: nn.Module) -> Tensor:
-    """A copy of the gradients of a layer's own parameters as one matrix: a row for each output, the bias last."""
+    """Return a copy of a layer's gradients as one matrix: one row per output, the bias as the last column."""
     parts = (parameter.grad for parameter in layer.parameters(recurse=False))
     return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
 
 
 class Step(NamedTuple):
-    """A step of a Linear layer: its rows with the 1 of the bias, their gradients, and ∂W before and after."""
+    """A step of a Linear layer: its rows with the bias's 1, their gradients, and ∂W before and after."""
 
     inputs: Tensor
     outputs: Tensor
@@ -142,13 +142,13 @@ class Step(NamedTuple):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A, and G of a loss that is a mean."""
+        """A, and G for a mean loss."""
         count = len(self.inputs)
         return self.inputs.T @ self.inputs / count, count * self.outputs.T @ self.outputs
 
 
 def layer_step(layer: nn.Linear, preconditioner: KFAC, data: Batch) -> Step:
-    """A step on the cross-entropy of what one layer makes of a batch."""
+    """Take a step on the cross-entropy of one layer's outputs for a batch."""
     layer.zero_grad()
     outputs = layer(data[0])
     outputs.retain_grad()
@@ -165,27 +165,27 @@ def with_one(inputs: Tensor) -> Tensor:
 
 
 def damped_inverse(factor: Tensor, damping: float, largest: Tensor | None = None) -> Tensor:
-    """(M + damping · λ_max I)⁻¹; λ_max may be given."""
+    """Return (M + damping · λ_max I)⁻¹; ``largest`` replaces λ_max if given."""
     shift = damping * (torch.linalg.eigvalsh(factor)[-1] if largest is None else largest)
     return torch.linalg.inv(factor + shift * torch.eye(len(factor), dtype=factor.dtype))
 
 
 def weighted(output: Tensor, seed: int = 5) -> Tensor:
-    """A loss with a random weight for each output, of which a tuple's first entry is meant."""
+    """Return a sum of outputs with random weights; of a tuple, the first entry counts."""
     output = output[0] if isinstance(output, tuple) else output
     generator = torch.Generator().manual_seed(seed)
     return (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum()
 
 
 def one_hot(indices: Tensor, count: int) -> Tensor:
-    """A row with a 1 for each index, and of zeros for −1."""
+    """Return a one-hot row for each index; −1 gives a row of zeros."""
     return nn.functional.one_hot(indices + 1, count + 1)[:, 1:].double()
 
 
 def assert_dense_step(preconditioner: KFAC, tolerance: float = 1e-8) -> None:
-    """A step is (G + λI)⁻¹ ∂W (A + λI)⁻¹ of each layer and group, by dense inverses of the captured rows' products.
+    """Assert that a step is (G + λI)⁻¹ ∂W (A + λI)⁻¹ in each layer and group, by dense inverses from captured rows.
 
-    The rows make up the gradient, where positions are not summed over first.
+    The product of the rows must be the gradient, unless positions are summed first.
     """
     expected = []
     for layer in preconditioner._layers:
@@ -202,13 +202,13 @@ def assert_dense_step(preconditioner: KFAC, tolerance: float = 1e-8) -> None:
         A, *G = (torch.linalg.inv(factor + eye) for factor, eye in zip(factors, eyes, strict=True))
         expected.append((G[0] @ gradient if G else gradient) @ A)
     preconditioner.step()
-    # Two orders of summation, magnified by the condition of the damped factors, at most 1e5 on either side.
+    # Both sums have another order. The condition of the damped factors, at most 1e5 per side, magnifies rounding.
     assert_near([layer.gradient() for layer in preconditioner._layers], expected, tolerance)
 
 
 def assert_near(result: Tensors, expected: Tensors, tolerance: float = 1e-6) -> None:
-    """Compare relative to the largest entry, of several tensors each by itself."""
-    ones, others = ([own] if isinstance(own, Tensor) else own for own in (result, expected))
+    """Compare relative to the largest entry, for several tensors each by itself."""
+    ones, others = ([part] if isinstance(part, Tensor) else part for part in (result, expected))
     for one, other in zip(ones, others, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
 
@@ -231,7 +231,7 @@ class OwnLinear(nn.Module):
 
 
 class Router(OwnLinear):
-    """Returns more than the product; its forward pass is watched."""
+    """A module that returns more than the product, so that hooks inside its forward pass are needed."""
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         logits = super().forward(inputs)
@@ -239,7 +239,7 @@ class Router(OwnLinear):
 
 
 class Conv1D(OwnLinear):
-    """A Linear whose weight is transposed, as transformers has it."""
+    """A Linear with a transposed weight, as in transformers."""
 
     def __init__(self, d_in: int = 6, d_out: int = 4, bias: bool = True) -> None:
         super().__init__(d_in, d_out, bias)
@@ -252,7 +252,7 @@ class Conv1D(OwnLinear):
 
 
 class RMSNorm(nn.Module):
-    """As Llama and T5 have it; with ``offset`` 1 as Gemma does."""
+    """The norm of Llama and T5; with ``offset`` 1 that of Gemma."""
 
     def __init__(self, width: int = 6, offset: float = 0.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every system at small sizes, and the definitions that systems are held against: gradients of samples by autograd."""
+"""Every system at small sizes, and the reference for systems: gradients of single samples by autograd."""
 
 from __future__ import annotations
 
@@ -60,33 +60,33 @@ FORMS: dict[str, dict[str, str]] = {"root": {}, "cholesky": {"compress": "choles
 every_system = pytest.mark.parametrize("strategy", SYSTEMS.values(), ids=SYSTEMS)
 
 
-def some_systems(*own: str | Strategy) -> pytest.MarkDecorator:
-    """Run a test with a few of the systems, by their names or as they are."""
-    return pytest.mark.parametrize("strategy", [SYSTEMS[one] if isinstance(one, str) else one for one in own], ids=str)
+def some_systems(*systems: str | Strategy) -> pytest.MarkDecorator:
+    """Run a test with a few systems, given by name or as strategies."""
+    return pytest.mark.parametrize("strategy", [SYSTEMS[s] if isinstance(s, str) else s for s in systems], ids=str)
 
 
 def growing(step: int) -> int:
-    """4, 6, 8, ... 12."""
+    """Return 4, 6, 8, ..., 12."""
     return min(4 + 2 * step, 12)
 
 
 def falling(step: int) -> int:
-    """12 for three steps, then 5."""
+    """Return 12 for three steps, then 5."""
     return 12 if step < 3 else 5
 
 
 def rule(step: int) -> Rank:
-    """A rule that grows."""
+    """Return a rank rule that grows."""
     return Rank(growing(step), 1e-3)
 
 
 def seldom(step: int) -> int:
-    """1 for two steps, then every three."""
+    """Return a period of 1 for two steps, then of 3."""
     return 1 if step < 2 else 3
 
 
 def full_rank(rank: int) -> dict[str, FactorStrategy]:
-    """Systems of factors that lose nothing of a few batches: their steps are those of dense matrices."""
+    """Return systems of factors that lose no data of a few batches, so their steps equal the dense steps."""
     return {
         "exact": Exact(inverse_every=1),
         "cholesky": Exact(inverse_every=1, method="cholesky"),
@@ -101,22 +101,22 @@ def full_rank(rank: int) -> dict[str, FactorStrategy]:
 
 
 def tensors(preconditioner: KFAC) -> list[Tensor]:
-    """Copies of all that a preconditioner keeps."""
+    """Return copies of all tensors of a preconditioner's curvatures."""
     return [part.clone() for layer in preconditioner._layers for part in layer.curvature.tensors()]
 
 
 def factors_of(preconditioner: KFAC) -> list[Factor]:
-    """The factors of the first layer."""
+    """Return the factors of the first layer."""
     return [factor for _, factor in preconditioner._layers[0].curvature.factors()]
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The modules with parameters of their own."""
+    """Return the modules that have parameters of their own."""
     return [module for module in model.modules() if list(module.parameters(recurse=False))]
 
 
 def sample_gradients(model: nn.Module, loss: Callable[[slice], Tensor], samples: int) -> list[Tensor]:
-    """Gradients of each sample's own part of a mean loss: of each layer (samples, d_out, d_in), the bias last."""
+    """Return the gradient of each sample's part of a mean loss, per layer (samples, d_out, d_in), the bias last."""
     parts = []
     for index in range(samples):
         model.zero_grad()
@@ -127,13 +127,13 @@ def sample_gradients(model: nn.Module, loss: Callable[[slice], Tensor], samples:
 
 
 def damped_solve(F: Tensor, gradient: Tensor, damping: float = 0.0) -> Tensor:
-    """(F + λI)⁻¹ times a gradient, as a vector."""
+    """Return (F + λI)⁻¹ times a gradient, taken as a vector."""
     eye = torch.eye(len(F), dtype=F.dtype)
     return torch.linalg.solve(F + damping * eye, gradient.reshape(-1)).reshape(gradient.shape)
 
 
 def layer_steps(model: nn.Module, preconditioner: KFAC, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the layers, as matrices, after a backward pass and after a step."""
+    """Return the gradients of the layers as matrices, after a backward pass and after a step."""
     model.zero_grad()
     loss.backward()
     before = [layer_gradient(layer) for layer in layers_of(model)]

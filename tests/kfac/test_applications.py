@@ -35,14 +35,14 @@ from kfac.systems import damped_solve, some_systems
 TERMS = 40
 
 
-def filled(model, strategy, terms=TERMS):
+def with_data(model, strategy, terms=TERMS):
     preconditioner = KFAC(model, strategy, decay=0.0)
     stepped(model, preconditioner, loss_of(model, batch(terms, 10, 4)))
     return preconditioner
 
 
 def dense_evidence(model, preconditioner, traces, precisions):
-    """By log det of N A ⊗ G + δI with every matrix formed; traces are those of the dense factors."""
+    """Return the evidence with N A ⊗ G + δI formed; ``traces`` is a preconditioner with the dense factors."""
     total = -3.0
     for index, (layer, precision) in enumerate(zip(preconditioner._layers, precisions, strict=True)):
         trace = {side: average(traces, side, index).trace() for side in ("input", "output")}
@@ -59,10 +59,10 @@ def dense_evidence(model, preconditioner, traces, precisions):
 
 @pytest.mark.parametrize("tail", [0.0, 0.01, "mean"])
 @some_systems(Exact(), Randomized(3, oversample=2), Brand(3), Brand(3, form="eigh"), BrandRandomized(3))
-def test_it_is_the_dense_formula(strategy, tail):
+def test_evidence_is_the_dense_formula(strategy, tail):
     model = mlp(10, 20, 8, 4)
-    preconditioner = filled(model, replace(strategy, tail=tail))
-    traces = filled(mlp(10, 20, 8, 4), Exact())
+    preconditioner = with_data(model, replace(strategy, tail=tail))
+    traces = with_data(mlp(10, 20, 8, 4), Exact())
     for precision in (torch.tensor(0.7), torch.tensor([0.7, 0.1, 2.0])):
         result = evidence(preconditioner, -3.0, precision, TERMS).item()
         expected = dense_evidence(model, preconditioner, traces, precision.expand(3).tolist())
@@ -70,35 +70,36 @@ def test_it_is_the_dense_formula(strategy, tail):
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    preconditioner = filled(mlp(10, 20, 4), Brand(6, tail="mean"))
+    preconditioner = with_data(mlp(10, 20, 4), Brand(6, tail="mean"))
 
-    def of(logarithm):
+    def of_log_precision(logarithm):
         return evidence(preconditioner, -3.0, logarithm.exp(), TERMS)
 
-    assert torch.autograd.gradcheck(of, torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True))
+    logarithms = torch.tensor([-1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(of_log_precision, logarithms)
 
 
 def test_the_cholesky_factorisation_and_ekfac_have_eigenvalues_too():
-    """One sample a batch: EK-FAC's values are the products."""
+    """For a batch of one sample, EK-FAC's values are the products."""
     strategies = EXACT, Exact(method="cholesky"), EKFAC(inverse_every=1)
-    results = [evidence(filled(mlp(10, 20, 4), own, 1), -3.0, 0.5, TERMS).item() for own in strategies]
+    results = [evidence(with_data(mlp(10, 20, 4), own, 1), -3.0, 0.5, TERMS).item() for own in strategies]
     assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-9)
 
 
-def test_half_the_digits_leave_the_value_to_their_rounding():
-    """Determinants are taken in float64: in float32 a small gain would be lost. Nor does `checked` stop them."""
+def test_factors_in_float32_change_the_value_by_rounding_only():
+    """Determinants are in float64, because float32 would lose a small gain. `checked` does not refuse them."""
     model, (inputs, labels), values = mlp(10, 20, 4), batch(TERMS, 10, 4), []
     for dtype in (torch.float64, torch.float32):
-        own = copy.deepcopy(model).to(dtype)
-        preconditioner = KFAC(own, Brand(3, tail="mean"))
-        stepped(own, preconditioner, loss_of(own, (inputs.to(dtype), labels)))
-        of_prior = 0.5e4 * sum(weight.double().square().sum().item() for weight in own.parameters())
+        copied = copy.deepcopy(model).to(dtype)
+        preconditioner = KFAC(copied, Brand(3, tail="mean"))
+        stepped(copied, preconditioner, loss_of(copied, (inputs.to(dtype), labels)))
+        of_prior = 0.5e4 * sum(weight.double().square().sum().item() for weight in copied.parameters())
         with checked():
             values.append(evidence(preconditioner, of_prior, 1e4, TERMS).item())
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
-def test_layers_of_every_kind_take_part():
+def test_evidence_takes_layers_of_every_kind():
     model = Words(9, 6, 4)
     preconditioner = KFAC(model, Exact())
     stepped(model, preconditioner, loss_of(model, (torch.randint(9, (8, 6)), torch.randint(4, (8,)))))
@@ -107,8 +108,8 @@ def test_layers_of_every_kind_take_part():
     assert len(set(values)) == 2
 
 
-def test_it_is_exact_for_a_linear_model_with_normal_noise():
-    """The square is −log p for noise of variance ½. The posterior is normal: Laplace's approximation is no other."""
+def test_evidence_is_exact_for_a_linear_model_with_normal_noise():
+    """The square is −log p for noise of variance ½. The posterior is normal, so Laplace's approximation is exact."""
     layer = mlp(5, 1, bias=False)[0]
     inputs, targets = torch.randn(TERMS, 5, dtype=torch.float64), torch.randn(TERMS, dtype=torch.float64)
     precision, eye = 0.7, torch.eye(TERMS, dtype=torch.float64)
@@ -132,8 +133,7 @@ DAMPING = 1e-3
 
 def network(*activations):
     torch.manual_seed(0)
-    widths = [2] + [5] * len(activations)
-    layers = [part for at, own in enumerate(activations) for part in (nn.Linear(*widths[at : at + 2]), own)]
+    layers = [part for index, own in enumerate(activations) for part in (nn.Linear(5 if index else 2, 5), own)]
     return nn.Sequential(*layers, nn.Linear(5, 1)).double()
 
 
@@ -142,7 +142,7 @@ def points(count, seed=1):
 
 
 def residual(u, x):
-    """Nonlinear in all columns."""
+    """Return a residual that depends on all columns."""
     return u.laplacian[:, 0] + u.value[:, 0].sin() * u.gradient[:, 0, 1] - x[:, 0]
 
 
@@ -155,7 +155,7 @@ PROBLEM = points(7), residual, points(4, 2).round(), at_boundary
 
 
 def columns_at(function, x, weights=ONES):
-    """Value, derivatives and Laplacian of each output at one point, by autograd, as rows."""
+    """Return the value, derivatives and Laplacian of each output at one point by autograd, as rows."""
     laplacian = jacrev(jacrev(function))(x).diagonal(dim1=-2, dim2=-1) @ weights
     return torch.cat([function(x)[None], jacrev(function)(x).T, laplacian[None]])
 
@@ -170,7 +170,7 @@ def test_columns_are_those_of_autograd(kind, weights):
 
 
 def dense_factors(model, index):
-    """(A, B) inside and at the boundary for a layer: z by autograd in the inputs, g by shifts of each column."""
+    """Return (A, B) of a layer inside and at the boundary: z by autograd, and g from shifts of each column."""
     before, linear, after = model[:index], model[index], model[index + 1 :]
     rows = []
     for x, is_inside in ((PROBLEM[0], True), (PROBLEM[2], False)):
@@ -180,12 +180,12 @@ def dense_factors(model, index):
             z = torch.cat([z, torch.eye(len(z), 1, dtype=z.dtype)], dim=1).detach()
             out = (z[:, :-1] @ linear.weight.T + z[:, -1:] * linear.bias).detach().requires_grad_()
 
-            def behind(shift, out=out):
-                """What is made of a paraboloid with these columns."""
+            def after_layer(shift, out=out):
+                """Return the later layers' output for a paraboloid that has these columns."""
                 return after(out[0] + shift @ out[1:-1] + out[-1] * shift.square().sum() / 4)
 
             if is_inside:
-                u = columns_at(behind, torch.zeros_like(row))
+                u = columns_at(after_layer, torch.zeros_like(row))
                 r = residual(Columns(u[:1], u[1:-1].T[None], u[-1:]), row[None]).sum()
             else:
                 r = at_boundary(after(out), row[None]).sum()
@@ -213,7 +213,7 @@ def test_the_step_solves_with_the_sum_of_the_dense_products(index):
     assert_near(layer_gradient(model[index]), damped_solve(total, gradient), 1e-7)
 
 
-def test_averaged_factors_are_the_means():
+def test_the_factors_of_a_system_are_the_mean_and_the_sum_of_both_terms():
     model = network(nn.Tanh(), nn.Tanh())
     preconditioner = PINN(model, EXACT, damping=DAMPING)
     (A, B), (A_boundary, B_boundary) = dense_factors(model, 2)
@@ -228,9 +228,9 @@ def test_training_goes_on_bit_equal(inverse):
     model = network(nn.Tanh(), nn.Tanh())
     preconditioner = PINN(model, inverse, damping=DAMPING)
 
-    def step(own, preconditioned, seed):
-        preconditioned.backward(points(7, seed), *PROBLEM[1:])
-        torch.optim.SGD(own.parameters(), 1e-4).step()
+    def step(trained, with_preconditioner, seed):
+        with_preconditioner.backward(points(7, seed), *PROBLEM[1:])
+        torch.optim.SGD(trained.parameters(), 1e-4).step()
 
     for seed in range(2):
         step(model, preconditioner, seed)
@@ -243,7 +243,7 @@ def test_training_goes_on_bit_equal(inverse):
     assert_equal(model, other)
 
 
-def test_the_report_of_the_sum_has_a_row_for_each_side_and_points_that_are_not_finite_change_nothing_else():
+def test_the_report_of_the_sum_has_a_row_for_each_side_and_non_finite_points_change_no_factor():
     model = network(nn.Tanh(), nn.Tanh()).float()
     preconditioner = PINN(model, damping=DAMPING)
     assert {row.reason for row in preconditioner.report().factors} == {"no data yet"}
@@ -257,17 +257,17 @@ def test_the_report_of_the_sum_has_a_row_for_each_side_and_points_that_are_not_f
     report = preconditioner.report()
     orders = [("0", "input", 3), ("0", "output", 5), ("2", "input", 6), ("2", "output", 5)]
     assert [(row.layer, row.side, row.n) for row in report.factors] == [*orders, ("4", "input", 6), ("4", "output", 1)]
-    # Two matrices in float64, and with one side the sum of the weights.
+    # Each side has two matrices in float64; the input side also has the total of the weights.
     assert [row.bytes for row in report.factors[:2]] == [8 * (2 * 3**2 + 1), 8 * 2 * 5**2]
     assert [row.dense_bytes for row in report.factors[:2]] == [8 * 3**2, 8 * 5**2]
     assert report.skipped == 1
-    # d + 2 rows a point inside, in float32.
+    # A point inside has d + 2 rows, in float32.
     assert report.captured_bytes == 4 * (7 * 4 + 4) * (3 + 5 + 6 + 5 + 6 + 1)
     assert "SumOfTwo" in str(report)
     assert "inside and at the boundary" in str(report)
 
 
-def test_the_report_of_factors_says_what_each_got():
+def test_the_report_of_factors_gives_their_strategies():
     preconditioner = PINN(network(nn.Tanh(), nn.Tanh()), Brand(3), damping=DAMPING)
     preconditioner.backward(*PROBLEM)
     rows = {(row.layer, row.side): row for row in preconditioner.report().factors}
@@ -280,29 +280,29 @@ def test_the_report_of_factors_says_what_each_got():
 # --- What is refused
 
 
-def of(strategy=EXACT, precision=1.0, terms=TERMS, started=True):
+def evidence_of(strategy=EXACT, precision=1.0, terms=TERMS, started=True):
     model = mlp(10, 20, 4)
-    return evidence(filled(model, strategy) if started else KFAC(model, strategy), -3.0, precision, terms)
+    return evidence(with_data(model, strategy) if started else KFAC(model, strategy), -3.0, precision, terms)
 
 
-def read(model, inverse=None):
-    """Take the state of another network."""
+def load_other_state(model, inverse=None):
+    """Load the state of another network."""
     preconditioner = PINN(network(nn.Tanh()))
     preconditioner.backward(*PROBLEM)
     PINN(model, inverse).load_state_dict(preconditioner.state_dict())
 
 
-NARROW = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+OTHER, NARROW = network(nn.Tanh()), nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
 COLUMNS = PROBLEM[0], lambda u, x: u.value, *PROBLEM[2:]
 KIND = r"evidence: 0: the strategy must be Exact, EKFAC.*; got"
 REFUSED = [
-    *((partial(of, own), TypeError, KIND) for own in (Foof(Exact()), InverseFree(), ConjugateGradient())),
-    (partial(of, precision=torch.ones(3)), ValueError, r"must be .* batch shape \(2,\) of the layers; got \(3,\)"),
-    (partial(of, precision=0), ValueError, "evidence: prior_precision must be finite and > 0; got 0"),
-    (partial(of, terms=0), ValueError, "evidence: terms must be at least 1; got 0"),
-    (partial(of, started=False), ValueError, "evidence: 0 must have data; take steps of KFAC"),
-    (partial(read, network(nn.Tanh()), Exact()), ValueError, r"must be that of Exact\(.*\) of 2 layers; got None of 2"),
-    (partial(read, NARROW), ValueError, r"0: interior input must have shape \(2, 2\); got \(3, 3\)"),
+    *((partial(evidence_of, own), TypeError, KIND) for own in (Foof(Exact()), InverseFree(), ConjugateGradient())),
+    (partial(evidence_of, precision=torch.ones(3)), ValueError, r"must be .* batch shape \(2,\) of the layers; got"),
+    (partial(evidence_of, precision=0), ValueError, "evidence: prior_precision must be finite and > 0; got 0"),
+    (partial(evidence_of, terms=0), ValueError, "evidence: terms must be at least 1; got 0"),
+    (partial(evidence_of, started=False), ValueError, "evidence: 0 must have data; take steps of KFAC"),
+    (partial(load_other_state, OTHER, Exact()), ValueError, r"must be that of Exact\(.*\) of 2 layers; got None of 2"),
+    (partial(load_other_state, NARROW), ValueError, r"0: interior input must have shape \(2, 2\); got \(3, 3\)"),
     (lambda: PINN(network(nn.Tanh())).backward(*COLUMNS), ValueError, r"shape \(N,\) = \(7,\), .*; got \(7, 1\)"),
 ]
 

@@ -1,4 +1,4 @@
-"""Checkpoints: training goes on from them bit by bit, also through torch.distributed.checkpoint; what is refused."""
+"""Checkpoints: training continues bit by bit, also through torch.distributed.checkpoint; wrong states are refused."""
 
 import copy
 import re
@@ -25,10 +25,10 @@ from brandla.kfac import (
 from kfac.networks import assert_equal, batch, mlp, through_a_file, train
 from kfac.systems import SYSTEMS, falling, growing, rule, seldom, some_systems
 
-# Of torch.distributed one process is what is meant.
+# One process without torch.distributed is intended here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled")
 
-# Of every system, with a state of every shape, and at ranks that change between the checkpoint and the end.
+# Every system, states of every shape, and ranks that change between the checkpoint and the end.
 STREAMS = SYSTEMS | {
     "structured": InverseFree("hierarchical", variant="ikfac", preconditioner_every=3),
     "mean-tail": BrandRandomized(6, overwrite_every=3, tail="mean"),
@@ -48,7 +48,7 @@ def data(*seeds):
 
 
 def trained(strategy, model=None, steps=1, **options):
-    """A network, or the one given, after steps on the first batches."""
+    """Train a network on the first batches; return it and its preconditioner."""
     model = network() if model is None else model
     preconditioner = KFAC(model, strategy, **options)
     train(model, preconditioner, data(steps))
@@ -56,12 +56,12 @@ def trained(strategy, model=None, steps=1, **options):
 
 
 def assert_same(one, other):
-    """The same numbers and tensors, in the same order."""
+    """Assert that both have the same numbers and tensors, in the same order."""
     for left, right in zip(tree_leaves(one), tree_leaves(other), strict=True):
         assert torch.equal(left, right) if isinstance(left, Tensor) else left == right
 
 
-# Whose direction is state too.
+# With this clip, the direction is part of the state.
 SPECTRAL = {"clip_by": "spectral", "clip": 0.01}
 WAYS = {
     **{(name, "file"): own for name, own in STREAMS.items()},
@@ -71,7 +71,7 @@ WAYS = {
 
 @pytest.mark.parametrize("name", WAYS, ids="-".join)
 def test_training_goes_on_bit_equal(name, tmp_path):
-    """From a file and through torch.distributed, and a state stays as it is meanwhile."""
+    """From a file and through torch.distributed; later training does not change a state."""
     strategy, (_, way) = WAYS[name], name
     model, preconditioner = trained(strategy, steps=4, **SPECTRAL)
     state = {"model": copy.deepcopy(model.state_dict()), "kfac": preconditioner.state_dict()}
@@ -88,7 +88,7 @@ def test_training_goes_on_bit_equal(name, tmp_path):
         resumed.load_state_dict(checkpoint["kfac"] if way == "file" else read_state(tmp_path))
     train(other, resumed, data(4, 7))
     if name == ("exact", "read"):
-        # Products with eigenvectors that lay by columns, and now lie by rows, round differently.
+        # The eigenvectors were stored by columns and are now stored by rows, so products round differently.
         torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
     else:
         assert_equal(model, other)
@@ -97,7 +97,7 @@ def test_training_goes_on_bit_equal(name, tmp_path):
 
 @some_systems("brand", InverseFree())
 def test_a_load_in_place_of_a_new_preconditioner_is_refused(strategy, tmp_path):
-    """Its tensors have no place yet, and would be left out."""
+    """It has no tensors yet to load into, so they would be left out."""
     dcp.save({"kfac": trained(strategy)[1]}, checkpoint_id=tmp_path)
     resumed = KFAC(network(), strategy)
     with pytest.raises(ValueError, match=r"0: the state lacks input.(state|direction).*: use brandla.kfac.read_state"):
@@ -126,7 +126,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
     for state, message in (
         (KFAC(network(), Brand(6)).state_dict(), "same layers; missing ['4'], unexpected []"),
         (wrong, "2 (output): root must have shape (30, 6); got (3, 6)"),
-        ({**before, "format": 3}, "must have format 6; got 3; one of another version cannot be read"),
+        ({**before, "format": 3}, "must have format 6; got 3; other versions cannot be read"),
         ({}, "format"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -145,7 +145,7 @@ OTHERS = [
 OTHER_STRATEGY = "0: the strategy must be {}, as in this preconditioner; the state has {}"
 LINEAR, NORM, WIDER = (lambda: nn.Linear(10, 10)), (lambda: nn.LayerNorm(10)), (lambda: nn.Linear(11, 10))
 OTHER_SHAPE = r"0 \(input\): (root|dense) must have shape"
-# Strategies and layers of a preconditioner, and of the state that it is given.
+# Strategies and layers of a preconditioner, and of the state that it loads.
 REFUSED = [
     *(
         (own, LINEAR, other, LINEAR, re.escape(OTHER_STRATEGY.format(own, other)))
@@ -166,7 +166,7 @@ def test_a_state_of_another_strategy_or_layer_is_refused(asked, layer, given, ot
 
 @some_systems("exact", "ekfac", "singd")
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_frozen_layer_takes_no_memory_and_goes_on_from_what_it_had_when_it_thaws(strategy, steps):
+def test_a_frozen_layer_takes_no_memory_and_continues_from_its_state_when_it_thaws(strategy, steps):
     model, expected = trained(strategy, steps=steps)
     frozen = copy.deepcopy(model)
     frozen[0].weight.requires_grad_(False)
@@ -178,6 +178,6 @@ def test_a_frozen_layer_takes_no_memory_and_goes_on_from_what_it_had_when_it_tha
     assert {row.layer for row in report.factors} == ({"0", "2"} if steps else {"2"})
     assert (saved["layers"]["0"]["curvature"] == {}) == (not steps)
     frozen[0].weight.requires_grad_(True)
-    for own, preconditioned in ((frozen, preconditioner), (model, expected)):
-        train(own, preconditioned, data(steps, steps + 1))
+    train(frozen, preconditioner, data(steps, steps + 1))
+    train(model, expected, data(steps, steps + 1))
     assert_equal(frozen, model)

@@ -1,4 +1,4 @@
-"""How long a step may be: the spectral norm of each weight's, weights whose curvature is rounding, and cancellation."""
+"""The length of a step: clips, weights whose curvature is rounding, and cancellation."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import KFAC, Brand, Exact, InverseFree, TwoLevel
-from brandla.kfac.clip import by_rms, spectral
+from brandla.kfac.clip import rms_divisors, spectral_norms
 from brandla.kfac.systems.two_level import _unit
 from kfac.networks import average, batch, layer_gradient, loss_of, mlp, stepped
 from kfac.systems import every_system, some_systems
@@ -18,7 +18,7 @@ def norm_of(matrix):
 
 
 def in_metric(preconditioner, steps):
-    """The square root of sᵀ F s of all layers together, F block-diagonal with damped blocks."""
+    """Return √(sᵀ F s) over all layers, F block-diagonal with damped blocks."""
     squared = 0.0
     for index, step in enumerate(steps):
         sides = (average(preconditioner, side, index) for side in ("output", "input"))
@@ -27,7 +27,7 @@ def in_metric(preconditioner, steps):
     return [squared**0.5]
 
 
-# What each clip bounds, the bound, and how exactly it is met.
+# The length that each clip bounds, the bound, and its relative error.
 CLIPS = {
     "rms": (lambda _, steps: [float(step.square().mean().sqrt()) for step in steps], 1e-3, 1e-6),
     "kl": (in_metric, 1e-3**0.5, 1e-6),
@@ -39,7 +39,7 @@ CLIPS = {
 @pytest.mark.parametrize("application", ["auto", "two-sided"])
 @pytest.mark.parametrize("clip_by", CLIPS)
 def test_the_length_of_a_step_is_at_most_the_clip(clip_by, application, gradient):
-    """A step that is longer has that length and the same direction; a shorter one, one of 0 too, stays as it is."""
+    """A longer step is scaled to that length; a shorter step, also a step of 0, stays unchanged."""
     length, bound, error = CLIPS[clip_by]
     options = {"clip_by": clip_by, "application": application, "gradient": gradient, "damping": 0.1}
     found, lengths = [], []
@@ -58,25 +58,25 @@ def test_the_length_of_a_step_is_at_most_the_clip(clip_by, application, gradient
         torch.testing.assert_close(clipped / clipped.norm(), free / free.norm())
 
 
-def test_a_norm_is_found_at_once_where_the_old_direction_has_no_part_in_it():
+def test_a_norm_is_found_even_if_the_old_direction_is_orthogonal():
     step = torch.diag(torch.tensor([0.0, 0.0, 3.0, 1.0]))
-    gone = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    for start in (None, gone):
-        (known,) = spectral([step], [start], seed=3)
-        assert known.norm == pytest.approx(3, rel=1e-2)
-        torch.testing.assert_close(known.direction.abs(), torch.eye(4)[2], rtol=0, atol=0.1)
-    (pair,) = spectral([(step, torch.eye(4))], [known.direction], seed=3)
+    orthogonal = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    for start in (None, orthogonal):
+        (found,) = spectral_norms([step], [start], seed=3)
+        assert found.norm == pytest.approx(3, rel=1e-2)
+        torch.testing.assert_close(found.direction.abs(), torch.eye(4)[2], rtol=0, atol=0.1)
+    (pair,) = spectral_norms([(step, torch.eye(4))], [found.direction], seed=3)
     torch.testing.assert_close(pair.norm, torch.tensor(3.0))
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_a_step_without_a_norm_leaves_the_direction_as_it_was(bad):
+def test_a_step_without_a_norm_leaves_the_direction_unchanged(bad):
     before = torch.tensor([0.6, 0.8])
-    (known,) = spectral([torch.full((3, 2), bad)], [before], seed=0)
-    assert torch.equal(known.direction, before)
+    (found,) = spectral_norms([torch.full((3, 2), bad)], [before], seed=0)
+    assert torch.equal(found.direction, before)
 
 
-def test_scales_are_clipped_as_a_diagonal_matrix_and_projections_each_by_itself():
+def test_scales_are_clipped_as_a_diagonal_matrix_and_each_projection_separately():
     torch.manual_seed(0)
     model = nn.ModuleDict({"norm": nn.LayerNorm(12), "attention": nn.MultiheadAttention(12, 2)})
     preconditioner = KFAC(model, Exact(inverse_every=1), clip=0.05, clip_by="spectral")
@@ -91,7 +91,7 @@ def test_scales_are_clipped_as_a_diagonal_matrix_and_projections_each_by_itself(
 
 
 def attention_steps(strategy, steps=4, **options):
-    """Steps and gradients of the projections of queries, keys and values, of a mean over positions."""
+    """Return steps and gradients of the projections of queries, keys and values, for a mean over positions."""
     torch.manual_seed(0)
     model = nn.ModuleList([nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)])
     preconditioner = KFAC(model, strategy, sharing="reduce", **options)
@@ -110,7 +110,7 @@ def attention_steps(strategy, steps=4, **options):
 @pytest.mark.parametrize("curvature", ["empirical", "monte-carlo"])
 @every_system
 def test_keys_whose_summed_gradients_are_rounding_take_no_huge_step(strategy, curvature):
-    """Softmax is blind to what is added to all keys alike: the sum of their gradients is 0, each by itself is not."""
+    """Softmax ignores a vector added to all keys: the sum of their gradients is 0, but each gradient is not."""
     steps, gradients = attention_steps(strategy, clip=None, curvature=curvature)
     lengths = [float(part.norm()) for part in steps]
     assert lengths[1] < 50 * max(lengths[0], lengths[2])
@@ -120,14 +120,14 @@ def test_keys_whose_summed_gradients_are_rounding_take_no_huge_step(strategy, cu
 
 @pytest.mark.parametrize(("clip_by", "clip"), [("rms", 0.07), ("kl", 0.01), ("spectral", 0.3)])
 @some_systems("exact", "brand", "ekfac", "singd", "two-level")
-def test_no_projection_of_an_attention_stands_still_for_another(strategy, clip_by, clip):
+def test_all_projections_of_an_attention_keep_moving(strategy, clip_by, clip):
     steps, _ = attention_steps(strategy, clip=clip, clip_by=clip_by)
     lengths = [float(part.norm()) for part in steps]
     assert max(lengths) < 100 * min(lengths)
 
 
 def test_a_channel_whose_curvature_is_rounding_does_not_outweigh_the_others():
-    """Of the gradient ε and the block ε² the step would be 1/ε."""
+    """With the gradient ε and the block ε², the step would be 1/ε."""
     norm = nn.LayerNorm(4)
     preconditioner = KFAC(norm, Exact(), clip=None)
     scales = torch.tensor([1.0, 1.0, 1.0, 1e-9])
@@ -136,12 +136,12 @@ def test_a_channel_whose_curvature_is_rounding_does_not_outweigh_the_others():
     assert step[3].abs() < step[:3].abs().max()
 
 
-def test_a_step_whose_length_is_not_finite_is_none():
-    assert by_rms([[torch.full((2,), math.inf)]], 0.07)[0] == math.inf
+def test_a_step_of_infinite_length_has_an_infinite_divisor():
+    assert rms_divisors([[torch.full((2,), math.inf)]], 0.07)[0] == math.inf
 
 
 def cancelling(seed, rest):
-    """A pair of twice 16 columns with P Qᵀ smaller by ``rest`` than the terms of the sum."""
+    """Return a pair of twice 16 columns whose product P Qᵀ is ``rest`` times as large as its terms."""
     generator = torch.Generator().manual_seed(seed)
     first, second, error = (torch.randn(n, 16, generator=generator) for n in (60, 80, 80))
     return torch.cat([first, first], dim=1), torch.cat([second, rest * error - second], dim=1)
@@ -149,16 +149,16 @@ def cancelling(seed, rest):
 
 @pytest.mark.parametrize(("rest", "clip_by"), [(0.0, "rms"), (1e-6, "rms"), (1e-4, "rms"), (1e-6, "kl")])
 def test_a_step_that_cancels_is_clipped_too(rest, clip_by):
-    """It is as long as its entries are: the Gram matrices of its pair give a square of either sign, all of it rounding.
+    """The entries give its length: Gram matrices of the pair would give only rounding, of either sign.
 
-    Inputs are there twice, with gradients that are opposite up to ``rest``; λ is so small that what is left of their
-    sum is as long as the bound and more.
+    Inputs appear twice, with opposite gradients up to ``rest``. λ is so small that the rest of the sum is longer than
+    the bound.
     """
     for seed in range(5):
         first, second = cancelling(seed, rest)
         model = mlp(60, 80, bias=False, seed=seed, dtype=torch.float32)[0]
         preconditioner = KFAC(model, Brand(16), damping=1e-7, clip=0.07, clip_by=clip_by)
-        # The gradient of the sum of outputs times a constant is that constant, sample by sample.
+        # The loss is linear in the outputs, so the output gradients are its coefficients.
         (step,) = stepped(model, preconditioner, (model(first.mT) * second.mT).sum())
         assert step.isfinite().all()
         # A sum of 4800 squares: a relative error of a few ε.
@@ -170,13 +170,13 @@ def test_unit_vectors_of_the_coarse_space_are_finite_where_pairs_cancel():
     for seed in range(20):
         first, second = _unit(cancelling(seed, 1e-5))
         assert first.isfinite().all()
-        # No longer than 1, however small the product is.
+        # The length is at most 1, however small the product is.
         assert norm_of(first.double() @ second.double().mT) <= 1
 
 
 @some_systems(Brand(16), Exact(), InverseFree(), TwoLevel(Brand(16)), TwoLevel(Exact(), space="residual"))
 def test_weights_stay_finite_where_gradients_of_samples_cancel(strategy):
-    """Every input is there twice, with targets on either side: at the optimum terms are left of a gradient of 0."""
+    """Every input appears twice, with targets on either side: at the optimum the gradient is 0, but not its terms."""
     torch.manual_seed(0)
     inputs, targets, errors = torch.randn(8, 100), torch.randn(8, 60), torch.randn(8, 60)
     inputs, targets = torch.cat([inputs, inputs]), torch.cat([targets + errors, targets - errors])

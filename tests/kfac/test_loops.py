@@ -1,6 +1,6 @@
-"""Other people's training loops, as the recipes have them: each trains as by hand, and resumes, to the bit.
+"""Training loops of other libraries, from the recipes: each trains and resumes bit-equal to a loop by hand.
 
-Blocks marked "py" run here alone, where the packages are installed.
+Blocks marked "py" run only here, if the packages are installed.
 """
 
 import itertools
@@ -25,21 +25,21 @@ BLOCK = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RATE, ACCUMULATED = 0.03, 2
 SETTINGS = [("float32", None), ("float32", 0.1), ("bfloat16", None)]
 
-# The loops, and what they import, warn of their own matters; mistakes that K-FAC tells are none here.
+# Warnings of the loops and their imports are ignored, but warnings of K-FAC are errors.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:KFAC. (?!some factors)")]
 
 
 def blocks(page):
-    """Return the blocks of a page by the heading that they stand under."""
+    """Return the blocks of a page by heading."""
     parts = re.split(r"^#+ (.*)$", (RECIPES / f"{page}.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
     return {heading: BLOCK.findall(text) for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def piece(page, heading, *other):
-    """Return what the first block under a heading defines, with one call in another's place if asked."""
+def names_in(page, heading, *replacement):
+    """Return the names that the first block under a heading defines, after an optional replacement of text."""
     source = blocks(page)[heading][0]
     names = {"torch": torch}
-    exec(source.replace(*other) if other else source, names)
+    exec(source.replace(*replacement) if replacement else source, names)
     return names
 
 
@@ -63,13 +63,13 @@ def examples(count=64):
     return TensorDataset(torch.randn(count, 12), torch.randint(8, (count,)))
 
 
-def parts(model):
+def optimizer_and_kfac(model):
     return torch.optim.SGD(model.parameters(), RATE), KFAC(model, Brand(rank=2))
 
 
 def by_hand(model, losses, dtype, before, after):
-    """Train, with ``before`` and ``after`` around K-FAC's step; losses are divided already."""
-    optimizer, preconditioner = parts(model)
+    """Train, with ``before`` and ``after`` around K-FAC's step; losses are already divided."""
+    optimizer, preconditioner = optimizer_and_kfac(model)
     for number, loss in enumerate(losses, 1):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             value = loss()
@@ -105,9 +105,9 @@ def gpt2(dropout):
 def sentences():
     torch.manual_seed(1)
     words = torch.randint(40, (64, 10))
-    # No model predicts the first word; how often Trainer counts it depends on its version.
+    # No model predicts the first word. Versions of Trainer differ in how often they count its label.
     labels = words.index_fill(1, torch.tensor([0]), -100)
-    return [{"input_ids": one, "labels": own} for one, own in zip(words, labels, strict=True)]
+    return [{"input_ids": sentence, "labels": label} for sentence, label in zip(words, labels, strict=True)]
 
 
 def trainer(optimizer, callback, model, folder, **options):
@@ -134,8 +134,8 @@ def test_trainer_trains_as_by_hand(tmp_path, dtype, most):
     models = [gpt2(0.0), gpt2(0.0)]
     models[1].load_state_dict(models[0].state_dict())
     options = {"train_sampling_strategy": "sequential", "max_grad_norm": most or 0, "bf16": dtype == "bfloat16"}
-    optimizer, preconditioner = parts(models[0])
-    callback = piece("training-loops", "Hugging Face Trainer")["WithKFAC"](preconditioner)
+    optimizer, preconditioner = optimizer_and_kfac(models[0])
+    callback = names_in("training-loops", "Hugging Face Trainer")["WithKFAC"](preconditioner)
     trainer(optimizer, callback, models[0], tmp_path, num_train_epochs=1, save_strategy="no", **options).train()
     batches = [
         {name: torch.stack([one[name] for one in sentences()[at : at + 8]]) for name in ("input_ids", "labels")}
@@ -149,34 +149,34 @@ def test_trainer_trains_as_by_hand(tmp_path, dtype, most):
 
 @pytest.mark.parametrize("two_optimizers", [False, True])
 def test_trainer_resumes_to_the_bit(tmp_path, two_optimizers):
-    """In the middle of an epoch, with dropout and a shuffled order."""
+    """It resumes in the middle of an epoch, with dropout and a shuffled order."""
 
-    def made(model, folder):
+    def make_trainer(model, folder):
         if two_optimizers:
             preconditioner = KFAC(model, {"": Brand(rank=2), "transformer.wte": None})
             optimizer = torch.optim.SGD(preconditioner.parameters(), RATE)
             rest = torch.optim.AdamW(preconditioner.others(), 1e-3)
-            callback = piece("fine-tuning", "Fine-tuning")["WithKFAC"](preconditioner, rest)
+            callback = names_in("fine-tuning", "Fine-tuning")["WithKFAC"](preconditioner, rest)
         else:
-            optimizer, preconditioner = parts(model)
-            callback = piece("training-loops", "Hugging Face Trainer")["WithKFAC"](preconditioner)
+            optimizer, preconditioner = optimizer_and_kfac(model)
+            callback = names_in("training-loops", "Hugging Face Trainer")["WithKFAC"](preconditioner)
         loop = trainer(optimizer, callback, model, folder, max_steps=3, max_grad_norm=0)
         return loop, callback.parts if two_optimizers else {"kfac": preconditioner}
 
     torch.manual_seed(0)
     whole, resumed = gpt2(0.1), gpt2(0.1)
-    made(whole, tmp_path)[0].train()
+    make_trainer(whole, tmp_path)[0].train()
     checkpoint = tmp_path / "checkpoint-2"
     saved = torch.load(checkpoint / "kfac.pt")
-    loop, known = made(resumed, tmp_path / "again")
-    for name, part in known.items():
+    loop, parts = make_trainer(resumed, tmp_path / "again")
+    for name, part in parts.items():
         part.load_state_dict(saved[name] if two_optimizers else saved)
     loop.train(resume_from_checkpoint=str(checkpoint))
     assert_equal(resumed, whole)
 
 
 def fitted(folder, model, epochs, checkpoint=None, **options):
-    """Train by Lightning."""
+    """Train with Lightning, and return its Trainer."""
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
@@ -192,12 +192,9 @@ def fitted(folder, model, epochs, checkpoint=None, **options):
 
     module = Module()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    preconditioner = KFAC(module, Brand(rank=2), scaler=options.pop("scaler", None))
     loop = lightning.Trainer(
-        callbacks=[
-            piece("training-loops", "Lightning")["WithKFAC"](
-                KFAC(module, Brand(rank=2), scaler=options.pop("scaler", None))
-            )
-        ],
+        callbacks=[names_in("training-loops", "Lightning")["WithKFAC"](preconditioner)],
         accumulate_grad_batches=ACCUMULATED,
         max_epochs=epochs,
         default_root_dir=folder,
@@ -218,7 +215,7 @@ def test_lightning_trains_as_by_hand(tmp_path, dtype, most):
 
 
 def test_lightning_takes_the_scaler_of_float16(tmp_path):
-    """On a CPU too: training is that in float32, but for what float16 rounds."""
+    """Also on a CPU, where training equals training in float32 up to the rounding of float16."""
     precision = pytest.importorskip("lightning.pytorch.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     model = network()
@@ -235,16 +232,16 @@ def test_lightning_resumes_to_the_bit(tmp_path):
 
 
 def accelerated(model, dtype="float32", most=None):
-    """Return accelerate's object, and a function that trains on some examples."""
+    """Return the Accelerator, and a function that trains on some examples."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if dtype == "bfloat16" else "no"
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED, mixed_precision=precision)
-    optimizer, preconditioner = parts(model)
+    optimizer, preconditioner = optimizer_and_kfac(model)
     prepared = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(preconditioner)
     clip = () if most is None else ("unscale_gradients()", f"clip_grad_norm_(model.parameters(), {most})")
-    train = piece("training-loops", "accelerate", *clip)["train"]
+    train = names_in("training-loops", "accelerate", *clip)["train"]
     return accelerator, lambda data: train(accelerator, *prepared, DataLoader(data, 8), preconditioner)
 
 

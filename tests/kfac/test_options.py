@@ -71,7 +71,7 @@ VALUES = [
     (lambda: Exact(inverse_every=0), "Exact: inverse_every must be at least 1; got 0"),
     (lambda: Exact(inverse_every=lambda step: 0), "Exact: inverse_every must be at least 1; got 0"),
     (lambda: Exact(method="qr"), "Exact: method must be 'eigh' or 'cholesky'; got 'qr'"),
-    (lambda: Exact(method="cholesky", tail="smallest"), "Exact: tail has no meaning for method='cholesky'"),
+    (lambda: Exact(method="cholesky", tail="smallest"), "Exact: tail must be 0 for method='cholesky'"),
     (lambda: Exact(method="cholesky", tail=0.1), "leaves no eigenvalue out; got 0.1"),
     (lambda: Randomized(4, method="qr"), "Randomized: method must be 'svd' or 'eigh'; got 'qr'"),
     (lambda: Randomized(4, oversample=-1), "Randomized: oversample must be at least 0; got -1"),

@@ -1,4 +1,4 @@
-"""Systems that solve with the rows of a batch or a few: against dense solves with A ⊗ G + λI, and with F = N Σ v vᵀ."""
+"""Systems that solve with rows of batches, against dense solves with A ⊗ G + λI and with F = N Σ v vᵀ."""
 
 from dataclasses import replace
 from functools import partial
@@ -37,33 +37,33 @@ def flat(matrices):
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
 
 
-def own_gradients(model, data):
-    """By layer, v of each sample by autograd, as rows."""
+def gradients_by_sample(model, data):
+    """Return by layer v of each sample, by autograd, as rows."""
     found = sample_gradients(model, lambda part: loss_of(model, (data[0][part], data[1][part])), len(data[1]))
     return [v.flatten(1) for v in found]
 
 
 def fishers(model, data):
-    """N Σ v vᵀ of each layer."""
-    return [len(v) * v.T @ v for v in own_gradients(model, data)]
+    """Return N Σ v vᵀ of each layer."""
+    return [len(v) * v.T @ v for v in gradients_by_sample(model, data)]
 
 
 def fisher(model, data, uses=()):
-    """D (Σ v vᵀ) D of all layers, with √N of each layer on D's diagonal: N counts positions, as it does in A and G."""
-    parts = own_gradients(model, data)
+    """Return D (Σ v vᵀ) D of all layers, with √N of each layer on D's diagonal. N counts positions, as in A and G."""
+    parts = gradients_by_sample(model, data)
     rows = torch.cat([v * n**0.5 for v, n in zip(parts, uses or map(len, parts), strict=True)], dim=1)
     return rows.T @ rows
 
 
 def words(count=8, seed=0):
-    """Indices and labels for `Words`."""
+    """Return indices and labels for `Words`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(7, (count, 5), generator=generator), torch.randint(3, (count,), generator=generator)
 
 
 @pytest.mark.parametrize(("strategy", "least"), [(CONVERGED, 0.8), (Woodbury(), 0.9)], ids=["cg", "woodbury"])
 def test_relative_damping_goes_by_the_largest_eigenvalue(strategy, least):
-    """By d₁ as power iteration finds it, from below: the step is as near as that leaves it."""
+    """Power iteration estimates d₁ from below, so the step lies between two bounds."""
     layer, data = mlp(8, 5)[0], batch(10, 8, 5)
     (F,) = fishers(layer, data)
     step = layer_step(layer, KFAC(layer, strategy, damping=DAMPING, clip=None), data)
@@ -79,7 +79,7 @@ def test_relative_damping_goes_by_the_largest_eigenvalue(strategy, least):
 
 @pytest.mark.parametrize("batches", [1, 2, 5])
 def test_converged_step_is_the_dense_solve_with_the_latest_batches(batches):
-    """With weighted means of their A and G."""
+    """A and G are weighted means over these batches."""
     layer = mlp(8, 5)[0]
     preconditioner = KFAC(layer, ConjugateGradient(60, batches=batches), decay=0.7, **DENSE)
     factors = []
@@ -89,13 +89,13 @@ def test_converged_step_is_the_dense_solve_with_the_latest_batches(batches):
         weights = torch.tensor([0.7**age for age in range(len(factors))], dtype=torch.float64)
         weights /= weights.sum()
         A, G = (torch.einsum("b,bij->ij", weights, torch.stack(side)) for side in zip(*factors, strict=True))
-        # Stagnation at about ε κ, κ = 1 + d₁/λ below 1e4.
+        # The iteration stagnates at about ε κ, where κ = 1 + d₁/λ is below 1e4.
         assert_near(step.result, damped_solve(torch.kron(G, A), step.gradient, DAMPING), 1e-11)
 
 
 @pytest.mark.parametrize("iterations", [2, 500])
 def test_one_datum_converges_in_two_iterations_and_stays(iterations):
-    """A ⊗ G + λI has two different eigenvalues. At the solution residual and directions are 0 or rounding: no 0/0."""
+    """A ⊗ G + λI has two different eigenvalues. At the solution residuals are 0 or rounding, and 0/0 must not occur."""
     layer, data = mlp(6, 4)[0], batch(1, 6, 4)
     preconditioner = KFAC(layer, ConjugateGradient(iterations), damping=DAMPING, clip=None)
     step = layer_step(layer, preconditioner, data)
@@ -107,8 +107,8 @@ def test_one_datum_converges_in_two_iterations_and_stays(iterations):
     assert not any(part.any() for part in stepped(layer, preconditioner, 0 * layer(data[0]).sum()))
 
 
-def test_warm_start_goes_on_from_the_last_step():
-    """With the same batch again and again, a few iterations a step get to where many get at once."""
+def test_warm_start_continues_from_the_last_step():
+    """If the batch repeats, a few iterations per step reach the result of many iterations."""
     layer, data = mlp(30, 20)[0], batch(40, 30, 20)
     errors = {}
     for warm in (False, True):
@@ -138,23 +138,23 @@ def test_memory_is_that_of_rows_and_grows_only_with_larger_batches():
 # --- The natural gradient of a batch: F = N Σ v vᵀ, v by autograd
 
 
-def assert_solves(model, preconditioner, loss, known):
-    """A step is that of the dense solve with a known F of each layer."""
-    for F, gradient, step in zip(known, *layer_steps(model, preconditioner, loss), strict=True):
+def assert_solves(model, preconditioner, loss, expected):
+    """Assert that a step is the dense solve with the expected F of each layer."""
+    for F, gradient, step in zip(expected, *layer_steps(model, preconditioner, loss), strict=True):
         assert_near(step, damped_solve(F, gradient, DAMPING), 1e-9)
 
 
 @both_applications
-@pytest.mark.parametrize("change", ["none", "penalty", "told", "in pieces"])
+@pytest.mark.parametrize("change", ["none", "penalty", "terms", "in chunks"])
 def test_step_of_each_layer_is_the_dense_solve(change, application, monkeypatch):
-    """Of layers of every kind; where the gradient is that of the rows, and where it is not."""
-    if change == "in pieces":
-        monkeypatch.setattr("brandla.kfac.systems.samples._AT_ONCE", 1)
+    """For layers of every kind, whether the gradient is the product of the rows or not."""
+    if change == "in chunks":
+        monkeypatch.setattr("brandla.kfac.systems.samples._CHUNK_ENTRIES", 1)
     model, data = Words(7, 4, 3), words()
-    known, preconditioner = fishers(model, data), KFAC(model, Woodbury(), application=application, **DENSE)
-    loss = loss_of(model, data, preconditioner if change == "told" else None)
+    expected, preconditioner = fishers(model, data), KFAC(model, Woodbury(), application=application, **DENSE)
+    loss = loss_of(model, data, preconditioner if change == "terms" else None)
     penalty = sum(weight.square().sum() for weight in model.parameters()) / 10 if change == "penalty" else 0
-    assert_solves(model, preconditioner, loss + penalty, known)
+    assert_solves(model, preconditioner, loss + penalty, expected)
     assert bool(preconditioner._layers[-1].linear) == (application == "auto" and change != "penalty")
 
 
@@ -165,21 +165,21 @@ def test_a_kept_batch_solves_for_later_gradients():
     for step in range(5):
         data = batch(9, 6, 4, seed=step)
         if step % 3 == 0:
-            known = fishers(layer, data)
-        assert_solves(layer, preconditioner, loss_of(layer, data), known)
+            expected = fishers(layer, data)
+        assert_solves(layer, preconditioner, loss_of(layer, data), expected)
 
 
-def test_a_sketch_of_samples_is_right_on_average_and_none_of_all_there_is():
+def test_a_sketch_of_samples_is_right_on_average_and_exact_with_all_features():
     torch.manual_seed(0)
     inputs, gradients = torch.randn(42, 5, dtype=torch.float64), torch.randn(42, 3, dtype=torch.float64)
     samples = Samples(inputs, gradients, positions=7, uses=42)
     assert samples.some_features(5, 0).inputs is inputs
-    # γ has three entries: three positions hold all.
-    cut = samples.cut(3, 0)
+    # γ has three entries, so three positions hold all of it.
+    cut = samples.fewer_positions(3, 0)
     assert cut.positions == 3
     torch.testing.assert_close(cut.gram(), samples.gram())
     mean = sum(samples.some_features(3, seed).gram() for seed in range(1000)) / 1000
-    # Relative to its largest entry the deviation of one draw is about 1, of the mean 1/√1000.
+    # Relative to the largest entry, one draw deviates by about 1, and the mean by 1/√1000.
     assert_near(mean, samples.gram(), 0.12)
 
 
@@ -189,21 +189,21 @@ def test_a_sketch_of_samples_is_right_on_average_and_none_of_all_there_is():
     [(partial(mlp, 6, 4), partial(batch, d_in=6, classes=4)), (partial(Words, 7, 4, 3), words)],
     ids=["linear", "every"],
 )
-def test_coefficients_stay_after_so_many_batches(make, data, application):
-    """They belong to places in the order of ‖v‖; a batch of half the size takes every other one."""
+def test_coefficients_stay_fixed_after_some_batches(make, data, application):
+    """They belong to places in the order of ‖v‖, so a batch of half the size takes every other coefficient."""
     model = make()
     preconditioner = KFAC(model, Woodbury(fixed_after=3), application=application, **DENSE)
     kept = []
     for step, count in enumerate((8, 8, 8, 8, 4)):
-        own = data(count, seed=step)
-        samples = [v[v.norm(dim=1).argsort()] for v in own_gradients(model, own)]
+        of_step = data(count, seed=step)
+        samples = [v[v.norm(dim=1).argsort()] for v in gradients_by_sample(model, of_step)]
         if step < 3:
             ones = torch.ones(count, dtype=torch.float64)
             kept.append([damped_solve(count * v @ v.T, ones, DAMPING) for v in samples])
-        _, steps = layer_steps(model, preconditioner, loss_of(model, own))
+        _, steps = layer_steps(model, preconditioner, loss_of(model, of_step))
         if step >= 2:
-            for result, v, *known in zip(steps, samples, *kept, strict=True):
-                assert_near(result.flatten(), (sum(known) / 3)[:: 8 // count] @ v, 1e-9)
+            for result, v, *of_layer in zip(steps, samples, *kept, strict=True):
+                assert_near(result.flatten(), (sum(of_layer) / 3)[:: 8 // count] @ v, 1e-9)
 
 
 def test_a_sketched_step_never_goes_uphill():
@@ -215,14 +215,14 @@ def test_a_sketched_step_never_goes_uphill():
             assert (one * other).sum() >= -1e-9 * one.norm() * other.norm()
 
 
-# --- Two levels: against the whole Fisher matrix
+# --- Two levels, against the whole Fisher matrix
 
 NOW = Now(0, 0, 0.95, Damping(DAMPING, "absolute"), torch.tensor(True))
 DATA, small = batch(9, 12, 5), partial(mlp, 12, 14, 5)
 
 
 def steps_of(make, data, inner, space, **options):
-    """The two-level step, the inner system's own one v₁, and `dense_correction` of it."""
+    """Return the two-level step, the inner system's step v₁, and its `dense_correction` as a function of F."""
     model, plain = make(), make()
     alone = KFAC(plain, inner, **options)
     _, step = layer_steps(model, KFAC(model, TwoLevel(inner, space), **options), loss_of(model, data))
@@ -232,7 +232,7 @@ def steps_of(make, data, inner, space, **options):
 
 
 def dense_correction(gradient, first, preconditioner, space, F, damping=DAMPING, now=NOW):
-    """v₁ + R₀ᵀ (R₀ F R₀ᵀ + λI)⁻¹ R₀ (∇ − (F + λI) v₁) with every matrix formed, and R₀."""
+    """Return v₁ + R₀ᵀ (R₀ F R₀ᵀ + λI)⁻¹ R₀ (∇ − (F + λI) v₁) with every matrix formed, and R₀."""
     sizes = [part.numel() for part in first]
     v, g = flat(first), flat(gradient)
     if space == "nicolaides":
@@ -255,7 +255,7 @@ def dense_correction(gradient, first, preconditioner, space, F, damping=DAMPING,
 )
 def test_step_is_the_formula_with_the_whole_fisher_matrix(strategy, space, application):
     result, first, correction = steps_of(small, DATA, strategy, space, application=application, **DENSE)
-    # Condition (F + λ) about 1e2 on both levels.
+    # F + λI has a condition of about 1e2 on both levels.
     assert_near(result, correction(fisher(small(), DATA))[0], 1e-9)
     assert not torch.allclose(result, first, rtol=0.01)
 
@@ -266,7 +266,7 @@ def test_relative_damping_goes_by_the_largest_eigenvalue_of_the_coarse_matrix(sp
     F, now = fisher(small(), DATA), NOW._replace(damping=Damping(DAMPING, "relative"))
     _, R = correction(F, 1.0, now)
     shift = DAMPING * torch.linalg.eigvalsh(R @ F @ R.T)[-1].item()
-    # Two eigenvalues: four power iterations find the larger one up to (d₂/d₁)⁸.
+    # Of two eigenvalues, four power iterations find the larger one up to (d₂/d₁)⁸.
     assert_near(result, correction(F, shift, now)[0], 1e-3)
 
 
@@ -277,7 +277,7 @@ def of_positions():
 
 @pytest.mark.parametrize(("kind", "space"), [("linear", "nicolaides"), ("linear", "residual"), ("every", "nicolaides")])
 def test_positions_are_summed_within_a_sample_and_blocks_have_the_scale_of_their_factors(kind, space):
-    """Also in layers of every kind: indices, whole gradients, groups."""
+    """Also in layers with indices, whole gradients and groups."""
     torch.manual_seed(1)
     labels = torch.randint(3, (8,))
     if kind == "linear":
@@ -299,7 +299,7 @@ def test_a_step_without_rows_is_the_inner_step():
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_a_layer_with_another_number_of_samples_takes_no_part():
+def test_a_layer_with_another_number_of_samples_keeps_the_inner_step():
     results = []
     for system in (TwoLevel(EXACT), EXACT):
         model = mlp(6, 6, 6, 6)

@@ -1,4 +1,4 @@
-"""IKFAC and SINGD against their dense formulas in float64, and structures against matrices written entry by entry."""
+"""IKFAC and SINGD against their dense formulas in float64, with structures defined entry by entry."""
 
 import pytest
 import torch
@@ -21,18 +21,18 @@ DOUBLE, CPU = torch.float64, torch.device("cpu")
 
 
 def close(actual, expected, updates=1):
-    """Compare to rounding of as many updates, of sums of n products of each entry by whatever algorithm."""
+    """Compare up to the rounding of some updates whose entries are sums of n products, in any order of summation."""
     bound = updates * tolerance(max(expected.shape), actual.dtype, expected.norm())
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound)
 
 
-# --- Structures: what the rest is held against, and what they cost
+# --- Structures: their definition, and their costs
 
 
 def pattern(structure, n):
-    """Return the number of the parameter in each place of an n × n matrix, −1 where there is a zero."""
+    """Return for each entry of an n × n matrix the number of its parameter, or −1 if it is zero."""
     i, j = torch.arange(n)[:, None].expand(n, n), torch.arange(n).expand(n, n)
-    own = i * n + j
+    number = i * n + j
     match structure:
         case Triangular():
             inside = i >= j
@@ -46,15 +46,15 @@ def pattern(structure, n):
             head, tail = i < first, (i >= max(first, n - last))
             inside = head | (tail & (j >= first)) | (i == j)
         case Toeplitz():
-            inside, own = j >= i, j - i
-    return torch.where(inside, own, -1)
+            inside, number = j >= i, j - i
+    return torch.where(inside, number, -1)
 
 
 def projected(structure, matrix):
-    """Return the member m, the least of those for which (m + mᵀ)/2 is nearest to a symmetric matrix."""
+    """Return the member m for which (m + mᵀ)/2 is nearest to a symmetric matrix, and the smallest such m."""
     numbers = pattern(structure, len(matrix))
     members = torch.stack([(numbers == number).double() for number in numbers.unique() if number >= 0])
-    # In a basis of unit length least coefficients are the least matrix.
+    # In a basis of unit length, the least coefficients give the smallest matrix.
     members = members / members.flatten(1).norm(dim=1)[:, None, None]
     symmetric = ((members + members.mT) / 2).flatten(1).T
     coefficients = torch.linalg.lstsq(symmetric, matrix.reshape(-1, 1), driver="gelsd").solution[:, 0]
@@ -72,10 +72,10 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(("structure", "numbers"), NUMBERS.items(), ids=map(repr, NUMBERS))
-def test_storage_is_what_the_structure_promises_and_flops_of_small_ones_grow_slower(structure, numbers):
+def test_storage_is_as_documented_and_flops_of_small_structures_grow_slower_than_dense(structure, numbers):
     assert sum(part.numel() for part in structure.identity(1000, (), torch.float32, CPU)) == numbers
     growth = structure.flops(8192) / structure.flops(1024)
-    # n² grows by 64, n log n by 8 · 13/10 and a bit for the length of the transform.
+    # n² grows by 64, and n log n by 8 · 13/10 or a little more, with the length of the transform.
     assert growth == 64 if isinstance(structure, Dense) else growth < 11
 
 
@@ -84,7 +84,7 @@ def test_storage_is_what_the_structure_promises_and_flops_of_small_ones_grow_slo
 D_IN, D_OUT = 13, 7
 DAMPING = 0.1
 SHAPE = Shape((), D_OUT, D_IN, DOUBLE, CPU)
-# Also blocks and strips that are empty, or larger than a side.
+# Some blocks and strips are empty, or larger than a side.
 SMALL = [
     *(Dense(), Diagonal(), Triangular(), Toeplitz()),
     *(BlockDiagonal(block) for block in (1, 5, 20)),
@@ -108,19 +108,19 @@ def rows(seed=0, groups=(), count=20, dtype=DOUBLE, sizes=(D_IN, D_OUT)):
 
 
 def absorbed(curvature, data, scale="absolute"):
-    for step, own in enumerate(data):
-        curvature.absorb(own, now(step, scale=scale))
+    for step, of_step in enumerate(data):
+        curvature.absorb(of_step, now(step, scale=scale))
     return curvature
 
 
 def factors(data):
-    """A, and G of a loss that is a mean."""
+    """Return A, and G for a mean loss."""
     a, g = data.inputs, data.gradients
     return a.mT @ a / data.uses, data.uses * g.mT @ g
 
 
 def roots(curvature):
-    """K and C as dense matrices."""
+    """Return K and C as dense matrices."""
     return [side.structure.dense(side.root, side.n) for side in (curvature.input, curvature.output)]
 
 
@@ -129,7 +129,7 @@ def mean(M):
 
 
 class DenseReference:
-    """The formulas with dense matrices: m is projected, nothing else is structured."""
+    """The formulas with dense matrices: only m is projected to the structure."""
 
     def __init__(self, structure, variant, rate, alpha):
         self.structure, self.is_singd, self.rate = structure, variant == "singd", rate
@@ -137,18 +137,18 @@ class DenseReference:
         self.momenta, self.roots = [0.0, 0.0], []
 
     def step(self, *factors):
-        """With A and G of a batch."""
+        """Update K and C with A and G of a batch."""
         eyes = [torch.eye(len(M), dtype=DOUBLE) for M in factors]
         if not self.roots:
             scales = [(mean(M) + DAMPING) ** -0.5 for M in factors]
             if self.is_singd:
                 scales = [(mean(factors[0]) * mean(factors[1]) + DAMPING**2) ** -0.25] * 2
             self.roots = [scale * eye for scale, eye in zip(scales, eyes, strict=True)]
-        seen = [K.T @ M @ K for K, M in zip(self.roots, factors, strict=True)]
-        own = [K.T @ K for K in self.roots]
+        H = [K.T @ M @ K for K, M in zip(self.roots, factors, strict=True)]
+        grams = [K.T @ K for K in self.roots]
         for side, other in ((0, 1), (1, 0)):
-            curvature, damping = (mean(seen[other]), DAMPING**2 * mean(own[other])) if self.is_singd else (1, DAMPING)
-            m = projected(self.structure, 0.5 * (curvature * seen[side] + damping * own[side] - eyes[side]))
+            weight, damping = (mean(H[other]), DAMPING**2 * mean(grams[other])) if self.is_singd else (1, DAMPING)
+            m = projected(self.structure, 0.5 * (weight * H[side] + damping * grams[side] - eyes[side]))
             self.momenta[side] = self.alpha * self.momenta[side] + m
             beta = self.rate / max(1, self.rate * self.momenta[side].norm())
             self.roots[side] = self.roots[side] - beta * self.roots[side] @ self.momenta[side]
@@ -158,13 +158,13 @@ class DenseReference:
 @pytest.mark.parametrize("sizes", [(D_IN, D_OUT), (1, 4)], ids=str)
 @VARIANT
 def test_updates_are_the_projected_dense_formula_and_steps_its_products(structure, variant, sizes):
-    """C Cᵀ ∂W K Kᵀ, for a matrix and for a pair; at a rate that is cut in some steps."""
+    """A step is C Cᵀ ∂W K Kᵀ, for a matrix and for a pair. The rate is reduced in some updates."""
     d_in, d_out = sizes
     data, reference = [rows(step, sizes=sizes) for step in range(8)], DenseReference(structure, variant, 1.0, 0.4)
     shape = SHAPE._replace(d_in=d_in, d_out=d_out)
     curvature = absorbed(fresh(variant, structure, shape, rate=1.0, momentum=0.4), data)
-    for own in data:
-        reference.step(*factors(own))
+    for of_step in data:
+        reference.step(*factors(of_step))
     K, C = reference.roots
     for root, expected in zip(roots(curvature), reference.roots, strict=True):
         close(root, expected, 8)
@@ -183,26 +183,26 @@ def test_groups_are_layers_of_their_own(structure, variant):
     together = absorbed(fresh(variant, structure, SHAPE._replace(groups=(2, 3))), data, "relative")
     found = together.solve(gradient, now())
     for group in ((0, 0), (0, 2), (1, 1)):
-        own = (part._replace(inputs=part.inputs[group], gradients=part.gradients[group]) for part in data)
-        alone = absorbed(fresh(variant, structure), own, "relative")
+        of_group = (part._replace(inputs=part.inputs[group], gradients=part.gradients[group]) for part in data)
+        alone = absorbed(fresh(variant, structure), of_group, "relative")
         close(found[group], alone.solve(gradient[group], now()), 3)
 
 
 @VARIANT
-def test_a_layer_without_gradients_yet_starts_with_the_first_that_come(variant):
-    """A last layer that starts at zero sends none back: C has no scale to start at, nor, in SINGD, has K."""
+def test_a_layer_without_gradients_yet_starts_with_the_first_gradients(variant):
+    """A last layer that starts at zero sends no gradients back: C cannot start, nor can K in SINGD."""
     data = rows()
     silent = data._replace(gradients=torch.zeros_like(data.gradients))
     waiting = absorbed(fresh(variant), [silent] * 2, "relative")
     assert waiting.solve(torch.zeros(D_OUT, D_IN, dtype=DOUBLE), now()).count_nonzero() == 0
     waiting.absorb(data, now(2, scale="relative"))
     scale = roots(waiting)[1][0, 0].abs() / roots(absorbed(fresh(variant), [data], "relative"))[1][0, 0].abs()
-    # The average of one batch and two zeros is a third of it, and with it the estimate that damping is relative to.
+    # The average of one batch and two zeros is a third of the batch, and so is the estimate of d₁ for the damping.
     assert 1 <= scale < 3
 
 
 def test_largest_eigenvalue_is_approached_from_below():
-    """Also where the first row of a batch is zero."""
+    """Also if the first row of a batch is zero."""
     curvature, data = fresh("singd"), rows(count=40)
     data.inputs[0] = 0
     largest = torch.linalg.eigvalsh(factors(data)[0])[-1]
@@ -218,10 +218,10 @@ def test_largest_eigenvalue_is_approached_from_below():
 
 @VARIANT
 def test_one_hot_inputs_are_a_diagonal_factor(variant):
-    """Indices give what their one-hot rows give to the diagonal structure; −1 is a row of zeros."""
+    """Indices have the same effect as one-hot rows with the diagonal structure; −1 is a row of zeros."""
     indices = [torch.randint(-1, D_IN, (20,), generator=torch.Generator().manual_seed(step)) for step in range(5)]
-    of_indices = [rows(step)._replace(inputs=own) for step, own in enumerate(indices)]
-    of_rows = [own._replace(inputs=one_hot(own.inputs, D_IN)) for own in of_indices]
+    of_indices = [rows(step)._replace(inputs=inputs) for step, inputs in enumerate(indices)]
+    of_rows = [data._replace(inputs=one_hot(data.inputs, D_IN)) for data in of_indices]
     by_index = absorbed(fresh(variant, Diagonal(), SHAPE._replace(one_hot=True)), of_indices)
     by_row = absorbed(fresh(variant, Diagonal()), of_rows)
     for one, other in zip(roots(by_index), roots(by_row), strict=True):
@@ -230,7 +230,7 @@ def test_one_hot_inputs_are_a_diagonal_factor(variant):
 
 @VARIANT
 def test_a_single_layer_has_one_side(variant):
-    """Rows are whole gradients; SINGD with the other factor 1 is IKFAC with momentum."""
+    """Its rows are whole gradients. SINGD is IKFAC with momentum then, because the other factor is 1."""
     data = rows(groups=(3,))
     shape = SHAPE._replace(groups=(3,), single=True, d_out=1)
     curvature = fresh(variant, "dense", shape, rate=0.2, momentum=0.0)
@@ -243,12 +243,12 @@ def test_a_single_layer_has_one_side(variant):
 
 
 @NAMED
-def test_pairs_are_used_where_they_are_cheaper(structure):
-    """A pair of k columns costs 2k (c_in + c_out + d_in d_out), the matrix d_out c_in + d_in c_out twice."""
+def test_pairs_are_used_if_they_are_cheaper(structure):
+    """A pair of k columns costs 2k (c_in + c_out + d_in d_out); the matrix costs 2 (d_out c_in + d_in c_out)."""
     curvature = fresh("singd", structure, Shape((), 600, 500, torch.float32, torch.device("cpu")))
-    own = STRUCTURES[structure]
+    flops = STRUCTURES[structure].flops
     k = curvature.widest_pair(500 * 600)
-    pair = 2 * (own.flops(500) + own.flops(600) + 500 * 600)
-    matrix = 2 * (600 * own.flops(500) + 500 * own.flops(600))
+    pair = 2 * (flops(500) + flops(600) + 500 * 600)
+    matrix = 2 * (600 * flops(500) + 500 * flops(600))
     assert k * pair <= matrix < (k + 1) * pair
     assert (k <= 1) == (structure == "diagonal")

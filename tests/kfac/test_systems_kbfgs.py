@@ -1,4 +1,4 @@
-"""K-BFGS against its definition with dense matrices in float64, scales, rounding, and batches that are not finite."""
+"""K-BFGS against its definition with dense matrices in float64; rounding, and non-finite batches."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DOUBLE = torch.float64
 
 
 def bfgs(H, s, y):
-    """(I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ."""
+    """Return (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ."""
     rho = 1 / (s @ y)
     left = torch.eye(len(H), dtype=H.dtype) - rho * torch.outer(s, y)
     return left @ H @ left.T + rho * torch.outer(s, s)
@@ -31,12 +31,9 @@ def powell(H, s, y):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-@pytest.mark.parametrize(("sharing", "tells"), [("expand", False), ("expand", True), ("reduce", False)])
-def test_steps_are_those_of_the_definition(kind, sharing, tells):
-    """Mean outputs, their mean gradient by a common shift of all of them, all else dense.
-
-    The number of terms, if it is told, has no part in it.
-    """
+@pytest.mark.parametrize(("sharing", "gives_terms"), [("expand", False), ("expand", True), ("reduce", False)])
+def test_steps_are_those_of_the_definition(kind, sharing, gives_terms):
+    """The reference takes mean outputs and their gradient by a common shift. The number of terms has no effect."""
     torch.manual_seed(0)
     first = nn.Linear(6, 4) if kind == "linear" else nn.Conv1d(2, 4, 3)
     model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
@@ -60,48 +57,49 @@ def test_steps_are_those_of_the_definition(kind, sharing, tells):
         (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model[1:](moved), labels), shift)
         return output.movedim(1, -1).reshape(-1, 4).mean(0), slope
 
-    def passed():
+    def run_passes():
         model.zero_grad()
-        loss_of(model, (inputs, labels), preconditioner if tells else None).backward()
+        loss_of(model, (inputs, labels), preconditioner if gives_terms else None).backward()
 
     for _ in range(4):
-        passed()
+        run_passes()
         gradient, before = layer_gradient(first), means()
         preconditioner.step()
         H_A = bfgs(H_A, H_A @ mean, A @ (H_A @ mean))
         assert_near(layer_gradient(first), H_G @ gradient @ H_A, 1e-10)
         torch.optim.SGD(model.parameters(), 0.3).step()
-        passed()
-        left, after = gradients(model), means()
+        run_passes()
+        unchanged, after = gradients(model), means()
         preconditioner.second_pass()
-        assert all(map(torch.equal, left, gradients(model)))
-        s, y = (0.9 * old + 0.1 * (new - known) for old, new, known in zip((s, y), after, before, strict=True))
+        assert all(map(torch.equal, unchanged, gradients(model)))
+        changes = (new - old for new, old in zip(after, before, strict=True))
+        s, y = (0.9 * mean + 0.1 * change for mean, change in zip((s, y), changes, strict=True))
         H_G = bfgs(H_G, *powell(H_G, s, y))
         assert_near(preconditioner._layers[0].curvature.state["output"], H_G, 1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
-def test_a_batch_that_is_not_finite_changes_nothing_in_either_pass():
+def test_a_non_finite_batch_changes_nothing_in_either_pass():
     model = mlp(6, 8, 4)
     preconditioner, (inputs, labels) = KFAC(model, KBFGS(), **OPTIONS), batch(9, 6, 4)
 
-    def passed(factor, call):
+    def state_after(factor, call):
         model.zero_grad()
         loss_of(model, (factor * inputs, labels)).backward()
         call()
         states = [layer.curvature.state for layer in preconditioner._layers]
         return [state[name].clone() for state in states for name in ("input", "output", "s", "y")]
 
-    passed(1.0, preconditioner.step)
-    known = passed(1.1, preconditioner.second_pass)
-    passed(float("nan"), preconditioner.step)
-    assert all(map(torch.equal, passed(1.2, preconditioner.second_pass), known))
-    passed(1.0, preconditioner.step)
-    assert all(part.isfinite().all() for part in passed(float("nan"), preconditioner.second_pass))
+    state_after(1.0, preconditioner.step)
+    before = state_after(1.1, preconditioner.second_pass)
+    state_after(float("nan"), preconditioner.step)
+    assert all(map(torch.equal, state_after(1.2, preconditioner.second_pass), before))
+    state_after(1.0, preconditioner.step)
+    assert all(part.isfinite().all() for part in state_after(float("nan"), preconditioner.second_pass))
 
 
 def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
-    """A common shift of all keys changes no loss."""
+    """A common shift of all keys does not change the loss."""
     torch.manual_seed(0)
     attention, inputs, targets = nn.MultiheadAttention(8, 2), torch.randn(5, 4, 8), torch.randn(5, 4, 8)
     preconditioner = KFAC(attention, KBFGS())
@@ -122,7 +120,7 @@ def test_rounding_of_a_gradient_that_is_zero_is_no_curvature():
 
 
 def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite():
-    """Of one output direction after the other: in float32 the steep ones would be rounding of the flat ones."""
+    """Each step moves one output direction. In float32 the steep ones would be less than the rounding of flat ones."""
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     directions, steepness = torch.kron(signs, signs) / 2, torch.logspace(-5, 3, 4)
     curvature = KBFGS(average=0.0).curvature(Shape((), 4, 1, torch.float32, torch.device("cpu")))
@@ -132,7 +130,7 @@ def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite()
         before, after = (Rows(torch.ones(1, 1), size * steepness[step % 4] * moved.T, 1) for size in (0, 1))
         curvature.absorb(before, now)
         curvature.note(before, lambda: torch.zeros(4, 1), now)
-        curvature.changed(after, lambda moved=moved: moved, now)
+        curvature.absorb_change(after, lambda moved=moved: moved, now)
     found = torch.linalg.eigvalsh(curvature.state["output"].double())
     torch.testing.assert_close(found, (1 / steepness.double()).sort().values, rtol=1e-6, atol=0)
     resumed = curvature.loaded(curvature.state_dict(), "layer")
@@ -140,6 +138,6 @@ def test_flat_directions_beside_steep_ones_leave_the_inverse_positive_definite()
 
 
 @pytest.mark.parametrize("options", [{"inverse": Exact()}, {"inverse": KBFGS(), "curvature": "type-2"}], ids=str)
-def test_second_pass_is_refused_where_nothing_takes_it(options):
+def test_second_pass_is_refused_if_no_strategy_takes_it(options):
     with pytest.raises(RuntimeError, match=r"KFAC.second_pass: needs a strategy such as KBFGS\(\), curvature="):
         KFAC(mlp(6, 8, 4), **options).second_pass()

@@ -1,4 +1,4 @@
-"""Steps as training takes them: batches that are not finite, schedules, layers that freeze, scales and precisions."""
+"""Steps in training: non-finite batches, schedules, frozen layers, loss scales and precisions."""
 
 import math
 from itertools import product
@@ -14,27 +14,27 @@ from kfac.networks import EXACT, assert_near, batch, gradients, loss_of, mlp, st
 from kfac.systems import every_system, factors_of, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC. a batch was skipped")
-on_host_and_device = pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
+on_host_and_device = pytest.mark.parametrize("reads_are_free", [True, False], ids=["host", "device"])
 
 
-def after(model, preconditioner, seed):
+def step_on(model, preconditioner, seed):
     return stepped(model, preconditioner, loss_of(model, batch(8, 10, 4, seed)))
 
 
-def broken_backward(model, seed, what):
-    """With what is beyond the range of float32, or is only once it is squared."""
+def broken_backward(model, seed, fault):
+    """Run a backward pass with values beyond the range of float32, or with values whose squares are."""
     inputs, labels = batch(8, 60, 4, seed, torch.float32)
-    if what == "input":
+    if fault == "input":
         inputs[:, 2] = math.nan
-    if what == "inputs squared":
+    if fault == "inputs squared":
         inputs *= 1e20
-    ({"loss": math.inf, "loss squared": 1e22}.get(what, 1) * loss_of(model, (inputs, labels))).backward()
-    if what == "gradient":
+    ({"loss": math.inf, "loss squared": 1e22}.get(fault, 1) * loss_of(model, (inputs, labels))).backward()
+    if fault == "gradient":
         model[-1].weight.grad[0, 0] = math.inf
 
 
-def kept(preconditioner):
-    """M of the factors, whose sums decay as their weights do, and whose columns may be turned; or all there is."""
+def curvature_of(preconditioner):
+    """Return M of the factors, or else all tensors: sums decay with their totals, and bases may rotate, but M stays."""
     factors = factors_of(preconditioner)
     found = [own.strategy.average(own.state) if "dense" in own.state else own.operand().dense() for own in factors]
     return found or tensors(preconditioner)
@@ -42,23 +42,23 @@ def kept(preconditioner):
 
 @on_host_and_device
 @every_system
-def test_batches_that_are_not_finite_count_for_nothing(strategy, free, monkeypatch):
-    """Also where it is the very first one. As on a device, where nobody knows, nothing is read back to find out."""
-    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
+def test_non_finite_batches_change_nothing(strategy, reads_are_free, monkeypatch):
+    """The very first batch may be one. The device case checks that nothing is read back."""
+    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: reads_are_free)
     model = mlp(60, 50, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)
-    batches = ["input", "", "loss", "", "gradient", "loss squared", "", "inputs squared", "input", ""]
-    for seed, what in enumerate(batches):
-        before = kept(preconditioner) if seed else []
+    faults = ["input", "", "loss", "", "gradient", "loss squared", "", "inputs squared", "input", ""]
+    for seed, fault in enumerate(faults):
+        before = curvature_of(preconditioner) if seed else []
         model.zero_grad()
-        broken_backward(model, seed, what)
+        broken_backward(model, seed, fault)
         preconditioner.step()
         assert all(torch.isfinite(gradient).all() for gradient in gradients(model))
-        assert all(bool(gradient.any()) == (not what) for gradient in gradients(model))
-        if what and seed > 6 and not isinstance(strategy, KBFGS):
-            # Columns of Brand are turned, or polished once more; rows stay to the bit. K-BFGS keeps sums, which decay.
+        assert all(bool(gradient.any()) == (not fault) for gradient in gradients(model))
+        if fault and seed > 6 and not isinstance(strategy, KBFGS):
+            # Brand rotates or polishes its columns; kept rows stay to the bit. K-BFGS keeps sums, which decay.
             rounding = 16 * torch.finfo(torch.float32).eps if factors_of(preconditioner) else 0
-            for one, other in zip(kept(preconditioner), before, strict=True):
+            for one, other in zip(curvature_of(preconditioner), before, strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=rounding * float(other.abs().max()))
     assert preconditioner.report().skipped == 6
     assert all(torch.isfinite(part).all() for part in tensors(preconditioner))
@@ -72,7 +72,7 @@ def test_batches_that_are_not_finite_count_for_nothing(strategy, free, monkeypat
     ],
     ids=["complex", "sparse"],
 )
-def test_gradients_of_other_layers_are_looked_at(other, inputs):
+def test_gradients_of_other_layers_are_checked(other, inputs):
     model = nn.Sequential(other, nn.Linear(2, 4))
     preconditioner = KFAC(model, Exact())
     for skipped in (0, 1):
@@ -88,14 +88,14 @@ def test_gradients_of_other_layers_are_looked_at(other, inputs):
     assert other.weight.grad.is_sparse == isinstance(other, nn.Embedding)
 
 
-def test_a_mask_of_nothing_is_finite():
+def test_a_mask_without_rows_is_finite():
     assert Mask.of([], nn.Linear(2, 2)).finite
 
 
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_mask_keeps_every_bit_or_none(dtype, finite):
-    """Where no look is free, rows and gradients are multiplied as integers: 0 times NaN is 0, and −0 times 1 is −0."""
+    """On a device, rows and gradients are multiplied as integers: 0 times NaN is 0, and −0 times 1 is −0."""
     model = nn.Linear(4, 1, bias=False).to(dtype)
     model.weight.grad = torch.tensor([[math.nan, -0.0, -math.inf, 2.0]], dtype=dtype)
     before, mask = model.weight.grad.clone(), Mask(torch.tensor(finite), known_finite=False)
@@ -127,17 +127,17 @@ def test_steps_are_finite_at_every_scale(strategy, scale, of_loss):
 
 @every_system
 @pytest.mark.parametrize("of_loss", [True, False])
-def test_relative_damping_leaves_the_scale_of_data_without_effect(strategy, of_loss):
-    """Steps are inverse to the scale of inputs and of the loss; to that of G only where the system has a G."""
+def test_with_relative_damping_steps_are_inverse_to_the_scale_of_data(strategy, of_loss):
+    """The scale is that of the inputs or of the loss; systems without G do not follow the scale of the loss."""
     found, scale = [], 2.0**10
-    for own in (1.0, scale):
+    for factor in (1.0, scale):
         layer = mlp(60, 50, bias=False)[0]
         nn.init.zeros_(layer.weight)
         preconditioner = KFAC(layer, strategy, clip=None)
         for seed in range(4):
             inputs, labels = batch(8, 60, 50, seed)
-            loss = loss_of(layer, (inputs if of_loss else own * inputs, labels))
-            (step,) = stepped(layer, preconditioner, own * loss if of_loss else loss)
+            loss = loss_of(layer, (inputs if of_loss else factor * inputs, labels))
+            (step,) = stepped(layer, preconditioner, factor * loss if of_loss else loss)
         found.append(step)
     has_no_G = of_loss and isinstance(strategy, Foof | KBFGS)
     assert_near(found[1], found[0] * (scale if has_no_G else 1 / scale), 1e-9)
@@ -146,7 +146,7 @@ def test_relative_damping_leaves_the_scale_of_data_without_effect(strategy, of_l
 def test_layers_that_are_frozen_or_added_later_are_left_alone():
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, EXACT)
-    after(model, preconditioner, 0)
+    step_on(model, preconditioner, 0)
     model[0].requires_grad_(False)
     model.append(nn.Linear(4, 4, dtype=torch.float64))
     first = preconditioner._layers[0].curvature
@@ -172,31 +172,31 @@ def test_schedules_are_functions_of_the_step():
     for index in range(3):
         for name, own in values.items():
             object.__setattr__(fixed.options, name, own[index])
-        found, expected = after(model, scheduled, index), after(reference, fixed, index)
+        found, expected = step_on(model, scheduled, index), step_on(reference, fixed, index)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert asked.keys() == values.keys()
     assert set(asked["damping"]) == {0, 1, 2, 3}
 
 
 @on_host_and_device
-def test_a_second_step_with_no_new_gradient_does_nothing(free, monkeypatch):
-    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: free)
+def test_a_second_step_with_no_new_gradient_does_nothing(reads_are_free, monkeypatch):
+    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: reads_are_free)
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, EXACT)
-    once = after(model, preconditioner, 0)
+    once = step_on(model, preconditioner, 0)
     preconditioner.step()
     torch.testing.assert_close(gradients(model), once, rtol=0, atol=0)
-    assert not torch.equal(after(model, preconditioner, 1)[0], once[0])
+    assert not torch.equal(step_on(model, preconditioner, 1)[0], once[0])
 
 
-# --- Precision: autocast, loss scaling, models in half precision or in several
+# --- Precision: autocast, loss scaling, models in half or mixed precision
 
 
 def one_step(scaler, parts, **options):
     model = mlp(10, 32, 32, 4, dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     preconditioner = KFAC(model, EXACT, scaler=scaler, damping=1.0, clip=None, **options)
-    # Narrow enough that the pair is cheaper in every layer.
+    # With four samples the pair is cheaper in every layer.
     inputs, labels = batch(4, 10, 4, dtype=torch.float32)
     for rows in torch.arange(4).chunk(parts):
         loss = loss_of(model, (inputs[rows], labels[rows]), preconditioner) / parts
@@ -211,7 +211,7 @@ def one_step(scaler, parts, **options):
 @pytest.mark.parametrize("way", [{}, {"application": "two-sided"}, {"gradient": "pair"}], ids=str)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_loss_scale_changes_nothing(way, parts, curvature, monkeypatch):
-    """A power of two as scale rounds nothing, and is never read back."""
+    """A scale that is a power of two causes no rounding. It is never read back."""
     options = {"parts": parts, "curvature": curvature, **way}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     monkeypatch.setattr(scaler, "get_scale", lambda: pytest.fail("a read-back"))
@@ -220,7 +220,7 @@ def test_a_loss_scale_changes_nothing(way, parts, curvature, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     disabled = one_step(torch.amp.GradScaler("cpu", enabled=False), **options)[1]
     torch.testing.assert_close(disabled, expected, rtol=0, atol=0)
-    # Unscaling is known to be all that happened to the gradient; of one that is left out, nobody asks.
+    # Unscaling is recognised as the only change of the gradient. A left-out gradient is not checked.
     assert [layer.gradient_is_pair for layer in preconditioner._layers] == [None if way else True] * 3
 
 
@@ -249,17 +249,17 @@ def test_gradients_that_are_still_scaled_are_refused_and_a_batch_that_overflows_
         assert all(map(torch.equal, model.parameters(), before)) == (seed == 1)
 
 
-# Of the square of the weights as they start: a tenth of the gradient or so.
+# Factors of the squared weights: the penalty's gradient is about a tenth of the loss's at the start.
 PENALTIES = {"linear": 0.03, "conv": 0.01, "attention": 0.03}
 ROUNDED = [
-    *((*own, 0.0) for own in product(PENALTIES, (torch.bfloat16, torch.float16), (True, False))),
+    *((*case, 0.0) for case in product(PENALTIES, (torch.bfloat16, torch.float16), (True, False))),
     *((kind, torch.bfloat16, True, penalty) for kind, penalty in PENALTIES.items()),
 ]
 
 
 @pytest.mark.parametrize(("kind", "dtype", "autocast", "penalty"), ROUNDED)
-def test_a_penalty_is_seen_and_rounding_in_half_precision_is_none(kind, dtype, autocast, penalty):
-    """By which layers take the gradient for that of the captured pairs."""
+def test_a_penalty_is_detected_and_rounding_in_half_precision_is_no_penalty(kind, dtype, autocast, penalty):
+    """A layer shows it by whether it takes the gradient for the product of the captured pair."""
     torch.manual_seed(0)
     if kind == "linear":
         model, inputs = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40)), 3 * torch.rand(6, 64)
@@ -297,13 +297,13 @@ def test_another_default_dtype_changes_nothing(strategy, dtype):
 
 
 @every_system
-def test_layers_are_solved_each_in_its_own_precision_which_may_change(strategy):
-    """Half precision has factors in float32."""
+def test_each_layer_is_solved_in_its_own_precision_which_may_change(strategy):
+    """In half precision the factors are in float32."""
     model = nn.ModuleList([mlp(10, 40, 40), mlp(40, 4)])
     preconditioner = KFAC(model, strategy)
     for dtypes in ((torch.bfloat16, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.float64)):
-        for own, dtype in zip(model, dtypes, strict=True):
-            own.to(dtype)
+        for part, dtype in zip(model, dtypes, strict=True):
+            part.to(dtype)
         inputs, labels = batch(8, 10, 4, dtype=dtypes[0])
         outputs = model[1](model[0](inputs).to(dtypes[1]))
         found = stepped(model, preconditioner, nn.functional.cross_entropy(outputs, labels))

@@ -1,4 +1,4 @@
-"""Models under torch.compile are captured with no break in their graphs, and take the same steps."""
+"""Models under torch.compile are captured without graph breaks, and take the same steps."""
 
 import shutil
 from functools import partial
@@ -15,7 +15,7 @@ from brandla.kfac import KFAC
 from brandla.kfac.capture.tap import Ticket, collect
 from kfac.networks import EXACT, batch, encoder, gradients, loss_of, mlp, stepped, train
 
-# The compiler instantiates autograd functions, uses torch.jit, and looks at .grad of what is no leaf.
+# The compiler instantiates autograd functions, uses torch.jit, and reads .grad of non-leaf tensors.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 
 WHOLE, EAGER = (partial(torch.compile, backend=own) for own in ("aot_eager", "eager"))
@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * width, width, dtype=torch.float64)
 
     def forward(self, inputs):
-        # The rows of a norm, which is used twice, are made of the input and the gradient of each use.
+        # The norm is used twice. Its rows are made of the input and the gradient of each use.
         return self.norm(inputs + self.down(nn.functional.relu(self.up(self.norm(inputs)), inplace=True)))
 
 
@@ -55,15 +55,15 @@ def checkpointed(model):
     return WHOLE(forward)
 
 
-def alike(model):
-    """Compile each block by itself."""
+def block_by_block(model):
+    """Compile each block separately."""
     for block in model:
         block.compile(backend="aot_eager")
     return model
 
 
-# Inductor builds with the system's C++ compiler, whose link line takes no path with a space in it. Scalar code that is
-# not optimised, with no header compiled ahead of it, is built soonest.
+# Inductor builds with the system's C++ compiler, whose link line allows no path with a space. Scalar code without
+# optimisation and without precompiled headers builds fastest.
 BUILT_SOON = {
     "cpp.vec_isa_ok": False,
     "cpp_cache_precompile_headers": False,
@@ -79,25 +79,25 @@ needs_compiler = pytest.mark.skipif(
     ("make", "compiled", "options", "graphs"),
     [
         (blocks, WHOLE, {}, 1),
-        # On a CPU this mode has no CUDA graphs, and otherwise all that it has on a GPU.
+        # On a CPU this mode does the same as on a GPU, except CUDA graphs.
         pytest.param(blocks, partial(torch.compile, mode="reduce-overhead"), {}, 1, marks=needs_compiler),
-        # One for the first block, whose input needs no gradient, and one for all others.
-        (partial(blocks, 4), alike, {}, 2),
+        # One graph for the first block, whose input needs no gradient, and one for all others.
+        (partial(blocks, 4), block_by_block, {}, 2),
         (blocks, checkpointed, {}, None),
         (blocks, WHOLE, {"curvature": "type-2"}, 1),
         (blocks, WHOLE, {"curvature": "monte-carlo"}, 1),
         (blocks, EAGER, {"gradient": "pair"}, 1),
-        # With and without the tap.
+        # One graph with the op that captures, and one without.
         (blocks, EAGER, {"factor_every": 2, "application": "two-sided"}, 2),
         (encoder, EAGER, {}, 1),
     ],
 )
-def test_compiled_steps_are_those_of_the_model_as_it_is(make, compiled, options, graphs):
-    """Also where the preconditioner is given the compiled model."""
+def test_compiled_steps_are_those_of_the_eager_model(make, compiled, options, graphs):
+    """Also if the preconditioner gets the compiled model."""
     model, reference, data = make(), make(), [batch(8, 6, 6, seed) for seed in range(4)]
     run = compiled(model)
     preconditioner = KFAC(run if isinstance(run, nn.Module) else model, EXACT, **options)
-    # The compiler's own condition for a graph that is to be gone through more than once.
+    # The compiler requires this setting for a graph with several backward passes.
     with torch._functorch.config.patch(donated_buffer="curvature" not in options), inductor.patch(BUILT_SOON):
         train(model, preconditioner, data, loss=lambda _, own: loss_of(run, own, preconditioner))
     assert dict(counters["graph_break"]) == {}
@@ -108,7 +108,7 @@ def test_compiled_steps_are_those_of_the_model_as_it_is(make, compiled, options,
 
 
 def test_compiled_blocks_keep_the_names_of_their_layers():
-    """Options go by them, and a state of the one model is a state of the other."""
+    """Options refer to these names, and both models can load each other's states."""
     states = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -124,13 +124,13 @@ def test_compiled_blocks_keep_the_names_of_their_layers():
     assert states[0]["layers"].keys() == states[1]["layers"].keys()
 
 
-def test_graphs_from_before_are_said_not_to_be_seen_and_all_are_left_alone_after_remove():
-    """Of a model of which one layer is compiled."""
+def test_a_warning_names_layers_in_older_graphs_and_all_layers_are_left_alone_after_remove():
+    """One layer of the model is compiled."""
     model = mlp(6, 8, 4)
     run, data = nn.Sequential(EAGER(model[:2]), model[2]), batch(12, 6, 4)
 
     def step():
-        """Say which gradients it leaves as they are."""
+        """Take a step, and return for each gradient whether it is unchanged."""
         model.zero_grad()
         loss_of(run, data).backward()
         before = gradients(model)
@@ -154,18 +154,18 @@ def test_graphs_from_before_are_said_not_to_be_seen_and_all_are_left_alone_after
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model))
 
 
-def test_the_op_is_registered_as_torch_asks_and_stays_outside_of_cuda_graphs():
-    """A replay would not run Python, which hands the rows over."""
+def test_the_op_passes_torch_opcheck_and_stays_outside_of_cuda_graphs():
+    """A replay would not run the Python code that hands over the rows."""
     assert torch.Tag.cudagraph_unsafe in torch.ops.brandla_kfac.collect.default.tags
-    seen = []
+    collected = []
     kind = KFAC(nn.Linear(2, 2))._layers[0].kind
-    ticket = Ticket(kind, lambda kind, inputs, gradient: seen.append((inputs, gradient)))
+    ticket = Ticket(kind, lambda kind, inputs, gradient: collected.append((inputs, gradient)))
     arguments = (ticket.number, torch.randn(3, 2), torch.randn(2, 3).mT)
     torch.library.opcheck(collect, arguments)
     result = collect(*arguments)
     assert torch.equal(result, arguments[2])
     assert result.data_ptr() != arguments[2].data_ptr()
-    assert seen[-1] == arguments[1:]
+    assert collected[-1] == arguments[1:]
     gone = ticket.number
     del ticket
     assert torch.equal(collect(gone, *arguments[1:]), arguments[2])

@@ -1,1 +1,1 @@
-"""What is built on the preconditioner: the evidence of a model, and physics-informed networks."""
+"""Applications of the preconditioner: the evidence of a model, and physics-informed networks."""

@@ -1,4 +1,4 @@
-"""The evidence of a model by Laplace's approximation, from the factors that a preconditioner keeps."""
+"""The evidence of a model by Laplace's approximation, from the factors of a preconditioner."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.form import DenseForm, Diagonal
 from brandla.kfac.systems.kronecker import Kronecker
 
-_KNOWN = "Exact, EKFAC, Randomized, Brand, BrandRandomized or BrandCorrected"
+_SUPPORTED = "Exact, EKFAC, Randomized, Brand, BrandRandomized or BrandCorrected"
 
 
 def evidence(
     preconditioner: KFAC, log_likelihood: Tensor | float, prior_precision: Tensor | float, terms: int
 ) -> Tensor:
-    """Log marginal likelihood of the layers' weights W under a prior N(0, I/δ), by Laplace's approximation.
+    """Return the log marginal likelihood of the layers' weights W under a prior N(0, I/δ), by Laplace's approximation.
 
-    log p ≈ log-likelihood − ½ Σ (log det(N A ⊗ G + δI) − p log δ) − ½ Σ δ ‖W‖², the sums over layers of p parameters.
-    Differentiable in δ and in the log-likelihood; N A ⊗ G is constant. `brandla.kron_damped_logdet` computes its
-    determinant in float64, with the values that `EKFAC` fits. The part that a low-rank factor leaves out counts as the
-    strategy's tail: 0, unless you asked for ``tail="mean"`` or another one.
+    log p ≈ log-likelihood − ½ Σ (log det(N A ⊗ G + δI) − p log δ) − ½ Σ δ ‖W‖², with sums over layers of p parameters.
+    It is differentiable in δ and in the log-likelihood; N A ⊗ G is constant. `brandla.kron_damped_logdet` computes the
+    determinants in float64, for `EKFAC` with its fitted values. Eigenvalues that a low-rank factor leaves out count as
+    the strategy's tail: 0, unless you choose ``tail="mean"`` or another tail.
 
     Parameters
     ----------
     preconditioner
-        With factors of the whole data set at W: `decay` near 1 and a pass over the data, ``curvature="type-2"`` or
-        ``"monte-carlo"``, and no step of the optimizer on the way.
+        It needs factors of the whole data set at W: `decay` near 1, ``curvature="type-2"`` or ``"monte-carlo"``, and a
+        pass over the data without steps of the optimizer.
     log_likelihood
-        Σ log p(y | x, W) over the data set, a number or a scalar tensor. The loss must be −1/N times this.
-        Cross-entropy is. The mean square is for noise of variance ½ (then add − N/2 log π, for one output).
+        Σ log p(y | x, W) over the data set, a number or a scalar tensor. The loss must be −1/N times this value, as
+        cross-entropy is. The mean square is for noise of variance ½ (then add − N/2 log π, for one output).
     prior_precision
-        δ > 0: one for all layers, shape (), or one a layer in the order of `KFAC.report`, shape (L,).
+        δ > 0: one for all layers, shape (), or one per layer in the order of `KFAC.report`, shape (L,).
     terms
-        N, the number of terms of the loss in the data set: samples, times positions where each has a term.
+        N, the number of terms of the loss in the data set: samples, times positions if each position has a term.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def evidence(
     Raises
     ------
     ValueError, TypeError
-        For layers without data, for strategies whose curvature has no such eigenvalues, and for values out of range.
+        For layers without data, strategies whose curvature has no such eigenvalues, and values out of range.
 
     Notes
     -----
@@ -84,13 +84,13 @@ def evidence(
     )
     precision = torch.as_tensor(prior_precision, dtype=torch.float64, device=device).expand(len(layers))
     total = torch.as_tensor(log_likelihood, dtype=torch.float64, device=device)
-    # What `checked` asks of float64 does not hold of factors that were kept in less.
+    # Factors may have been kept in less than float64, so they may fail the checks of `checked` for float64.
     with preconditioner._replicas.complete(), checked(False):
-        for layer, own in zip(layers, precision, strict=True):
-            weights, damping = layer.parameters().to(torch.float64), own / terms
-            # log det(N M + δI) − p log δ, of which p log N is a part of either.
+        for layer, of_layer in zip(layers, precision, strict=True):
+            weights, damping = layer.parameters().to(torch.float64), of_layer / terms
+            # log det(N M + δI) − p log δ. Both terms contain p log N, which cancels.
             gained = _logdet(layer, damping) - weights.numel() * damping.log()
-            total = total - 0.5 * gained - 0.5 * own * weights.square().sum()
+            total = total - 0.5 * gained - 0.5 * of_layer * weights.square().sum()
     return total
 
 
@@ -103,7 +103,7 @@ def _logdet(layer: Layer, damping: Tensor) -> Tensor:
     if isinstance(curvature, Kronecker) and layer.shape.single and factors:
         return damped_logdet(_operand(factors["input"]), damping, tail=factors["input"].strategy.tail).sum()
     if not isinstance(curvature, (Kronecker, EigenvalueCorrected)) or len(factors) < 2:
-        rule = f"{layer.name}: the strategy must be {_KNOWN}, whose curvature is a Kronecker product"
+        rule = f"{layer.name}: the strategy must be {_SUPPORTED}, whose curvature is a Kronecker product"
         _check.fail_type("evidence", f"{rule}; got {layer.strategy}")
     left, right, fitted = factors["output"], factors["input"], None
     if isinstance(curvature, EigenvalueCorrected):
@@ -113,12 +113,12 @@ def _logdet(layer: Layer, damping: Tensor) -> Tensor:
 
 
 def _operand(factor: Factor) -> LowRank:
-    """Return M in float64: a diagonal one as a batch of order 1, and what is only kept dense as `Exact` keeps it."""
-    strategy, known = factor.strategy, factor.operand()
+    """Return M in float64: a diagonal factor as a batch of order 1, and a dense factor decomposed as by `Exact`."""
+    strategy, operand = factor.strategy, factor.operand()
     if isinstance(strategy, Diagonal):
         frequencies = (factor.state["diagonal"] / factor.state["total"])[..., None]
-        known = LowRankEigh(frequencies, torch.ones_like(frequencies)[..., None])
-    elif known is None and isinstance(strategy, DenseForm):
-        known = Exact().decompose(strategy.average(factor.state))
-    assert known is not None
-    return known.to(torch.float64)
+        operand = LowRankEigh(frequencies, torch.ones_like(frequencies)[..., None])
+    elif operand is None and isinstance(strategy, DenseForm):
+        operand = Exact().decompose(strategy.average(factor.state))
+    assert operand is not None
+    return operand.to(torch.float64)

@@ -1,4 +1,4 @@
-"""Value, first derivatives and Laplacian of a network in its inputs, in one forward pass."""
+"""Value, first derivatives and Laplacian of a network with respect to its inputs, in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from brandla import _check
 
 _ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.Mish)
-# What each Linear of a pass got, with the bias's 1 or 0 (N, S, d_in), and gave (N, S, d_out).
+# The input of each Linear in a pass, with the bias's 1 or 0 (N, S, d_in), and its output (N, S, d_out).
 Uses: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
@@ -23,9 +23,9 @@ class Columns(NamedTuple):
 
 
 def forward_laplacian(model: nn.Sequential, points: Tensor, weights: Tensor | None = None) -> Columns:
-    """Return a network's value, first derivatives and Laplacian at points, with d + 2 columns for each.
+    """Return a network's value, first derivatives and Laplacian at points, with d + 2 columns for each point.
 
-    Equivalent to autograd's Hessian and its trace, in one pass in place of d. Differentiable in the network's weights.
+    This equals autograd's Hessian and its trace, in one pass instead of d. It is differentiable in the weights.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def forward_laplacian(model: nn.Sequential, points: Tensor, weights: Tensor | No
     points
         (N, d).
     weights
-        w (d,): Δu = Σ w_i ∂²u/∂x_i²; ones by default. With (0, 1, 1) the first coordinate is time.
+        w (d,): Δu = Σ w_i ∂²u/∂x_i²; ones by default. Use (0, 1, 1) if the first coordinate is time.
 
     Raises
     ------
@@ -56,11 +56,11 @@ def forward_laplacian(model: nn.Sequential, points: Tensor, weights: Tensor | No
     [(5, 1), (5, 1, 2), (5, 1)]
     """
     check_model("forward_laplacian", model)
-    return columns_of(propagated(model, seeded(points), weights, []))
+    return split_columns(propagate(model, first_columns(points), weights, []))
 
 
 def check_model(function: str, model: nn.Module) -> None:
-    """Check that the columns of a model are known."""
+    """Check that all modules of a model are supported."""
     wanted = f"nn.Sequential of nn.Linear and {', '.join(kind.__name__ for kind in _ELEMENTWISE)}"
     if not isinstance(model, nn.Sequential):
         _check.fail_type(function, f"model must be {wanted}; got {type(model).__name__}")
@@ -69,15 +69,15 @@ def check_model(function: str, model: nn.Module) -> None:
             _check.fail_type(function, f"model must be {wanted}; it has {type(module).__name__}")
 
 
-def seeded(points: Tensor) -> Tensor:
+def first_columns(points: Tensor) -> Tensor:
     """Return x, its derivatives I and its Laplacian 0, as columns (N, d + 2, d)."""
     count, d = points.shape
     identity = torch.eye(d, dtype=points.dtype, device=points.device).expand(count, d, d)
     return torch.cat([points[:, None], identity, torch.zeros_like(points[:, None])], dim=1)
 
 
-def propagated(model: nn.Sequential, columns: Tensor, weights: Tensor | None, uses: Uses) -> Tensor:
-    """Send columns (N, S, ·) through a network: value, derivatives and Laplacian, or values alone where S = 1."""
+def propagate(model: nn.Sequential, columns: Tensor, weights: Tensor | None, uses: Uses) -> Tensor:
+    """Send columns (N, S, ·) through a network: value, derivatives and Laplacian, or only values if S = 1."""
     for module in model:
         if not isinstance(module, nn.Linear):
             columns = module(columns) if columns.shape[1] == 1 else _activated(module, columns, weights)
@@ -92,20 +92,20 @@ def propagated(model: nn.Sequential, columns: Tensor, weights: Tensor | None, us
     return columns
 
 
-def columns_of(columns: Tensor) -> Columns:
-    """Take columns (N, S, m) apart."""
+def split_columns(columns: Tensor) -> Columns:
+    """Split columns (N, S, m) into value, derivatives and Laplacian."""
     return Columns(columns[:, 0], columns[:, 1:-1].mT, columns[:, -1])
 
 
 def _activated(module: nn.Module, columns: Tensor, weights: Tensor | None) -> Tensor:
-    """σ(z), σ' ∂z, and σ' Δz + σ'' Σ w (∂z)²."""
+    """Return σ(z), σ' ∂z, and σ' Δz + σ'' Σ w (∂z)²."""
     value, derivatives, laplacian = columns[:, :1], columns[:, 1:-1], columns[:, -1:]
     with torch.enable_grad():
         value = value if value.requires_grad else value.detach().requires_grad_()
         activated = module(value)
-        # One entry of σ depends on one of z: the sum's gradient is σ'.
+        # Each entry of σ depends on one entry of z, so the gradient of the sum is σ'.
         (slope,) = torch.autograd.grad(activated.sum(), value, create_graph=True)
         (bend,) = torch.autograd.grad(slope.sum(), value, create_graph=True)
     squares = derivatives.square() if weights is None else derivatives.square() * weights[:, None]
-    bent = slope * laplacian + bend * squares.sum(1, keepdim=True)
-    return torch.cat([activated, slope * derivatives, bent], dim=1)
+    laplacian = slope * laplacian + bend * squares.sum(1, keepdim=True)
+    return torch.cat([activated, slope * derivatives, laplacian], dim=1)

@@ -1,4 +1,4 @@
-"""K-FAC for physics-informed networks: losses with derivatives of a network in its inputs."""
+"""K-FAC for physics-informed networks: losses with derivatives of a network with respect to its inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from brandla.kfac.systems.strategy import StateCurvature
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side, dense
 from brandla_kernels import gram_ema_
 
-# From `Columns` at points (N, d), or from values (M, m) at points (M, d), to one residual for each point.
+# Functions of `Columns` at points (N, d), or of values (M, m) at points (M, d), that return one residual per point.
 Residual: TypeAlias = Callable[[forward.Columns, Tensor], Tensor]
 BoundaryResidual: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,29 +26,29 @@ BoundaryResidual: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 class PINN:
     """Precondition the gradients of ½ mean r² over points inside, r with derivatives, plus ½ mean r² at the boundary.
 
-    The Gauss–Newton matrix of a layer is about A_Ω ⊗ B_Ω + A_∂ ⊗ B_∂: for N points inside with S = d + 2 columns z each
-    (value, derivatives, Laplacian; the bias's 1 in the first alone), and the derivatives g of r in what the layer makes
-    of each column, A_Ω = Σ z zᵀ / (N S) and B_Ω = Σ g gᵀ / N. A_∂ and B_∂ are the same with S = 1. All are averaged
-    over steps, and λ is added to each.
+    The Gauss–Newton matrix of a layer is about A_Ω ⊗ B_Ω + A_∂ ⊗ B_∂. Each of N points inside has S = d + 2 input
+    columns z (value, derivatives, Laplacian; the bias's 1 is only in the first) and the derivatives g of r with respect
+    to the layer's output columns. A_Ω = Σ z zᵀ / (N S) and B_Ω = Σ g gᵀ / N. A_∂ and B_∂ are the same with S = 1. All
+    are averaged over steps, and λ is added to each.
 
     Parameters
     ----------
     model
         ``nn.Sequential`` of ``nn.Linear`` and activations that `forward_laplacian` knows.
     inverse
-        None for the inverse of the sum, by two Cholesky factorisations and two eigendecompositions per layer and step
-        in float64: for widths of some hundred. Or a system of factors such as ``Brand(rank=32)``, for ½ (A_Ω + A_∂) ⊗
-        (B_Ω + B_∂). This is the same sum if the two A, or the two B, are equal.
+        None inverts the sum, by two Cholesky factorisations and two eigendecompositions per layer and step in float64.
+        This suits widths of a few hundred. A system of factors such as ``Brand(rank=32)`` inverts ½ (A_Ω + A_∂) ⊗ (B_Ω
+        + B_∂), which equals the sum if the two A, or the two B, are equal.
     damping
         λ > 0, absolute.
     decay
         ρ of the averages, in [0, 1).
     weights
-        The Laplacian's, as in `forward_laplacian`.
+        Weights of the Laplacian, as in `forward_laplacian`.
 
     Notes
     -----
-    There is no clip: choose the length of a step by a line search with `loss`, as the source does. For one process.
+    There is no clip: choose the length of a step by a line search with `loss`, as the source does. Use one process.
 
     References
     ----------
@@ -87,20 +87,20 @@ class PINN:
         modules = model.named_modules(remove_duplicate=False)
         self._linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
         self._shapes = []
-        for own in self._linears.values():
-            dtype = torch.float64 if inverse is None else own.weight.dtype
-            d_in = own.in_features + (own.bias is not None)
-            self._shapes.append(Shape((), own.out_features, d_in, dtype, own.weight.device))
+        for linear in self._linears.values():
+            dtype = torch.float64 if inverse is None else linear.weight.dtype
+            d_in = linear.in_features + (linear.bias is not None)
+            self._shapes.append(Shape((), linear.out_features, d_in, dtype, linear.weight.device))
         self.curvatures: list[SumOfTwo | Kronecker] = [
             SumOfTwo(shape) if inverse is None else Kronecker.of(shape, inverse) for shape in self._shapes
         ]
         self._system = str(inverse)
-        self._steps, self._captured = 0, 0
+        self._steps, self._captured_bytes = 0, 0
         self._skipped: Tensor | int = 0
 
     @torch.no_grad()
     def loss(self, interior: Tensor, residual: Residual, boundary: Tensor, at_boundary: BoundaryResidual) -> Tensor:
-        """Return the loss alone, with the parameters of `backward`."""
+        """Return the loss alone. The parameters are those of `backward`."""
         inside = residual(forward.forward_laplacian(self._model, interior, self._weights), interior)
         return _loss(inside, at_boundary(self._model(boundary), boundary))
 
@@ -125,58 +125,58 @@ class PINN:
         """
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            message = "PINN.backward: it is for one process; got a group of several: train in one"
+            message = "PINN.backward: training must be in one process; got a group of several"
             raise RuntimeError(message)
         uses: tuple[forward.Uses, forward.Uses] = [], []
         with torch.enable_grad():
-            columns = forward.propagated(self._model, forward.seeded(interior), self._weights, uses[0])
-            values = forward.propagated(self._model, boundary[:, None], self._weights, uses[1])
-            residuals = residual(forward.columns_of(columns), interior), at_boundary(values[:, 0], boundary)
+            columns = forward.propagate(self._model, forward.first_columns(interior), self._weights, uses[0])
+            values = forward.propagate(self._model, boundary[:, None], self._weights, uses[1])
+            residuals = residual(forward.split_columns(columns), interior), at_boundary(values[:, 0], boundary)
         finite = torch.isfinite(_loss(*residuals))
         terms = [_terms(*parts, finite) for parts in zip(residuals, (interior, boundary), uses, strict=True)]
         now = Now(self._steps, self._steps * 65_537, self._decay, Damping(self._damping, "absolute"), finite)
         layers = zip(self._linears.values(), self.curvatures, *terms, strict=True)
-        for linear, curvature, (inside, own), (outside, other) in layers:
+        for linear, curvature, (inside, gradient_inside), (outside, gradient_outside) in layers:
             if isinstance(curvature, SumOfTwo):
                 curvature.absorb(inside, now)
                 curvature.absorb(outside, now, "boundary")
             else:
-                # ½ (A_Ω + A_∂) and B_Ω + B_∂
+                # The factors are ½ (A_Ω + A_∂) and B_Ω + B_∂.
                 inputs = torch.cat([rows.inputs / (2 * rows.uses) ** 0.5 for rows in (inside, outside)])
                 gradients = torch.cat([rows.gradients * rows.uses**0.5 for rows in (inside, outside)])
                 curvature.absorb(Rows(inputs, gradients, 1), now)
-            step = dense(curvature.solve(own + other, now)).to(linear.weight.dtype)
+            step = dense(curvature.solve(gradient_inside + gradient_outside, now)).to(linear.weight.dtype)
             linear.weight.grad = step[:, : linear.in_features].clone()
             if linear.bias is not None:
                 linear.bias.grad = step[:, -1].clone()
         self._steps += 1
         self._skipped = ~finite + self._skipped
-        self._captured = sum(rows.inputs.nbytes + rows.gradients.nbytes for rows, _ in chain(*terms))
+        self._captured_bytes = sum(rows.inputs.nbytes + rows.gradients.nbytes for rows, _ in chain(*terms))
         return _loss(*residuals).detach()
 
     def report(self) -> Report:
-        """Return what each layer keeps, as `KFAC.report` does, its memory, and the number of batches skipped.
+        """Return each layer's factors and memory, like `KFAC.report`, and the number of batches skipped.
 
-        Waits for the device. A layer of the sum has one row per side, with the memory of both matrices.
+        This waits for the device. A layer of the sum has one row per side, with the memory of both matrices.
         """
         system = "SumOfTwo" if self._system == "None" else self._system
         parts = zip(self._linears, self._shapes, self.curvatures, strict=True)
-        rows = [row for name, shape, own in parts for row in rows_of(name, system, shape, own)]
-        return Report(rows, {}, int(self._skipped), self._captured)
+        rows = [row for name, shape, curvature in parts for row in rows_of(name, system, shape, curvature)]
+        return Report(rows, {}, int(self._skipped), self._captured_bytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a bit-equal continuation needs."""
+        """Return the whole state for a bit-equal continuation."""
         curvatures = {str(index): own.state_dict() for index, own in enumerate(self.curvatures) if own.started}
         return {"system": self._system, "steps": self._steps, "curvatures": curvatures}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state of the same model and system, or raise before anything is changed."""
+        """Continue from a state of the same model and system, or raise before anything changes."""
         saved, layers = state["curvatures"], [str(index) for index in range(len(self.curvatures))]
         if state["system"] != self._system or list(saved) not in ([], layers):
             wanted, got = f"{self._system} of {len(layers)} layers", f"{state['system']} of {len(saved)}"
             _check.fail_value("PINN.load_state_dict", f"the state must be that of {wanted}; got {got}")
-        loaded = [own.loaded(saved[str(at)], str(at)) if saved else own for at, own in enumerate(self.curvatures)]
-        self.curvatures, self._steps = loaded, state["steps"]
+        loaded = [own.loaded(saved[name], name) for name, own in zip(layers, self.curvatures, strict=True) if saved]
+        self.curvatures, self._steps = loaded or self.curvatures, state["steps"]
 
 
 @dataclass
@@ -191,17 +191,17 @@ class SumOfTwo(StateCurvature):
     }
 
     def absorb(self, rows: Rows, now: Now, term: str = "interior") -> None:
-        """Take in the rows of a term; a step begins with those inside."""
+        """Take in the rows of a term. Each step begins with the rows inside."""
         if term == "interior":
             total = self.state.get("total", torch.zeros((), dtype=self.shape.dtype, device=self.shape.device))
             self.state["total"] = now.decay * total + (1 - now.decay) * now.finite.to(self.shape.dtype)
-        for side, own, scale in (("input", rows.inputs, 1 / rows.uses), ("output", rows.gradients, rows.uses)):
-            start = torch.zeros(own.shape[-1], own.shape[-1], dtype=self.shape.dtype, device=own.device)
-            known = self.state.setdefault(f"{term} {side}", start)
-            gram_ema_(known, own.mT.to(known.dtype), now.decay, (1 - now.decay) * scale)
+        for side, vectors, scale in (("input", rows.inputs, 1 / rows.uses), ("output", rows.gradients, rows.uses)):
+            start = torch.zeros(vectors.shape[-1], vectors.shape[-1], dtype=self.shape.dtype, device=vectors.device)
+            sums = self.state.setdefault(f"{term} {side}", start)
+            gram_ema_(sums, vectors.mT.to(sums.dtype), now.decay, (1 - now.decay) * scale)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
-        """Return K₂ [(K₂ᵀ ∂W K₁) / (1 + s₂ s₁ᵀ)] K₁ᵀ, with KᵀM_ΩK = I and KᵀM_∂K = diag(s) on each side."""
+        """Return K₂ [(K₂ᵀ ∂W K₁) / (1 + s₂ s₁ᵀ)] K₁ᵀ, where KᵀM_ΩK = I and KᵀM_∂K = diag(s) on each side."""
         (right, s_in), (left, s_out) = (self._pencil(side, now.damping.value) for side in self.of_sides)
         rotated = left.mT @ dense(gradient).to(right.dtype) @ right
         return left @ (rotated / (1 + s_out[:, None] * s_in)) @ right.mT
@@ -224,18 +224,18 @@ class SumOfTwo(StateCurvature):
 
 
 def _terms(residuals: Tensor, points: Tensor, uses: forward.Uses, finite: Tensor) -> list[tuple[Rows, Tensor]]:
-    """Return rows with A = Σ z zᵀ / (N S), G = Σ g gᵀ / N, and the gradient of ½ mean r², of each layer; or zeros."""
+    """Return for each layer rows with A = Σ z zᵀ / (N S), G = Σ g gᵀ / N, and the gradient of ½ mean r²; or zeros."""
     if residuals.shape != points.shape[:1]:
         rule = f"residuals must have shape (N,) = ({len(points)},), one for each point"
         _check.fail_value("PINN.backward", f"{rule}; got {tuple(residuals.shape)}")
     derivatives = torch.autograd.grad(residuals.sum(), [output for _, output in uses])
-    found = []
-    for (inputs, _), own in zip(uses, derivatives, strict=True):
-        parts = inputs.flatten(0, 1), own.flatten(0, 1), residuals.detach().repeat_interleave(own.shape[1])
-        z, g, of_points = (torch.where(finite, part, 0) for part in parts)
+    terms = []
+    for (inputs, _), of_output in zip(uses, derivatives, strict=True):
+        r = residuals.detach().repeat_interleave(of_output.shape[1])
+        z, g, r = (torch.where(finite, part, 0) for part in (inputs.flatten(0, 1), of_output.flatten(0, 1), r))
         rows = Rows(z, g / (len(z) * len(points)) ** 0.5, len(z))
-        found.append((rows, (g * of_points[:, None]).mT @ z / len(points)))
-    return found
+        terms.append((rows, (g * r[:, None]).mT @ z / len(points)))
+    return terms
 
 
 def _loss(inside: Tensor, outside: Tensor) -> Tensor:

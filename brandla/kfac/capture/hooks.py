@@ -14,7 +14,7 @@ from brandla._sharded import is_dtensor
 from brandla.kfac.capture.calls import Call, Pass, Recorder, Terms
 from brandla.kfac.capture.kinds.kind import BoundHook, Kind
 from brandla.kfac.capture.tap import LEAF, Keep, Tap, Ticket
-from brandla.kfac.values import Noted
+from brandla.kfac.values import Version
 
 
 class Capture:
@@ -92,7 +92,7 @@ class Capture:
         not count as writing.
         """
         noted = self._autograd_gradient
-        return self._was_empty and noted is not None and noted.is_still(self._watched.grad)
+        return self._was_empty and noted is not None and noted.matches(self._watched.grad)
 
     def is_weight_changed(self) -> bool:
         """Say whether somebody has written to the weight since the last backward pass."""
@@ -111,7 +111,7 @@ class Capture:
         # Whether the gradient was None before the first call, and autograd alone has written to it since.
         self._was_empty = False
         # The gradient as autograd has left it.
-        self._autograd_gradient: Noted | None = None
+        self._autograd_gradient: Version | None = None
         # The weight at the last backward pass, and its version then.
         self._weight_version: tuple[Tensor, int] | None = None
         # Autograd's numbers of the backward passes that have added to the weight's gradient.
@@ -272,7 +272,7 @@ class Capture:
                 if capture is not None:
                     capture._accumulated_by.add(torch._C._current_graph_task_id())
                     if tensor.grad is not None:
-                        capture._autograd_gradient = Noted(tensor.grad)
+                        capture._autograd_gradient = Version(tensor.grad)
 
             self._gradient_hook = weight, weight.register_post_accumulate_grad_hook(note)
 

@@ -16,7 +16,7 @@ from brandla.kfac.capture.calls import Call, Pass, Recorder, averaged
 from brandla.kfac.capture.hooks import Capture
 from brandla.kfac.capture.kinds.kind import Kind, Uses
 from brandla.kfac.systems.strategy import Curvature, Strategy
-from brandla.kfac.values import Gradient, Noted, Rows, Shape, by_kind
+from brandla.kfac.values import Gradient, Rows, Shape, Version, by_kind
 
 Sharing = Literal["expand", "reduce"]
 
@@ -67,7 +67,7 @@ class Layer:
         # The calls of this step whose pair is applied, once `_pair_calls` has found them.
         self._paired: list[Call] = []
         # The gradient as the last step wrote it.
-        self._written: Noted | None = None
+        self._written: Version | None = None
         # Unit vectors (*groups, d_in) that attain the last step's spectral norm, if the clip is spectral.
         self.direction: Tensor | None = None
 
@@ -95,7 +95,7 @@ class Layer:
         if self.capture.left_out and self._calls_left_out():
             return True
         gradient: Tensor | None = self.weight.grad
-        return gradient is not None and not (self._written is not None and self._written.is_still(gradient))
+        return gradient is not None and not (self._written is not None and self._written.matches(gradient))
 
     @property
     def is_frozen(self) -> bool:
@@ -240,7 +240,7 @@ class Layer:
         """Note that the gradient is a step now. Until somebody writes to it, there is nothing to precondition."""
         self.unformed = None
         if self.weight.grad is not None:
-            self._written = Noted(self.weight.grad)
+            self._written = Version(self.weight.grad)
 
     def _write_part(
         self, step: Gradient, start: int, columns: int, gradient: Tensor, arrange: Callable[[Tensor], Tensor]

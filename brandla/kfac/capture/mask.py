@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brandla._sharded import is_dtensor
 from brandla.kfac.capture.layer import Layer
-from brandla.kfac.values import Rows, alike, by_kind
+from brandla.kfac.values import Rows, by_kind, map_by_kind
 from brandla_kernels import reads_are_free
 
 # Tensors that share both can be passed to one kernel.
@@ -80,7 +80,7 @@ class Mask:
             return dict(by_layer)
         parts = {id(part): part for rows in by_layer.values() for part in (rows.inputs, rows.gradients)}
         real = [part for part in parts.values() if part.is_floating_point()]
-        masked = alike(real, _dtype_and_device, lambda members: self._multiplied(torch._foreach_mul, members))
+        masked = map_by_kind(real, _dtype_and_device, lambda members: self._multiplied(torch._foreach_mul, members))
         parts |= {id(part): new.view(part.dtype) for part, new in zip(real, masked, strict=True)}
         return {
             layer: Rows(parts[id(rows.inputs)], parts[id(rows.gradients)], *rows[2:])

@@ -19,7 +19,7 @@ from brandla.kfac.processes.exchange import SIDES, Part, Share, joined_rows, par
 from brandla.kfac.processes.messages import Ranks
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.kronecker import Kronecker
-from brandla.kfac.values import Noted, Now, Rows
+from brandla.kfac.values import Now, Rows, Version
 
 Mode: TypeAlias = Literal["gather", "split"]
 # A factor, by its layer's index in the model and its side, or all of a layer's curvature, with the side "".
@@ -138,7 +138,7 @@ class Split(Gather):
         super().__init__(layers, ranks, columns, from_curvature=from_curvature)
         self._owners: dict[Unit, int] = {}
         self._loads = [0.0] * ranks.world
-        self._published: dict[Unit, dict[str, Noted]] = {}
+        self._published: dict[Unit, dict[str, Version]] = {}
         self._index = {layer: index for index, layer in enumerate(layers)}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
@@ -227,7 +227,7 @@ class Split(Gather):
                 own[unit] = self._layers[unit[0]].curvature.state_dict()
             else:
                 parts = factor.strategy.solving(factor.state).items()
-                own[unit] = {name: part for name, part in parts if not (name in last and last[name].is_still(part))}
+                own[unit] = {name: part for name, part in parts if not (name in last and last[name].matches(part))}
         for published in self._ranks.publish(own):
             for unit, state in published.items():
                 layer, factor = self._layers[unit[0]], self._factor(unit)
@@ -237,7 +237,7 @@ class Split(Gather):
                     factor.state.update(state)
                     if self._owners[unit] == self.rank:
                         sent = factor.strategy.solving(factor.state).items()
-                        self._published[unit] = {key: Noted(part) for key, part in sent if isinstance(part, Tensor)}
+                        self._published[unit] = {key: Version(part) for key, part in sent if isinstance(part, Tensor)}
 
     def _factor(self, unit: Unit) -> Factor | None:
         index, side = unit

@@ -1,1 +1,1 @@
-"""The systems of the K-FAC family, one a file, on common factors and curvatures."""
+"""The systems of the K-FAC family, one per file, on common factors and curvatures."""

@@ -14,7 +14,7 @@ from brandla.kfac.systems.exact import Exact
 from brandla.kfac.systems.form import Absorption, FactorForm, State, due
 from brandla.kfac.systems.kronecker import FactorStrategy
 from brandla.kfac.systems.schedule import ErrorBound, Schedule, at
-from brandla.kfac.values import Damping, Now, alike, layout
+from brandla.kfac.values import Damping, Now, layout, map_by_kind
 from brandla.lowrank import LowRankEigh, LowRankRoot, Rank, Tracked, stacked
 from brandla.root import Compress
 from brandla_kernels import reads_are_free, signs
@@ -25,7 +25,7 @@ Sketch = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class BrandForm(FactorStrategy):
-    """A low-rank form that Brand's update keeps fresh."""
+    """A low-rank form that Brand's update renews."""
 
     rank: Schedule[Any]
 
@@ -34,24 +34,25 @@ class BrandForm(FactorStrategy):
         self.first_rank()
 
     def first_rank(self) -> int:
-        """Return the number of columns that a factor begins with, or raise where that is none."""
+        """Return the number of columns that a factor begins with; raise an error if it is not positive."""
         first = at(self.rank, 0)
         return first.max if isinstance(first, Rank) else _check.count(type(self).__name__, "rank", first, 1)
 
     def update(
         self, absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress, now: Now
     ) -> None:
-        """Update the low-rank forms of the states, all of one kind: M ← ρ_t M + w_t A Aᵀ, never divided by a total."""
-        states, columns = [own.state for own in absorptions], [own.columns for own in absorptions]
+        """Update the low-rank forms of states of one kind: M ← ρ_t M + w_t A Aᵀ, where M is already an average."""
+        states = [absorption.state for absorption in absorptions]
+        columns = [absorption.columns for absorption in absorptions]
         tall = "root" if "root" in states[0] else "eigenvectors"
-        decays, weights = _of_averages(absorptions, now.finite)
+        decays, weights = _decays_and_weights(absorptions, now.finite)
         options: dict[str, Any] = {"decay": decays, "weight": weights, "rank": []}
         for rank, state, new in zip(ranks, states, columns, strict=True):
             n, r = state[tall].shape[-2:]
             most = min(n, r + new.shape[-1])
             fitting = replace(rank, max=min(rank.max, most)) if isinstance(rank, Rank) else min(rank, most)
             options["rank"].append(fitting)
-        # With the error bound and the trace where they are kept.
+        # The error bound and the trace are updated as well, if the state has them.
         factors: list[Any] = [
             Tracked(lowrank, state["error_bound"], state["trace"]) if "error_bound" in state else lowrank
             for state, lowrank in zip(states, map(self.lowrank, states), strict=True)
@@ -67,7 +68,7 @@ class BrandForm(FactorStrategy):
             state.update(zip(lowrank._fields, lowrank, strict=True))
 
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        """Give factors whose root and Gram matrix are no smaller than n × n to Exact, at every step."""
+        """Replace factors whose root and Gram matrix are no smaller than n × n by Exact, renewed at every step."""
         rank = self.first_rank()
         if n * rank + rank**2 < n**2:
             return None
@@ -75,13 +76,13 @@ class BrandForm(FactorStrategy):
         return Exact(inverse_every=1, tail=self.tail), reason
 
 
-def _of_averages(absorptions: Sequence[Absorption], finite: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return ρ_t and w_t of each factor: (1, 0) where the batch is not finite. Computed once for all that are equal."""
-    keys = [(id(own.state["total"]), own.weight) for own in absorptions]
-    distinct = {total: own for (total, _), own in zip(keys, absorptions, strict=True)}
-    parts = [part for own in distinct.values() for part in (own.decayed, finite)]
+def _decays_and_weights(absorptions: Sequence[Absorption], finite: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ρ_t and w_t of each factor, (1, 0) for a non-finite batch. Equal values are computed once."""
+    keys = [(id(absorption.state["total"]), absorption.weight) for absorption in absorptions]
+    distinct = {total: absorption for (total, _), absorption in zip(keys, absorptions, strict=True)}
+    parts = [part for absorption in distinct.values() for part in (absorption.decayed, finite)]
     quotients = torch._foreach_div(parts, [own.state["total"] for own in distinct.values() for _ in range(2)])
-    decays, shares = (dict(zip(distinct, quotients[place::2], strict=True)) for place in range(2))
+    decays, shares = (dict(zip(distinct, quotients[start::2], strict=True)) for start in range(2))
     pairs = dict.fromkeys(keys)
     products = torch._foreach_mul([shares[total] for total, _ in pairs], [weight for _, weight in pairs])
     weights = dict(zip(pairs, products, strict=True))
@@ -89,55 +90,55 @@ def _of_averages(absorptions: Sequence[Absorption], finite: Tensor) -> tuple[lis
 
 
 def sketched(absorptions: Sequence[Absorption], sketch: Sketch, now: Now) -> list[Absorption]:
-    """Bring batches of more columns down to s: A Ω with random signs, the same for all of a size, and w / s for w."""
-    # Ω, or where it is drawn inside the product, on a GPU, the seed of it.
+    """Reduce batches of more than s columns to A Ω with weight w / s; batches of one size share the random signs Ω."""
+    # Ω, or its seed on a GPU, where the product draws Ω itself.
     drawn: dict[Hashable, Tensor] = {}
-    found = list(absorptions)
+    reduced = list(absorptions)
     for index, absorption in enumerate(absorptions):
         columns, k = absorption.columns, absorption.columns.shape[-1]
         basis = absorption.state["root" if "root" in absorption.state else "eigenvectors"]
         width = sketch_width(basis.shape[-1], k) if sketch == "auto" else sketch
         if width is not None and k > width:
-            is_inside = columns.ndim == 2 and not reads_are_free(columns)
-            key = k, width, columns.dtype, columns.device, is_inside
+            draws_inside = columns.ndim == 2 and not reads_are_free(columns)
+            key = k, width, columns.dtype, columns.device, draws_inside
             if key not in drawn:
                 seed = torch.full((), now.step, dtype=torch.int64, device=columns.device)
                 if isinstance(now.replays, Tensor):
                     seed += now.replays
-                drawn[key] = seed if is_inside else signs(seed, k, width, dtype=columns.dtype)
-            product = matrix_sketch(columns, drawn[key], width) if is_inside else columns @ drawn[key]
-            found[index] = absorption._replace(columns=product, weight=absorption.weight / width)
-    return found
+                drawn[key] = seed if draws_inside else signs(seed, k, width, dtype=columns.dtype)
+            product = matrix_sketch(columns, drawn[key], width) if draws_inside else columns @ drawn[key]
+            reduced[index] = absorption._replace(columns=product, weight=absorption.weight / width)
+    return reduced
 
 
 def sketch_width(rank: int, k: int) -> int:
     """Return s of ``sketch="auto"`` for a batch of k columns: max(r, 32), or k if k < 2s, whatever n is."""
-    # The core has the order 2r then. Fewer columns save little more, since the passes over F stay (``docs/kfac.md``).
+    # With s = r the core has order 2r. Fewer columns save little, because the passes over F stay (``docs/kfac.md``).
     width = max(rank, 32)
     return width if k >= 2 * width else k
 
 
 @dataclass(frozen=True)
 class Brand(BrandForm):
-    """B-KFAC: a low-rank form only. O(n r) memory, and time linear in n at every update.
+    """B-KFAC: a low-rank form only. O(n r) memory, and an update takes time linear in n.
 
     Parameters
     ----------
     rank
-        r: a number, a function of the step that returns one, a `brandla.Rank` rule (also as a function's value), or
-        `ErrorBound`, a rank that follows the error bound.
+        r: a number, a `brandla.Rank` rule, a function of the step that returns one of them, or `ErrorBound`, a rank
+        that follows the error bound.
     form
         ``"root"``: M ≈ F Fᵀ by `brandla.root_update`, the cheaper form; right if λ >= 10⁻⁴ d₁ in float32.
         ``"eigh"``: M ≈ U diag(d) Uᵀ by `brandla.eigh_update`, with orthonormal eigenvectors.
     compress
-        As in `brandla.root_update`: ``"cholesky"`` has no eigendecomposition and no host sync, also of factors that are
-        no larger than the rank. For a root only.
-        ``"auto"``: that on a GPU, if ``tail`` is 0, and ``"eigh"`` elsewhere, which is the quicker one on a CPU.
+        As in `brandla.root_update`. ``"cholesky"`` needs no eigendecomposition and no host sync, not even for factors
+        that are no larger than the rank. It is for a root only. ``"auto"`` is ``"cholesky"`` on a GPU if ``tail`` is 0,
+        and otherwise ``"eigh"``, which is faster on a CPU.
     sketch
-        A batch A with more columns is first brought down to this many: A Ω for random signs Ω, with A Aᵀ as its
-        expectation. The average over batches smooths what the signs add, and ``error_bound`` is for the average of what
-        was taken in. A number; ``"auto"``, max(r, 32) for batches of at least twice as many columns; or None, which
-        takes every batch as it is.
+        s, the number of columns that a wider batch A is first reduced to: A Ω/√s for random signs Ω, whose Gram matrix
+        has the expectation A Aᵀ. The average over batches smooths the noise of the signs. ``error_bound`` refers to the
+        average of the sketches. A number; ``"auto"``, max(r, 32) for batches of at least twice as many columns; or
+        None, which takes in every batch whole.
 
     References
     ----------
@@ -175,11 +176,11 @@ class Brand(BrandForm):
         return self.rank.least if isinstance(self.rank, ErrorBound) else super().first_rank()
 
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        found = super().substitute(n)
-        if found is None or self.compress != "cholesky" or self.tail != 0:
-            return found
-        # The host must not wait there either.
-        return Exact(inverse_every=1, method="cholesky"), found[1]
+        substitute = super().substitute(n)
+        if substitute is None or self.compress != "cholesky" or self.tail != 0:
+            return substitute
+        # The substitute must not sync with the host either.
+        return Exact(inverse_every=1, method="cholesky"), substitute[1]
 
     def start(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> State:
         state: State = {name: torch.zeros(groups, dtype=dtype, device=device) for name in ("error_bound", "trace")}
@@ -195,12 +196,12 @@ class Brand(BrandForm):
             ranks = [at(self.rank, now.step)] * len(absorptions)
         compress = self.compress
         if compress == "auto":
-            # With a tail, each application would wait for the eigenvalues of S instead.
+            # With a tail, each application would wait for the eigenvalues of S: "cholesky" would save no sync.
             compress = "eigh" if self.tail != 0 or reads_are_free(absorptions[0].columns) else "cholesky"
         self.update(sketched(absorptions, self.sketch, now), ranks, compress, now)
 
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:
-        """Read the error bound when it is due, where the rank follows it."""
+        """Adapt the rank to the error bound, if the rank follows it and a reading is due."""
         if isinstance(self.rank, ErrorBound) and due(state, step, self.rank.every):
             (largest,) = self.largest_of_each([state])
             # A factor that is still zero has no error.
@@ -208,12 +209,12 @@ class Brand(BrandForm):
             state["rank"] = self.rank.next(state["rank"], errors.amax().item())
 
     def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
-        """Return d₁: for a root the largest entry on the diagonal of S, which `root_update` leaves there by ``"eigh"``.
+        """Return d₁. For a root it is the largest entry on the diagonal of S, where ``"eigh"`` leaves the eigenvalues.
 
-        By ``"cholesky"`` that entry stands for it, from below. Two steps of LR leave S nearly diagonal: on the streams
-        of the tests it was 0 to 3 per cent less in the mean, and 14 in one batch of a flat spectrum.
+        With ``"cholesky"`` that entry is a lower estimate: two steps of LR leave S nearly diagonal. On the streams of
+        the tests it was 0 to 3 per cent too low in the mean, and 14 per cent in one batch of a flat spectrum.
         """
         if self.form == "eigh":
             return [state["eigenvalues"][..., 0] for state in states]
         grams = [state["gram"] for state in states]
-        return alike(grams, layout, lambda members: stacked(members).diagonal(dim1=-2, dim2=-1).amax(-1).unbind())
+        return map_by_kind(grams, layout, lambda members: stacked(members).diagonal(dim1=-2, dim2=-1).amax(-1).unbind())

@@ -1,4 +1,4 @@
-"""B-KFAC-C and B-R-KFAC: Brand updates, mended now and then by the dense factor that is kept beside them."""
+"""B-KFAC-C and B-R-KFAC: Brand updates, corrected now and then with a dense factor that is kept as well."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from brandla.refresh import ritz_correct
 
 @dataclass(frozen=True)
 class DenseBrand(DenseForm, BrandForm):
-    """A low-rank form that Brand updates keep fresh, with the dense average beside it to mend it by."""
+    """A low-rank form that Brand updates renew, and the dense average that corrects it."""
 
     kind: ClassVar[type[LowRankRoot | LowRankEigh]]
 
@@ -33,7 +33,7 @@ class DenseBrand(DenseForm, BrandForm):
         return super().start(n, groups, dtype, device) | zeros._asdict()
 
     def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
-        """Add the columns to the dense sum, and take them, sketched where they are many, into the low-rank form."""
+        """Add the columns to the dense sum, and their sketch, if they are many, to the low-rank form."""
         super().take(absorptions, now)
         ranks: list[Any] = [at(self.rank, now.step)] * len(absorptions)
         self.update(sketched(absorptions, "auto", now), ranks, "eigh", now)
@@ -86,7 +86,7 @@ class BrandCorrected(DenseBrand):
 
 @dataclass(frozen=True)
 class BrandRandomized(DenseBrand):
-    """B-R-KFAC: fresh at every update, and rid of truncation error every ``overwrite_every`` steps. O(n²) memory.
+    """B-R-KFAC: Brand updates; every ``overwrite_every`` steps a decomposition removes truncation error. O(n²) memory.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class BrandRandomized(DenseBrand):
     overwrite_every
         Steps between the decompositions that overwrite: a number, or a function of the step.
     oversample, power_iterations
-        For these decompositions, as in `brandla.randomized_eigh`.
+        Options of these decompositions, as in `brandla.randomized_eigh`.
 
     References
     ----------
@@ -129,5 +129,5 @@ class BrandRandomized(DenseBrand):
         self.keep_trace(state)
 
     def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
-        """Return d₁, which an update and an overwriting both leave first on the diagonal of S."""
+        """Return d₁, the first entry on the diagonal of S after an update and after an overwriting."""
         return [state["gram"][..., 0, 0] for state in states]

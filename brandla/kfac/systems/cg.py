@@ -1,4 +1,4 @@
-"""CG-FAC: conjugate gradients with the rows of the latest batches, and no factor at all."""
+"""CG-FAC: conjugate gradients with the rows of the latest batches, without any factor."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from brandla.kfac.values import Gradient, Now, Rows, Shape, dense
 class ConjugateGradient(Strategy):
     """CG-FAC: ``iterations`` steps of conjugate gradients for (A ⊗ G + λI) x = ∂W, by products G X A with rows alone.
 
-    O(k (d_G + d_A)) memory for the k rows kept, and 4k d_G d_A + 2k²(d_G + d_A) operations an iteration. λ is relative
-    to the largest eigenvalue of A ⊗ G and is added to A ⊗ G as a whole. (Factors damped separately have a direct solve
-    from k rows, with nothing to iterate for.) The number of iterations is fixed, so nothing is read back. At relative
-    damping μ each takes the error down by about (1 − √μ)/(1 + √μ).
+    O(k (d_G + d_A)) memory for k kept rows, and 4k d_G d_A + 2k²(d_G + d_A) operations per iteration. λ is relative to
+    the largest eigenvalue of A ⊗ G and is added to A ⊗ G as a whole. (Factors damped separately have a direct solve
+    from k rows and need no iteration.) The number of iterations is fixed, so nothing is read back. At relative damping
+    μ each iteration reduces the error by a factor of about (1 − √μ)/(1 + √μ).
 
-    Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+    Layers with one-hot inputs, and layers with one factor, use `Exact`.
 
     Parameters
     ----------
     iterations
-        Steps, each of one product with the curvature; the start takes one more.
+        Number of iterations, each with one product with the curvature; the start takes one more product.
     batches
-        Room for the rows of this many batches of the largest size seen. A and G are the exponential averages of the
-        latest rows in it.
+        The rows of this many batches, of the largest size seen so far, are kept. A and G are the exponential averages
+        of these rows.
     warm_start
-        Start from the last step instead of zero. This takes d_G d_A more numbers.
+        Start from the last step instead of zero. This stores d_G d_A more numbers.
 
     References
     ----------
@@ -65,33 +65,33 @@ class ConjugateGradient(Strategy):
 
 @dataclass
 class RowsOfBatches(StateCurvature):
-    """The rows of the latest batches of one layer, and its last step where that is a start for the next.
+    """The rows of the latest batches of one layer and, with ``warm_start``, its last step.
 
-    A factor is M = Σ w x xᵀ / Σ w over its rows x, the latest first: (*groups, k, n) and their weights w (k,).
+    A factor is M = Σ w x xᵀ / Σ w over its rows x (*groups, k, n), the latest first, with weights w (k,).
     """
 
     strategy: ConjugateGradient
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Keep the rows, a and g, the gradients of single terms of the loss: the new ones in front, if finite."""
+        """Put the rows in front if finite: inputs a, and gradients g of single terms of the loss."""
         count = rows.gradients.shape[-2]
-        # Of a tied weight there are more rows than uses.
+        # A tied weight has more rows than uses.
         inputs = rows.inputs * (count / rows.uses) ** 0.5
         scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": inputs}
         for side, new in scaled.items():
-            known = self.state.get(f"{side} rows", new[..., :0, :])
+            old = self.state.get(f"{side} rows", new[..., :0, :])
             weights = self.state.get(f"{side} weights", new.new_empty(0))
-            most = max(self.strategy.batches * new.shape[-2], known.shape[-2])
+            most = max(self.strategy.batches * new.shape[-2], old.shape[-2])
             share = (1 - now.decay) / max(new.shape[-2], 1)
-            joined = torch.cat([new, known], dim=-2)[..., :most, :]
+            joined = torch.cat([new, old], dim=-2)[..., :most, :]
             joined_weights = torch.cat([weights.new_full(new.shape[-2:-1], share), now.decay * weights])[:most]
-            # Room for as many rows as there are then: the choice is made on the device.
-            missing = joined.shape[-2] - known.shape[-2]
-            self.state[f"{side} rows"] = torch.where(now.finite, joined, pad(known, (0, 0, 0, missing)))
+            # Old and new rows need one shape, because the device chooses between them.
+            missing = joined.shape[-2] - old.shape[-2]
+            self.state[f"{side} rows"] = torch.where(now.finite, joined, pad(old, (0, 0, 0, missing)))
             self.state[f"{side} weights"] = torch.where(now.finite, joined_weights, pad(weights, (0, missing)))
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
-        """Return the iterate of conjugate gradients, each group by itself; no read-back."""
+        """Return the last iterate of conjugate gradients, for each group separately and without a read-back."""
         matrix = dense(gradient)
         # R (*groups, k, n) with M = Rᵀ R.
         roots: list[Tensor] = []
@@ -107,7 +107,7 @@ class RowsOfBatches(StateCurvature):
             return left.mT @ (left @ part @ right.mT) @ right + shift * part
 
         start = self.state["last"] if "last" in self.state else torch.zeros_like(matrix)
-        # Of order 1, so that the squares of residuals are: those of their images are fourth powers more.
+        # Scale the gradient, and so squares of residuals, to order 1: images bring a fourth power of the data.
         scale = matrix.abs().amax((-2, -1), keepdim=True)
         scale = torch.where(scale > 0, scale, 1)
         iterate = start / scale
@@ -136,5 +136,5 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:
-    """Return one / other; 0 where both are: at the solution the iteration stays there."""
+    """Return one / other, or 0 unless other > 0, so that the iteration stays at the solution."""
     return torch.where(other > 0, one / torch.where(other > 0, other, 1), 0)

@@ -1,4 +1,4 @@
-"""Steps inside a CUDA graph: which systems can be captured, and states that keep their memory."""
+"""Steps inside a CUDA graph: which systems can be captured, and how states keep their memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _RULE = (
 
 
 def is_captured() -> bool:
-    """Say whether a CUDA graph is being captured."""
+    """Return whether a CUDA graph is being captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_capture(options: Mapping[str, bool], curvatures: Mapping[str, Curvature]) -> None:
-    """Check that a step with no option but these, of layers with these curvatures, does what every step does."""
+    """Check that a CUDA graph can capture a step with these curvatures. None of the ``options`` may be in use."""
     if given := [name for name, is_given in options.items() if is_given]:
         rule = "a CUDA graph can capture the step of one process, with the defaults of scaler, curvature and clip_by"
         message = f"KFAC.step: {rule}, and a fixed damping; got {given[0]}"
@@ -31,18 +31,18 @@ def check_capture(options: Mapping[str, bool], curvatures: Mapping[str, Curvatur
     for name, curvature in curvatures.items():
         factors = list(curvature.factors())
         others = [str(factor.strategy) for _, factor in factors if not factor.strategy.is_capturable]
-        found = f"got {others[0] if others else type(curvature).__name__} for {name}"
+        got = f"got {others[0] if others else type(curvature).__name__} for {name}"
         if not curvature.started:
-            found = f"the factors of {name} have no data yet: take a few steps before the capture"
+            got = f"the factors of {name} have no data yet: take a few steps before the capture"
         if others or not factors or not curvature.started:
-            message = f"{_RULE}; {found}"
+            message = f"{_RULE}; {got}"
             raise RuntimeError(message)
 
 
 @contextmanager
 def in_place(curvatures: Sequence[Curvature]) -> Iterator[None]:
-    """Write what the block computes anew over the tensors that it stands for, which a replay of a graph reads again."""
-    # The state of what may be captured is that of its factors.
+    """Copy new parts of states into the old tensors after the block, because a replay of the graph reads those."""
+    # Curvatures that can be captured have all of their state in factors.
     states = [factor.state for curvature in curvatures for _, factor in curvature.factors()]
     before = [(state, dict(state)) for state in states]
     yield

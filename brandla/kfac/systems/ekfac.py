@@ -20,23 +20,23 @@ from brandla.kfac.systems.strategy import Curvature, Strategy
 from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, dense
 from brandla.lowrank import LowRankEigh
 
-# Gradients of samples with several positions are formed so many numbers at a time, or one by one.
-_AT_ONCE = 2**22
+# Gradients of samples with several positions are formed in chunks of this many entries, or of one sample.
+_CHUNK_ENTRIES = 2**22
 
 
 @dataclass(frozen=True)
 class Eigenbasis(Exact):
-    """`Exact` with all n eigenvectors, those of directions without data too."""
+    """`Exact` with all n eigenvectors, including those of directions without data."""
 
-    # Rounding chooses the vectors of a young factor's many directions without data.
+    # A young factor has many directions without data, whose eigenvectors are rounding.
     renews_early: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        """Return the name and options of the strategy that was asked for, as reports and saved states have it."""
+        """Return the name and options of `EKFAC`, which reports and saved states show."""
         return str(EKFAC(self.inverse_every))
 
     def decompose(self, average: Tensor) -> LowRankEigh:
-        """Decompose M + ε M_max I, M_max the largest entry: the same to rounding, and no direction is empty."""
+        """Decompose M + ε M_max I, M_max the largest entry: equal to M up to rounding, and with no null direction."""
         largest = average.diagonal(dim1=-2, dim2=-1).amax(-1)
         shift = torch.where(largest > 0, torch.finfo(average.dtype).eps * largest, 1)[..., None]
         shifted = average.clone()
@@ -49,13 +49,14 @@ class Eigenbasis(Exact):
 class EKFAC(Strategy):
     """EK-FAC: step U_G [(U_Gᵀ ∂W U_A) / D] U_Aᵀ, with the second moments S of U_Gᵀ v U_A where K-FAC has d_G d_Aᵀ.
 
-    v is the gradient of one sample, summed over its positions. Of all curvatures with these eigenvectors, the one with
-    S is nearest to F in the Frobenius norm. D = S + λ_G 1 d_Aᵀ + λ_A d_G 1ᵀ + λ_G λ_A, so with S = d_G d_Aᵀ the step
-    equals the step of `Exact` at the same damping. A renewal of the eigenvectors carries S over to the new ones: S ←
-    (R_G ∘ R_G) S (R_A ∘ R_A)ᵀ with R = U⁺ᵀU.
+    v is the gradient of one sample in one call of the weight, summed over its positions. If calls, or the batches of
+    several processes, have different numbers of positions, each position counts as a sample. Among all curvatures with
+    these eigenvectors, the one with S is nearest to F in the Frobenius norm. D = S + λ_G 1 d_Aᵀ + λ_A d_G 1ᵀ + λ_G λ_A,
+    so with S = d_G d_Aᵀ the step equals the step of `Exact` at the same damping. When the eigenvectors are renewed, S
+    becomes (R_G ∘ R_G) S (R_A ∘ R_A)ᵀ with R = U⁺ᵀU.
 
-    It takes d_G d_A numbers more than `Exact`, and 2k(d_G² + d_A² + d_G d_A) more operations at a step with k columns
-    of data. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+    It stores d_G d_A more numbers than `Exact`, and a step with k columns of data takes 2k(d_G² + d_A² + d_G d_A) more
+    operations. Layers with one-hot inputs, and layers with one factor, use `Exact`.
 
     Parameters
     ----------
@@ -99,26 +100,26 @@ class EigenvalueCorrected(Curvature):
         return self.bases.started
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Take in the rows; S becomes the diagonal, in new eigenvectors, of the curvature that it stood for."""
-        known = self._vectors()
+        """Take in the rows. For new eigenvectors, S becomes the diagonal of the old curvature in the new basis."""
+        old = self._vectors()
         self.bases.absorb(rows, now)
         vectors = self._vectors()
-        if any(vectors[side] is not known[side] for side in known):
-            turned = {side: (vectors[side].mT @ known[side]).square() for side in known}
-            self.sums = turned["output"] @ self.sums @ turned["input"].mT
+        if any(vectors[side] is not old[side] for side in old):
+            squares = {side: (vectors[side].mT @ old[side]).square() for side in old}
+            self.sums = squares["output"] @ self.sums @ squares["input"].mT
         moments = _second_moments(Samples.of(rows), vectors["output"], vectors["input"])
         self.sums.mul_(now.decay).add_(moments, alpha=1 - now.decay)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
-        """Divide by the second moments and damping, in the eigenbasis."""
-        input_, output = (own for _, own in self.bases.sides)
+        """Divide by the damped second moments in the eigenbasis."""
+        input_, output = (factor for _, factor in self.bases.sides)
         (d_in, right), (d_out, left) = (
-            (own.state["eigenvalues"], own.state["eigenvectors"]) for own in (input_, output)
+            (factor.state["eigenvalues"], factor.state["eigenvectors"]) for factor in (input_, output)
         )
-        by_output, by_input = (now.damping.of(own.largest()) for own in (output, input_))
+        shift_out, shift_in = (now.damping.of(factor.largest()) for factor in (output, input_))
         divisor = self.sums / input_.state["total"]
-        divisor = divisor + by_output[..., None, None] * d_in[..., None, :]
-        divisor += (by_input[..., None] * (d_out + by_output[..., None]))[..., :, None]
+        divisor = divisor + shift_out[..., None, None] * d_in[..., None, :]
+        divisor += (shift_in[..., None] * (d_out + shift_out[..., None]))[..., :, None]
         rotated = left.mT @ dense(gradient) @ right
         return cast(Tensor, left @ (rotated / divisor) @ right.mT)
 
@@ -133,18 +134,18 @@ class EigenvalueCorrected(Curvature):
         return replace(self, bases=self.bases.loaded(state["bases"], where), sums=sums)
 
     def _vectors(self) -> dict[Side, Tensor]:
-        return {side: own.state["eigenvectors"] for side, own in self.bases.sides if own.state}
+        return {side: factor.state["eigenvectors"] for side, factor in self.bases.sides if factor.state}
 
 
 def _second_moments(samples: Samples, output: Tensor, input_: Tensor) -> Tensor:
-    """N Σ (U_Gᵀ v U_A)² over the samples, squares entry by entry."""
+    """Return N Σ (U_Gᵀ v U_A)² over the samples, squared entry by entry."""
     left, right = samples.gradients @ output, samples.inputs @ input_
     if samples.positions == 1:
         moments: Tensor = left.square().mT @ right.square()
         return samples.uses * moments
     left, right = (side.unflatten(-2, (-1, samples.positions)) for side in (left, right))
     total: Tensor = left.new_zeros(*left.shape[:-3], left.shape[-1], right.shape[-1])
-    chunk = max(_AT_ONCE // max(total.numel(), 1), 1)
-    for some, others in zip(left.split(chunk, dim=-3), right.split(chunk, dim=-3), strict=True):
-        total += (some.mT @ others).square().sum(-3)
+    chunk = max(_CHUNK_ENTRIES // max(total.numel(), 1), 1)
+    for left_chunk, right_chunk in zip(left.split(chunk, dim=-3), right.split(chunk, dim=-3), strict=True):
+        total += (left_chunk.mT @ right_chunk).square().sum(-3)
     return samples.uses * total

@@ -1,4 +1,4 @@
-"""K-FAC as it was first described, RS-KFAC and SRE-KFAC: a dense running factor, decomposed now and then."""
+"""The original K-FAC, RS-KFAC and SRE-KFAC: a dense running factor, decomposed now and then."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from brandla.randomized import randomized_eigh, randomized_svd
 
 @dataclass(frozen=True)
 class Exact(DenseForm, FactorStrategy):
-    """K-FAC: dense average, renewed every ``inverse_every`` steps. O(n²) memory, O(n³) at a renewal.
+    """K-FAC: a dense average, decomposed every ``inverse_every`` steps. O(n²) memory, O(n³) at a renewal.
 
     Parameters
     ----------
@@ -29,8 +29,8 @@ class Exact(DenseForm, FactorStrategy):
         Steps between renewals: a number, or a function of the step.
     method
         ``"eigh"``: M = U diag(d) Uᵀ, about 9n³ operations, waits for the device. ``"cholesky"``: M + λI = L Lᵀ, n³/3
-        operations, never waits; λ is fixed at the renewal: relative to an estimate of the largest eigenvalue, from
-        below by power iteration, and at least n·ε times it. If the factorisation fails, the last one stays.
+        operations, never waits. λ is fixed at the renewal, relative to a lower estimate of the largest eigenvalue by
+        power iteration, and at least n·ε times the estimate. If the factorisation fails, the last one stays.
 
     References
     ----------
@@ -54,7 +54,7 @@ class Exact(DenseForm, FactorStrategy):
         _check.count("Exact", "inverse_every", at(self.inverse_every, 0), 1)
         _check.choice("Exact", "method", self.method, ("eigh", "cholesky"))
         if self.method == "cholesky" and self.tail != 0:
-            rule = "tail has no meaning for method='cholesky', which leaves no eigenvalue out"
+            rule = "tail must be 0 for method='cholesky', which leaves no eigenvalue out"
             _check.fail_value("Exact", f"{rule}; got {self.tail!r}")
 
     @property
@@ -81,10 +81,11 @@ class Exact(DenseForm, FactorStrategy):
         shift, largest = damping.of_matrix(average)
         average.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
         factor, info = torch.linalg.cholesky_ex(average)
-        done = info == 0
-        renewed = {"cholesky": (factor, done[..., None, None]), "shift": (shift, done), "largest": (largest, done)}
-        # What is there stays where M + λI is not positive definite.
-        state |= {name: torch.where(where, new, state[name]) for name, (new, where) in renewed.items()}
+        succeeded = info == 0
+        # If M + λI is not positive definite, the last factorisation stays.
+        state["cholesky"] = torch.where(succeeded[..., None, None], factor, state["cholesky"])
+        for name, new in (("shift", shift), ("largest", largest)):
+            state[name] = torch.where(succeeded, new, state[name])
 
     def decompose(self, average: Tensor) -> LowRankEigh:
         """Return all eigenpairs of M."""
@@ -94,7 +95,7 @@ class Exact(DenseForm, FactorStrategy):
         return super().largest_of_each(states) if self.method == "eigh" else [state["largest"] for state in states]
 
     def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
-        """Solve by two triangular solves, with the λ of the last renewal."""
+        """Return the result of two triangular solves, with the λ of the last renewal."""
         return [torch.cholesky_solve(block, state["cholesky"]) for state, block, _ in problems]
 
     def approximation(self, state: State) -> Tensor:
@@ -116,7 +117,7 @@ class Randomized(DenseForm, FactorStrategy):
     method
         ``"eigh"``: `brandla.randomized_eigh` of the dense average; ``"svd"``: `brandla.randomized_svd`.
     oversample, power_iterations
-        As in those functions.
+        Options of these functions.
     inverse_every
         Steps between renewals: a number, or a function of the step.
 
@@ -168,7 +169,7 @@ class Randomized(DenseForm, FactorStrategy):
         return LowRankEigh(svd.S, svd.U)
 
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        """Give small factors to Exact: a sketch as wide as the matrix saves nothing."""
+        """Replace small factors by Exact: a sketch as wide as the matrix saves nothing."""
         rank = at(self.rank, 0)
         if rank + self.oversample < n:
             return None

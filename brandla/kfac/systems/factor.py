@@ -1,4 +1,4 @@
-"""One Kronecker factor, and many of them fed and solved together."""
+"""One Kronecker factor, and functions that update and solve with many factors together."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from brandla import _check, grouped
 from brandla.damped import LowRank
 from brandla.kfac.systems.form import Absorption, FactorForm, State, restored, tensors_of
-from brandla.kfac.values import Damping, Now, Shape, alike, by_kind
+from brandla.kfac.values import Damping, Now, Shape, by_kind, map_by_kind
 
-# Parts of states whose last dimensions are the rank, which may change from step to step.
+# Parts of states, with the number of last dimensions that are the rank, which may change from step to step.
 _RANKED = {"eigenvalues": 1, "eigenvectors": 1, "root": 1, "gram": 2}
 
 
 @dataclass
 class Factor:
-    """One Kronecker factor M, or a batch of them: the strategy it got, why if not the one asked for, and its state."""
+    """One Kronecker factor M, or a batch of them: its form, the reason if another form was asked for, and its state."""
 
     n: int
     shape: Shape
@@ -40,13 +40,13 @@ class Factor:
     def begin(self) -> None:
         groups, dtype, device = self.shape.groups, self.shape.dtype, self.shape.device
         self.state = self.strategy.start(self.n, groups, dtype, device)
-        # No less than tiny ever: S, which is 0 as well then, is divided by it.
+        # The total is never below tiny, because S is divided by it even if both are 0.
         self.state["total"] = torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device=device)
         if self.strategy.tail == "mean":
             self.state.setdefault("trace", torch.zeros(groups, dtype=dtype, device=device))
 
     def outline(self) -> Iterable[Tensor]:
-        """Return tensors of the shapes that the state begins with, and no memory of their own."""
+        """Return the tensors of the first state on the meta device, which takes no memory."""
         return tensors_of(self.strategy.start(self.n, self.shape.groups, self.shape.dtype, torch.device("meta")))
 
     def tensors(self) -> Iterable[Tensor]:
@@ -54,7 +54,7 @@ class Factor:
 
     @property
     def rank(self) -> int | None:
-        """The columns of what `lowrank` returns, and None where that is None."""
+        """The number of columns of the low-rank form, or None without one."""
         for name in _RANKED:
             if name in self.state:
                 columns: int = self.state[name].shape[-1]
@@ -78,30 +78,30 @@ class Factor:
         if str(fresh.strategy) != saved["strategy"]:
             rule = f"the strategy must be {self.asked}, as in this preconditioner"
             _check.fail_value("KFAC.load_state_dict", f"{where}: {rule}; the state has {saved['strategy']}")
-        own = {
+        tensors = {
             name: restored(part, fresh.state[name], f"{where}: {name}", free=_RANKED.get(name, 0))
             for name, part in saved["state"].items()
             if isinstance(part, Tensor)
         }
-        fresh.state |= saved["state"] | own
+        fresh.state |= saved["state"] | tensors
         return fresh
 
 
-# Columns for a factor, and the scale s of the sum s · A Aᵀ that they stand for.
+# A factor, its new columns A, and the scale s of its new data s · A Aᵀ.
 Intake: TypeAlias = tuple[Factor, Tensor, float]
 
 
 def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
-    """Take columns into factors, those of one strategy together, and refresh each.
+    """Absorb columns into factors, together for all factors of one strategy, and refresh each factor.
 
-    A batch that is not finite, its columns all 0, leaves M = S / total as it is: both decay alike. A factor that gets
-    no columns belongs to another process, and is left as it is. Factors that began together have one tensor for the sum
-    of their weights, which is computed once.
+    The columns of a non-finite batch are 0. It leaves M = S / total unchanged, because S and total decay alike. A
+    factor without columns belongs to another process and stays unchanged. Factors that began together share one tensor
+    for the total of their weights, which is computed once.
     """
     absorptions: list[Absorption] = []
     factors = {}
     first: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-    # By the identity of the old sum, which is kept here so that no other tensor can get it.
+    # Keys are the ids of old totals. The values hold the old totals too, so that no id is reused.
     totals: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for index, (factor, columns, scale) in enumerate(intakes):
         if not columns.shape[-1]:
@@ -112,11 +112,11 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
         before = factor.state["total"]
         if id(before) not in totals:
             decayed = now.decay * before
-            # The weight of this step is 0 unless the step is finite.
+            # A non-finite step has the weight 0.
             after = torch.add(decayed, now.finite, alpha=1 - now.decay).clamp_min_(torch.finfo(before.dtype).tiny)
             totals[id(before)] = before, decayed, after
         _, decayed, factor.state["total"] = totals[id(before)]
-        # In the weight, the normalisation costs no scaled copy of the columns.
+        # The scale goes into the weight, which saves a scaled copy of the columns.
         absorptions.append(Absorption(factor.state, columns, (1 - now.decay) * scale, decayed))
         factors[index] = factor
     strategies = [factor.strategy for factor in factors.values()]
@@ -127,40 +127,39 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
 
 
 def share_totals(factors: Iterable[Factor]) -> None:
-    """Give factors of one sum of weights one tensor for it, as those have that began together; reads them back."""
-    known: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+    """Let factors with equal totals share one tensor, as factors that began together do; reads the totals back."""
+    shared: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
     for factor in factors:
         if factor.started:
             total = factor.state["total"]
-            factor.state["total"] = known.setdefault((total.item(), total.dtype, total.device), total)
+            factor.state["total"] = shared.setdefault((total.item(), total.dtype, total.device), total)
 
 
 def shifts_of_each(factors: Sequence[Factor], damping: Damping) -> list[Tensor]:
     """Return λ for each factor."""
-    largest = alike(
-        factors,
-        attrgetter("strategy"),
-        lambda members: members[0].strategy.largest_of_each([own.state for own in members]),
-    )
-    return damping.of_each(largest)
+
+    def largest(members: list[Factor]) -> list[Tensor]:
+        return members[0].strategy.largest_of_each([factor.state for factor in members])
+
+    return damping.of_each(map_by_kind(factors, attrgetter("strategy"), largest))
 
 
 def damped_solves(factors: Sequence[Factor | None], blocks: Sequence[Tensor], damping: Damping) -> list[Tensor]:
-    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor, those that are low-rank or of one form together.
+    """Return (M + λI)⁻¹ times a block (..., n, m) for each factor. The factor None stands for I, undamped.
 
-    None stands for I, undamped.
+    All low-rank factors are solved together, and so are all other factors of one strategy.
     """
 
-    def together(members: list[tuple[Factor, LowRank | None, Tensor, Tensor]]) -> Sequence[Tensor]:
+    def solve_kind(members: list[tuple[Factor, LowRank | None, Tensor, Tensor]]) -> Sequence[Tensor]:
         if members[0][1] is None:
             problems = [(factor.state, block, shift) for factor, _, block, shift in members]
             return members[0][0].strategy.damped_solve_of_each(problems)
-        own, operands, right, shifts = (list(part) for part in zip(*members, strict=True))
-        return grouped.damped_solve(operands, right, shifts, tail=[factor.strategy.tail for factor in own])
+        of_kind, operands, right, shifts = (list(part) for part in zip(*members, strict=True))
+        return grouped.damped_solve(operands, right, shifts, tail=[factor.strategy.tail for factor in of_kind])
 
-    known = [own for own in factors if own is not None]
-    operands = [own.operand() for own in known]
-    right = [block for own, block in zip(factors, blocks, strict=True) if own is not None]
-    problems = list(zip(known, operands, right, shifts_of_each(known, damping), strict=True))
-    solved = iter(alike(problems, lambda own: own[0].strategy if own[1] is None else None, together))
-    return [block if own is None else next(solved) for own, block in zip(factors, blocks, strict=True)]
+    given = [factor for factor in factors if factor is not None]
+    operands = [factor.operand() for factor in given]
+    right = [block for factor, block in zip(factors, blocks, strict=True) if factor is not None]
+    problems = list(zip(given, operands, right, shifts_of_each(given, damping), strict=True))
+    solved = iter(map_by_kind(problems, lambda one: one[0].strategy if one[1] is None else None, solve_kind))
+    return [block if factor is None else next(solved) for factor, block in zip(factors, blocks, strict=True)]

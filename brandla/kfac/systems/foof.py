@@ -1,4 +1,4 @@
-"""FOOF: gradient descent on neurons, the input factor alone."""
+"""FOOF: gradient descent on neurons, with the input factor alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from brandla.kfac.values import Shape
 class Foof(KroneckerStrategy):
     """FOOF: the step ∂W (A + λI)⁻¹, in half the memory and time of the K-FAC system that keeps A.
 
-    The gradient of a layer with no input factor, such as the scale and shift of a normalisation, is left as it is.
+    A layer without an input factor, such as the scale and shift of a normalisation, keeps its gradient.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How a Kronecker factor is kept, and the state it is kept in."""
+"""The forms in which Kronecker factors are kept, and their states."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from torch.utils._pytree import tree_leaves
 from brandla import _check
 from brandla.damped import LowRank
 from brandla.kfac.systems.schedule import Schedule, at, spelled
-from brandla.kfac.values import Damping, Now, alike, layout
+from brandla.kfac.values import Damping, Now, layout, map_by_kind
 from brandla.lowrank import LowRankEigh, LowRankRoot, Tracked, stack_numbers, stacked
 from brandla_kernels import gram_ema_
 
-# Tensors, numbers and strings by their names, and mappings of them.
+# Named tensors, numbers, strings and nested states.
 State = dict[str, Any]
 
 
 def tensors_of(part: Any) -> list[Tensor]:
     """Return the tensors of a state, or of a part of it."""
-    return [own for own in tree_leaves(part) if isinstance(own, Tensor)]
+    return [leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor)]
 
 
 def check_shape(
     saved: Tensor, wanted: Sequence[int], what: str, *, free: int = 0, function: str = "KFAC.load_state_dict"
 ) -> None:
-    """Check the shape of a saved tensor, but for its last ``free`` dimensions."""
+    """Check the shape of a saved tensor, except its last ``free`` dimensions."""
     fixed = len(wanted) - free
     if saved.ndim != len(wanted) or tuple(saved.shape[:fixed]) != tuple(wanted[:fixed]):
         _check.fail_value(function, f"{what} must have shape {tuple(wanted)}; got {tuple(saved.shape)}")
 
 
 def restored(saved: Tensor, like: Tensor, what: str, *, free: int = 0) -> Tensor:
-    """Return a copy of a saved tensor in the place of one of its shape, but for the last ``free`` dimensions."""
+    """Return a copy of ``saved`` with the dtype and device of ``like``, whose last ``free`` dimensions may differ."""
     check_shape(saved, like.shape, what, free=free)
     return saved.to(like, copy=True)
 
 
 def due(state: State, step: int, every: Schedule[int], *, early: bool = False) -> bool:
-    """Say whether ``every`` steps have passed since the last time this returned True for the state.
+    """Return whether ``every`` steps have passed since this function last returned True for the state.
 
-    With ``early`` only 1, 2, 4, ... at first: the first data may be 0, as below a head that begins at 0.
+    With ``early``, the first waits are only 1, 2, 4, ... steps: the first data may be 0, as below a head of zeros.
     """
     wait, last = at(every, step), state.get("renewed")
     if early:
@@ -58,9 +58,9 @@ def due(state: State, step: int, every: Schedule[int], *, early: bool = False) -
 
 
 class Absorption(NamedTuple):
-    """Columns (*groups, n, k) for the factor of a state, all 0 unless finite; (k,) indices for a diagonal one.
+    """New columns A (*groups, n, k) for the factor of a state, 0 if not finite; (k,) indices for a diagonal factor.
 
-    They go into an exponential sum: S ← decay · S + weight · A Aᵀ. ``decayed`` is decay times the last sum of weights.
+    They enter an exponential sum, S ← decay · S + weight · A Aᵀ. ``decayed`` is decay times the last total of weights.
     """
 
     state: State
@@ -71,18 +71,19 @@ class Absorption(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FactorForm(ABC):
-    """How a Kronecker factor M is kept: started, fed, refreshed and solved with.
+    """One form of a Kronecker factor M: how it starts, takes in data, is renewed, and is solved with.
 
-    A dense sum S in a state is M times ``state["total"]``, the sum of the weights; all else is that of M.
+    ``state["total"]`` is the total of the weights. A dense sum S in a state is M times the total; all other parts
+    belong to M itself.
 
     Parameters
     ----------
     tail
         τ of the damped inverse: a number >= 0, ``"smallest"`` (spectrum continuation), or ``"mean"``, the mean of the
-        eigenvalues that are left out, from the trace of M.
+        left-out eigenvalues, from the trace of M.
     """
 
-    # Parts of a state that only updates and reports read.
+    # Parts of a state that solving does not read: only updates and reports do.
     unread: ClassVar[tuple[str, ...]] = ()
 
     tail: float | Literal["mean", "smallest"] = 0.0
@@ -96,7 +97,7 @@ class FactorForm(ABC):
 
     @property
     def is_capturable(self) -> bool:
-        """Whether every step does the same, and none waits for the device: a CUDA graph may hold it."""
+        """Whether a CUDA graph can hold a step: every step does the same and never waits for the device."""
         return False
 
     @abstractmethod
@@ -105,20 +106,20 @@ class FactorForm(ABC):
 
     @abstractmethod
     def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
-        """Take new columns into the states of factors of this form."""
+        """Absorb new columns into the states of factors of this form."""
 
-    # Most forms have nothing to renew, so it is not abstract.
+    # This method is not abstract, because some forms have nothing to renew.
     def refresh(self, state: State, step: int, seed: int, damping: Damping) -> None:  # noqa: B027
-        """Renew the parts that are due at this step; ``seed`` is new at every step and factor."""
+        """Renew the parts that are due at this step. Each step and factor has its own ``seed``."""
 
     def lowrank(self, state: State) -> LowRankEigh | LowRankRoot | None:
-        """Return M in the low-rank form that the state has; None where it has none: the form has a solve of its own."""
+        """Return M in the state's low-rank form, or None if it has none; such a form has a solve of its own."""
         if "root" in state:
             return LowRankRoot(state["root"], state["gram"])
         return LowRankEigh(state["eigenvalues"], state["eigenvectors"]) if "eigenvalues" in state else None
 
     def operand(self, state: State) -> LowRank | None:
-        """Return M for the damped functions: its low-rank form, with its trace where the tail needs that."""
+        """Return M for the damped functions: its low-rank form, with the trace if the tail needs it."""
         lowrank = self.lowrank(state)
         if lowrank is None or self.tail != "mean":
             return lowrank
@@ -128,30 +129,30 @@ class FactorForm(ABC):
     def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
         """Return the largest eigenvalues (*groups,) of each state."""
         lowranks: list[Any] = [self.lowrank(state) for state in states]
-        return [own.largest_eigenvalue() for own in lowranks]
+        return [lowrank.largest_eigenvalue() for lowrank in lowranks]
 
     def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
-        """Return (M + λI)⁻¹ times a block (..., n, m) for each state, block and λ, where M has no low-rank form."""
-        rule = "a form whose lowrank() is None has largest_of_each() and damped_solve_of_each() of its own"
+        """Return (M + λI)⁻¹ times a block (..., n, m) for each (state, block, λ), for forms without a low-rank form."""
+        rule = "a form whose lowrank() is None must define largest_of_each() and damped_solve_of_each()"
         raise NotImplementedError(rule)
 
     def error_bound(self, state: State) -> Tensor:
-        """Return an upper bound of ‖M − M̂‖₂ for reports, shape (*groups,): 0 unless the state has another."""
+        """Return an upper bound of ‖M − M̂‖₂ for reports, shape (*groups,); 0 if the state has none."""
         bound: Tensor = state.get("error_bound", torch.zeros_like(state["total"]))
         return bound
 
     def solving(self, state: State) -> State:
-        """Return the part of a state that is read to solve with it."""
+        """Return the parts of a state that solving reads."""
         return {name: part for name, part in state.items() if name not in self.unread}
 
     def substitute(self, n: int) -> tuple[FactorForm, str] | None:
-        """Return another form and the reason, where this one does not apply to order ``n``."""
+        """Return another form and the reason for it, or None if this form suits order ``n``."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseForm(FactorForm):
-    """A form that keeps the dense sum S in ``state["dense"]``, and with it a form of M made from it now and then."""
+    """A form that keeps the dense sum S in ``state["dense"]``, and another form of M that it renews from S."""
 
     unread: ClassVar[tuple[str, ...]] = ("dense",)
 
@@ -172,20 +173,20 @@ class DenseForm(FactorForm):
         return cast(Tensor, lowrank.dense())
 
     def error_bound(self, state: State) -> Tensor:
-        """‖M − M̂‖_F >= ‖M − M̂‖₂ for M as it is now."""
+        """Return ‖M − M̂‖_F >= ‖M − M̂‖₂ for the current M."""
         return cast(Tensor, torch.linalg.matrix_norm(self.average(state) - self.approximation(state)))
 
     def keep_trace(self, state: State) -> None:
-        """Keep the trace of M, where the tail comes from it."""
+        """Keep the trace of M if the tail needs it."""
         if self.tail == "mean":
             state["trace"] = state["dense"].diagonal(dim1=-2, dim2=-1).sum(-1) / state["total"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagonal(FactorForm):
-    """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers, so with no tail.
+    """The factor of an embedding's one-hot inputs: M = diag(frequencies), exact in n numbers, so it needs no tail.
 
-    Its columns are given as indices (k,), −1 for a column of zeros.
+    Its columns are indices (k,), with −1 for a column of zeros.
     """
 
     @property
@@ -213,7 +214,7 @@ class Diagonal(FactorForm):
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(DenseForm):
-    """Factors of order 1 and 2, many at once, solved with directly at every step, so with no tail."""
+    """Batches of factors of order 1 or 2, solved directly at every step, so they need no tail."""
 
     unread: ClassVar[tuple[str, ...]] = ()
 
@@ -222,9 +223,9 @@ class Blocks(DenseForm):
         return True
 
     def largest_of_each(self, states: Sequence[State]) -> list[Tensor]:
-        """Return the largest eigenvalues, in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
+        """Return the largest eigenvalues in closed form: ½ (a + c) + √(¼ (a − c)² + b²)."""
 
-        def of(members: list[State]) -> Sequence[Tensor]:
+        def largest(members: list[State]) -> Sequence[Tensor]:
             blocks = _averages(members)
             diagonal = blocks.diagonal(dim1=-2, dim2=-1)
             if diagonal.shape[-1] == 1:
@@ -232,18 +233,18 @@ class Blocks(DenseForm):
             first, last = diagonal.unbind(-1)
             return ((first + last) / 2 + torch.hypot((first - last) / 2, blocks[..., 0, 1])).unbind()
 
-        return alike(states, lambda state: layout(state["dense"]), of)
+        return map_by_kind(states, lambda state: layout(state["dense"]), largest)
 
     def damped_solve_of_each(self, problems: Sequence[tuple[State, Tensor, Tensor]]) -> list[Tensor]:
-        """Solve densely; regular, since λ > 0."""
+        """Solve densely. M + λI is regular, because λ > 0."""
 
-        def of(members: list[tuple[State, Tensor, Tensor]]) -> Sequence[Tensor]:
-            own, right, added = zip(*members, strict=True)
-            averages = _averages(own)
-            averages.diagonal(dim1=-2, dim2=-1).add_(stacked(added)[..., None])
+        def solve(members: list[tuple[State, Tensor, Tensor]]) -> Sequence[Tensor]:
+            states, right, shifts = zip(*members, strict=True)
+            averages = _averages(states)
+            averages.diagonal(dim1=-2, dim2=-1).add_(stacked(shifts)[..., None])
             return cast(Tensor, torch.linalg.solve_ex(averages, stacked(right)).result).unbind()
 
-        return alike(problems, lambda own: (layout(own[0]["dense"]), layout(own[1])), of)
+        return map_by_kind(problems, lambda problem: (layout(problem[0]["dense"]), layout(problem[1])), solve)
 
     def error_bound(self, state: State) -> Tensor:
         return torch.zeros_like(state["total"])

@@ -1,4 +1,4 @@
-"""IKFAC and SINGD: roots of inverse factors, moved by products alone."""
+"""IKFAC and SINGD: roots of inverse factors, updated by products alone."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class InverseFree(Strategy):
     Parameters
     ----------
     structure
-        Of K and C: ``"dense"``, ``"diagonal"``, ``"block-diagonal"``, ``"triangular"``, ``"hierarchical"``,
-        ``"toeplitz"``, or one of `brandla.kfac.systems.structures`, such as ``BlockDiagonal(64)``. The input side of an
-        embedding is diagonal, exactly, whatever is asked for.
+        The structure of K and C: ``"dense"``, ``"diagonal"``, ``"block-diagonal"``, ``"triangular"``,
+        ``"hierarchical"``, ``"toeplitz"``, or one of `brandla.kfac.systems.structures`, such as ``BlockDiagonal(64)``.
+        The input side of an embedding is exactly diagonal and always has the diagonal structure.
     variant
         ``"singd"`` or ``"ikfac"``.
     rate
@@ -50,11 +50,11 @@ class InverseFree(Strategy):
     Notes
     -----
     Relative damping is λ_A = damping · d₁(A) and λ_G = damping · d₁(G), with the largest eigenvalues d₁. SINGD takes λ
-    = λ_A λ_G: the value of (A + λ_A I) ⊗ (G + λ_G I) where there is no curvature. One power iteration per update
-    estimates d₁ from below, along the stream, whose average has the ``decay`` of `KFAC`.
+    = λ_A λ_G: the value of (A + λ_A I) ⊗ (G + λ_G I) in directions without curvature. One power iteration per update
+    estimates d₁ from below, over the stream of batches with the ``decay`` of `KFAC`.
 
-    K and C start as the multiples of I at which tr m = 0 for the first batch that is not zero, so a factor's scale
-    plays no part, and β is cut if ‖β m‖_F > 1 (``docs/inverse_free.md``).
+    K and C start as the multiples of I at which tr m = 0 for the first batch that is not zero, so a factor's scale has
+    no effect. β is reduced if ‖β m‖_F > 1 (``docs/inverse_free.md``).
 
     References
     ----------
@@ -94,7 +94,7 @@ class InverseFree(Strategy):
         return InverseFreeCurvature(self, input, None if shape.single else self._side(shape.d_out, chosen, shape))
 
     def _side(self, n: int, structure: Structure, shape: Shape) -> InverseRoot:
-        """Begin with K = I."""
+        """Return the root of one side before any data, K = I."""
         identity = structure.identity(n, shape.groups, shape.dtype, shape.device)
         momentum = tuple(torch.zeros_like(part) for part in identity) if self.variant == "singd" else ()
         direction = torch.zeros(*shape.groups, n, dtype=shape.dtype, device=shape.device)
@@ -103,7 +103,7 @@ class InverseFree(Strategy):
 
 @dataclass
 class InverseFreeCurvature(Curvature):
-    """K of the inputs and C of the output gradients; a ``single`` layer has no C."""
+    """K for the inputs and C for the output gradients; a ``single`` layer has no C."""
 
     strategy: InverseFree
     input: InverseRoot
@@ -115,33 +115,34 @@ class InverseFreeCurvature(Curvature):
         return self.renewed is not None
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Move K and C, if that is due; in SINGD each one's curvature and damping are scaled by traces of the other."""
+        """Update K and C, if due. In SINGD, traces of each side scale the curvature and damping of the other."""
         if self.renewed is not None and now.step - self.renewed < at(self.strategy.preconditioner_every, now.step):
             return
         self.renewed = now.step
         sides = list(zip(self.sides.values(), self._batches(rows), strict=True))
-        # What is one number for both sides in SINGD is one for each in IKFAC.
+        # SINGD has one damping and one scale for both sides, IKFAC has them for each side.
         for group in [sides] if self.strategy.variant == "singd" else [[own] for own in sides]:
-            known = reduce(mul, [side.largest() for side, _ in group])
+            before = reduce(mul, [side.largest() for side, _ in group])
             for side, batch in group:
                 side.observe(batch, now)
             damping = reduce(mul, [now.damping.of(side.largest()) for side, _ in group])
             mean = reduce(mul, [batch.mean_eigenvalue() for _, batch in group])
-            # K begins anew, where nothing was known of M, as the multiple of I at which tr m = 0.
-            start = (known == 0) & now.finite, (mean + damping).pow(-0.5 / len(group))
+            # If M was 0 so far, K starts as the multiple of I at which tr m = 0.
+            start = (before == 0) & now.finite, (mean + damping).pow(-0.5 / len(group))
             for side, _ in group:
                 side.restart(*start)
-            seen = [batch.seen_by(side.structure, side.root) for side, batch in group]
-            own = [side.structure.own_gram(side.root) for side, _ in group]
+            curvatures = [batch.projected(side.structure, side.root) for side, batch in group]
+            grams = [side.structure.own_gram(side.root) for side, _ in group]
             weights: list[tuple[Tensor | float, Tensor]] = [(1.0, damping)]
             if len(group) == 2:
                 traces = [
                     [side.structure.trace(part) / side.n for part in parts]
-                    for (side, _), *parts in zip(group, seen, own, strict=True)
+                    for (side, _), *parts in zip(group, curvatures, grams, strict=True)
                 ]
-                weights = [(curvature, damping * tail) for curvature, tail in reversed(traces)]
-            for (side, _), (curvature, shift), look, gram in zip(group, weights, seen, own, strict=True):
-                side.move([(curvature, look), (shift, gram)], self.strategy.rate, self.strategy.momentum, now.finite)
+                weights = [(of_curvature, damping * of_gram) for of_curvature, of_gram in reversed(traces)]
+            options = self.strategy.rate, self.strategy.momentum, now.finite
+            for (side, _), (weight, shift), curvature, gram in zip(group, weights, curvatures, grams, strict=True):
+                side.move([(weight, curvature), (shift, gram)], *options)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return C Cᵀ ∂W K Kᵀ."""
@@ -151,7 +152,7 @@ class InverseFreeCurvature(Curvature):
         return left if isinstance(gradient, Tensor) else (left, self.input.apply(gradient[1].mT).mT)
 
     def widest_pair(self, entries: int) -> int | None:
-        """Compare the flops of both, those of the pair's product included."""
+        """Compare the flops of a pair, including its product, with the flops of a matrix."""
         if self.output is None:
             return None
         d_in, d_out = self.input.n, self.output.n
@@ -159,14 +160,15 @@ class InverseFreeCurvature(Curvature):
         return (d_out * by_row + d_in * by_column) // (by_row + by_column + 2 * entries)
 
     def kept(self) -> Iterator[Kept]:
-        for side, own in self.sides.items():
-            yield side, repr(own.structure), tensors_of(own.parts())
+        for side, root in self.sides.items():
+            yield side, repr(root.structure), tensors_of(root.parts())
 
     def parts(self) -> State:
-        return {**{side: own.parts() for side, own in self.sides.items()}, "renewed": self.renewed}
+        return {**{side: root.parts() for side, root in self.sides.items()}, "renewed": self.renewed}
 
     def loaded(self, state: dict[str, Any], where: str) -> InverseFreeCurvature:
-        sides: dict[str, Any] = {side: own.loaded(state[side], f"{where} ({side})") for side, own in self.sides.items()}
+        roots = self.sides.items()
+        sides: dict[str, Any] = {side: root.loaded(state[side], f"{where} ({side})") for side, root in roots}
         return replace(self, **sides, renewed=state["renewed"])
 
     @property
@@ -174,23 +176,23 @@ class InverseFreeCurvature(Curvature):
         return {"input": self.input} if self.output is None else {"input": self.input, "output": self.output}
 
     def _batches(self, rows: Rows) -> list[Batch]:
-        """Return A and G of the rows, as `Kronecker` has them."""
+        """Return A and G of the rows, as `Kronecker` defines them."""
         dtype, indices = self.input.direction.dtype, rows.inputs
         if self.output is None:
             return [Batch(rows.inputs.to(dtype), rows.uses)]
         G = Batch(rows.gradients.to(dtype), rows.uses)
         if indices.is_floating_point():
             return [Batch(rows.inputs.to(dtype), 1 / rows.uses), G]
-        # A row of zeros is at no index, which is −1.
+        # The index −1 is a row of zeros.
         shares = (indices >= 0).to(dtype) / rows.uses
         frequencies = shares.new_zeros(self.input.n).index_add_(0, indices.clamp(min=0), shares)
         return [Batch(frequencies.sqrt()[None], 1.0, frequencies), G]
 
 
 class Batch(NamedTuple):
-    """The factor M = scale · XᵀX of one batch, by its rows X (*groups, N, n).
+    """The factor M = scale · XᵀX of one batch, given by its rows X (*groups, N, n).
 
-    Of one-hot rows M is ``diagonal``, and X is one row, its root: with the trace and projection of all the rows.
+    For one-hot rows, M = diag(``diagonal``) and X is the one row √``diagonal``, with the same trace and diagonal.
     """
 
     rows: Tensor
@@ -201,17 +203,17 @@ class Batch(NamedTuple):
         """Return tr M / n, shape (*groups,)."""
         return self.scale * self.rows.square().sum((-2, -1)) / self.rows.shape[-1]
 
-    def seen_by(self, structure: Structure, root: Member) -> Member:
+    def projected(self, structure: Structure, root: Member) -> Member:
         """Return Π(KᵀMK), from the Gram matrix of X K."""
         return structure.combine((self.scale, structure.gram(structure.times(self.rows, root))))
 
 
 @dataclass
 class InverseRoot:
-    """One side: K of a structure, with K Kᵀ close to the inverse of a factor M never formed, and its momentum.
+    """One side: K with its structure and momentum. K Kᵀ approximates the inverse of a factor M that is never formed.
 
-    ``direction`` / ``total`` is the exponential average of M_t v_t, M_t being the factors of batches and v_t the
-    direction before each: a power iteration along the stream, whose length estimates the largest eigenvalue from below.
+    ``direction`` / ``total`` is the exponential average of M_t v_t, where M_t is the factor of batch t and v_t the
+    direction before it: a power iteration over the stream, whose length estimates the largest eigenvalue from below.
     """
 
     n: int
@@ -222,17 +224,17 @@ class InverseRoot:
     total: Tensor
 
     def largest(self) -> Tensor:
-        """Estimate the largest eigenvalue of M, shape (*groups,); 0 before any data but zeros."""
-        return _length(self.direction) / torch.where(self.total > 0, self.total, 1)
+        """Estimate the largest eigenvalue of M, shape (*groups,); 0 as long as all data was zero."""
+        return _norms(self.direction) / torch.where(self.total > 0, self.total, 1)
 
     def observe(self, batch: Batch, now: Now) -> None:
         """Take a batch into the estimate of the largest eigenvalue."""
         rows, scale, diagonal = batch
-        # M does not map the longest row to 0, unless M is 0.
+        # The iteration starts at the longest row: M does not map it to 0, unless M is 0.
         longest = rows.square().sum(-1).argmax(-1)[..., None, None]
         first = rows.take_along_dim(longest, -2).squeeze(-2) if diagonal is None else diagonal
         start = torch.where((self.largest() > 0)[..., None], self.direction, first)
-        length = _length(start)[..., None]
+        length = _norms(start)[..., None]
         unit = start / torch.where(length > 0, length, 1)
         image = scale * (rows.mT @ (rows @ unit[..., None])).squeeze(-1) if diagonal is None else diagonal * unit
         weight = (1 - now.decay) * now.finite.to(start.dtype)
@@ -240,25 +242,25 @@ class InverseRoot:
         self.total = (1 - weight) * self.total + weight
 
     def restart(self, where: Tensor, length: Tensor) -> None:
-        """K ← ``length`` · I in the groups ``where``."""
+        """Set K ← ``length`` · I in the groups ``where``."""
         identity = self.structure.identity(self.n, (), length.dtype, length.device)
         self.root = self.structure.combine(
             ((~where).to(length.dtype), self.root), (torch.where(where, length, 0), identity)
         )
 
-    def move(self, towards: Sequence[tuple[Tensor | float, Member]], rate: float, decay: float, finite: Tensor) -> None:
-        """m̄ ← ``decay`` · m̄ + m and K ← K − β K m̄, β at most ``rate`` and 1 / ‖m̄‖_F; nothing unless finite.
+    def move(self, terms: Sequence[tuple[Tensor | float, Member]], rate: float, decay: float, finite: Tensor) -> None:
+        """Set m̄ ← ``decay`` · m̄ + m and K ← K − β K m̄, if finite, with β at most ``rate`` and 1 / ‖m̄‖_F.
 
-        m = ½ (Σ c S − I) over the (c, S) of ``towards``, numbers (*groups,) and members.
+        m = ½ (Σ c S − I) over the (c, S) of ``terms``, numbers (*groups,) and members.
         """
         structure = self.structure
         finite = finite.to(self.total.dtype)
         half = 0.5 * finite
         identity = structure.identity(self.n, (), self.total.dtype, self.total.device)
-        terms = [*((half * by, part) for by, part in towards), (-half, identity)]
+        summands = [*((half * by, part) for by, part in terms), (-half, identity)]
         if self.momentum:
-            terms.append((1 - finite * (1 - decay), self.momentum))
-        momentum = structure.combine(*terms)
+            summands.append((1 - finite * (1 - decay), self.momentum))
+        momentum = structure.combine(*summands)
         if self.momentum:
             self.momentum = momentum
         length = structure.squared_norm(momentum).sqrt()
@@ -270,7 +272,7 @@ class InverseRoot:
         return self.structure.times_transposed(self.structure.times(rows, self.root), self.root)
 
     def parts(self) -> State:
-        # By number: torch.distributed.checkpoint gives no lists back.
+        # Keys are numbers: torch.distributed.checkpoint does not restore lists.
         root, momentum = (
             {str(index): part for index, part in enumerate(member)} for member in (self.root, self.momentum)
         )
@@ -281,17 +283,17 @@ class InverseRoot:
         if state["structure"] != repr(self.structure):
             rule = f"{where}: the structure must be {self.structure!r}; the state has {state['structure']}"
             _check.fail_value("KFAC.load_state_dict", rule)
-        own: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
         for name, like in self.parts().items():
             if isinstance(like, dict):
-                own[name] = tuple(restored(state[name][key], part, f"{where}: {name}") for key, part in like.items())
+                parts[name] = tuple(restored(state[name][key], part, f"{where}: {name}") for key, part in like.items())
             elif isinstance(like, Tensor):
-                own[name] = restored(state[name], like, f"{where}: {name}")
-        return replace(self, **own)
+                parts[name] = restored(state[name], like, f"{where}: {name}")
+        return replace(self, **parts)
 
 
-def _length(vectors: Tensor) -> Tensor:
-    """Return lengths along the last dimension, also where squares overflow or vanish: of M v, data to the fourth."""
+def _norms(vectors: Tensor) -> Tensor:
+    """Return norms along the last dimension with no overflow or underflow: ‖M v‖² has the data's fourth power."""
     largest = vectors.abs().amax(-1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1)
     return cast(Tensor, torch.linalg.vector_norm(vectors / scale, dim=-1) * scale.squeeze(-1))

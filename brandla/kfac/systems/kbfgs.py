@@ -1,4 +1,4 @@
-"""K-BFGS: quasi-Newton updates of the inverse Kronecker factors, from two passes of each batch."""
+"""K-BFGS: quasi-Newton updates of inverse Kronecker factors, from two passes of each batch."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class KBFGS(Strategy):
     H_A: s = H_A ā, y = (A + λI) s for the mean input ā. H_G: after the optimizer's step, the batch goes forward and
     back once more, and `KFAC.second_pass` takes s and y from the changes of the mean output and of its gradient.
 
-    Without second passes H_G stays I. It takes 2d_in² + d_out² numbers and 2d_in² k + O(d_in² + d_out²) operations a
-    step, with no read-back. H_G is in float64: flat directions may be 10⁷ times steep ones in it, and float32 leaves an
-    indefinite matrix then. Layers with one-hot inputs, and those with one factor, are left to `Exact`.
+    Without second passes H_G stays I. It stores 2d_in² + d_out² numbers. A step takes 2d_in² k + O(d_in² + d_out²)
+    operations, with no read-back. H_G is in float64: its flat directions may be 10⁷ times its steep ones, and float32
+    would leave an indefinite matrix. Layers with one-hot inputs, and layers with one factor, use `Exact`.
 
     Parameters
     ----------
     average
         Decay of the running means of s and y of the outputs, in [0, 1).
     curved
-        μ in (0, 1): if sᵀy < μ yᵀH y, s moves towards H y until they are equal.
+        μ in (0, 1): if sᵀy < μ yᵀH y, s moves towards H y until both sides are equal.
 
     Notes
     -----
-    If then sᵀy < λ κ sᵀs, y moves towards κ s until they are equal. Absolute damping has κ = 1 and λ on both sides, the
-    papers' √λ. Relative damping has κ = ‖y‖/‖s‖, and A gets λ d₁. For convolutions ā is the mean window. The papers'
-    factors √τ of the damping for τ positions are left out. The papers were not read in full (``docs/kfac.md``).
+    If then sᵀy < λ κ sᵀs, y moves towards κ s until both sides are equal. Absolute damping has κ = 1 and λ on both
+    sides, the papers' √λ. Relative damping has κ = ‖y‖/‖s‖, and A gets λ d₁. For convolutions ā is the mean window. The
+    papers' factors √τ of the damping for τ positions are omitted. The papers were not read in full (``docs/kfac.md``).
 
     References
     ----------
@@ -82,7 +82,7 @@ class KBFGS(Strategy):
         return QuasiNewton(shape, self)
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
-        """Solve, and note the mean outputs and their gradients for the second pass."""
+        """Solve, and keep the mean outputs and their gradients for the second pass."""
         for problem in problems:
             if isinstance(problem.curvature, QuasiNewton) and problem.rows is not None and problem.weight is not None:
                 problem.curvature.note(problem.rows, problem.weight, now)
@@ -91,12 +91,12 @@ class KBFGS(Strategy):
     def second_pass(self, problems: Sequence[Problem], now: Now) -> None:
         for problem in problems:
             if isinstance(problem.curvature, QuasiNewton) and problem.rows is not None and problem.weight is not None:
-                problem.curvature.changed(problem.rows, problem.weight, now)
+                problem.curvature.absorb_change(problem.rows, problem.weight, now)
 
 
 @dataclass
 class QuasiNewton(StateCurvature):
-    """The sum of a aᵀ, H_A and H_G of one layer, with the running s and y of its outputs."""
+    """The sum of a aᵀ, H_A and H_G of one layer, and the running means of s and y of its outputs."""
 
     in_float64: ClassVar[tuple[str, ...]] = ("output",)
     remark: ClassVar[str] = "BFGS"
@@ -109,7 +109,7 @@ class QuasiNewton(StateCurvature):
 
     def absorb(self, rows: Rows, now: Now) -> None:
         """Take the inputs into A, and update H_A."""
-        if fresh := not self.started:
+        if is_first := not self.started:
             self.state = self._start()
         state, weight = self.state, 1 - now.decay
         gram_ema_(state["dense"], rows.inputs.mT, now.decay, weight / rows.uses)
@@ -117,36 +117,36 @@ class QuasiNewton(StateCurvature):
         state["total"] = total.clamp_min(torch.finfo(total.dtype).tiny)
         average = state["dense"] / state["total"]
         average.diagonal(dim1=-2, dim2=-1).add_(now.damping.of(largest_eigenvalue(average))[..., None])
-        if fresh:
+        if is_first:
             state["input"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(average).L)
         s = _times(state["input"], _means(rows)[0])
-        state["input"] = updated(state["input"], s, _times(average, s), now.finite)
+        state["input"] = bfgs_update(state["input"], s, _times(average, s), now.finite)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
         """Return H_G ∂W H_A."""
         return cast(Tensor, self.state["output"].to(self.shape.dtype) @ dense(gradient) @ self.state["input"])
 
     def note(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
-        """Keep the mean output of this pass and its gradient."""
+        """Keep the mean output of this pass, and its gradient."""
         mean, self.state["gradients"] = _means(rows)
         self.state["outputs"] = _times(weight(), mean)
         self.state["noted"] = now.finite.to(self.shape.dtype)
 
-    def changed(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
-        """Take the change since `note` into the running s and y, and them into H_G."""
+    def absorb_change(self, rows: Rows, weight: Callable[[], Tensor], now: Now) -> None:
+        """Take the changes since `note` into the running means s and y, and update H_G with the means."""
         if "noted" not in self.state:
             return
         finite = now.finite & self.state.pop("noted").bool()
         mean, gradients = _means(rows)
         for name, before, after in (("s", "outputs", _times(weight(), mean)), ("y", "gradients", gradients)):
-            known, share = self.state[name], finite.to(self.shape.dtype) * (1 - self.strategy.average)
-            self.state[name] = (1 - share) * known + share * (after - self.state.pop(before))
+            running, share = self.state[name], finite.to(self.shape.dtype) * (1 - self.strategy.average)
+            self.state[name] = (1 - share) * running + share * (after - self.state.pop(before))
         inverse, s, y = (self.state[name].double() for name in ("output", "s", "y"))
-        s, y = curved(inverse, s, y, self.strategy.curved, now.damping)
-        # Where a common shift changes no loss, as that of an attention's keys, y is the rounding of its sum.
+        s, y = powell_damped(inverse, s, y, self.strategy.curved, now.damping)
+        # If a common shift of the outputs does not change the loss, as for an attention's keys, y is only rounding.
         rounding = 100 * torch.finfo(self.shape.dtype).eps * (1 - self.strategy.average) * rows.gradients.abs().sum(-2)
-        known = _dot(self.state["y"], self.state["y"]) > _dot(rounding, rounding)
-        self.state["output"] = updated(inverse, s, y, finite & known)
+        is_resolved = _dot(self.state["y"], self.state["y"]) > _dot(rounding, rounding)
+        self.state["output"] = bfgs_update(inverse, s, y, finite & is_resolved)
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: part.shape for name, part in self._start().items()}
@@ -160,24 +160,24 @@ class QuasiNewton(StateCurvature):
         return state
 
 
-def curved(inverse: Tensor, s: Tensor, y: Tensor, least: float, damping: Damping) -> tuple[Tensor, Tensor]:
-    """Return s and y with sᵀy >= μ yᵀH y for the H given, and then sᵀy >= λ κ sᵀs."""
+def powell_damped(inverse: Tensor, s: Tensor, y: Tensor, least: float, damping: Damping) -> tuple[Tensor, Tensor]:
+    """Return s moved so that sᵀy >= μ yᵀH y, with μ = ``least``, and then y moved so that sᵀy >= λ κ sᵀs."""
     image = _times(inverse, y)
     along, of_inverse = _dot(s, y), _dot(y, image)
     s = _mixed(s, image, (1 - least) * of_inverse, of_inverse - along, along < least * of_inverse)
-    unit = torch.ones_like(along)
+    kappa = torch.ones_like(along)
     if damping.scale == "relative":
-        unit = torch.linalg.vector_norm(y, dim=-1, keepdim=True) / torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-        unit = unit.nan_to_num(1.0, posinf=1.0)
-    along, most = _dot(s, y), unit * _dot(s, s)
-    return s, _mixed(y, unit * s, (1 - damping.value) * most, most - along, along < damping.value * most)
+        kappa = torch.linalg.vector_norm(y, dim=-1, keepdim=True) / torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+        kappa = kappa.nan_to_num(1.0, posinf=1.0)
+    along, most = _dot(s, y), kappa * _dot(s, s)
+    return s, _mixed(y, kappa * s, (1 - damping.value) * most, most - along, along < damping.value * most)
 
 
-def updated(inverse: Tensor, s: Tensor, y: Tensor, finite: Tensor) -> Tensor:
-    """Return BFGS's H⁺, for which H⁺ y = s, or H where sᵀy is no more than rounding, or nothing is known."""
+def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor, usable: Tensor) -> Tensor:
+    """Return BFGS's H⁺, for which H⁺ y = s; or H, unless ``usable`` and sᵀy is more than rounding."""
     image, along = _times(inverse, y), _dot(s, y)
     scale = torch.linalg.vector_norm(s, dim=-1, keepdim=True) * torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    usable = finite & (along > 8 * torch.finfo(s.dtype).eps * scale)
+    usable = usable & (along > 8 * torch.finfo(s.dtype).eps * scale)
     rate = torch.where(usable, 1 / torch.where(usable, along, 1), 0)[..., None]
     outer = s[..., :, None] * s[..., None, :]
     mixed = s[..., :, None] * image[..., None, :]
@@ -186,13 +186,13 @@ def updated(inverse: Tensor, s: Tensor, y: Tensor, finite: Tensor) -> Tensor:
 
 
 def _mixed(one: Tensor, other: Tensor, above: Tensor, below: Tensor, where: Tensor) -> Tensor:
-    """Return θ one + (1 − θ) other with θ = above / below, in [0, 1]; one itself elsewhere."""
+    """Return θ one + (1 − θ) other with θ = above / below clamped to [0, 1], or ``one`` unless ``where``."""
     share = torch.where(where, (above / torch.where(where, below, 1)).clamp(0, 1), 1)
     return share * one + (1 - share) * other
 
 
 def _means(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return the mean input ā, and the loss's gradient in a common shift of all outputs."""
+    """Return the mean input ā, and the loss's gradient with respect to a common shift of all outputs."""
     scale = 1 if rows.share is None else rows.share.rsqrt()
     return scale * rows.inputs.mean(-2), scale * rows.gradients.sum(-2)
 

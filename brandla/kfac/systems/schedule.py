@@ -1,4 +1,4 @@
-"""Options that may change while training goes on: schedules, and ranks, by rules and with the error bound."""
+"""Options that may change during training: schedules, and ranks that follow the error bound."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TypeAlias, TypeVar
 from brandla import _check
 
 Option = TypeVar("Option")
-# A number, or a function of the step's number, from 0.
+# A value, or a function of the step's number, from 0.
 Schedule: TypeAlias = Option | Callable[[int], Option]
 
 
 def at(schedule: Schedule[Option], step: int) -> Option:
-    """Return the value of a schedule."""
+    """Return the value of a schedule at a step."""
     return schedule(step) if callable(schedule) else schedule
 
 
 def spelled(option: object) -> str:
-    """Spell an option as ``repr`` does, but functions by their qualified names: those are the same in every process."""
+    """Spell an option like ``repr``, but a function by its qualified name, which is the same in every process."""
     if hasattr(option, "__qualname__"):
         return f"{option.__module__}.{option.__qualname__}"
     if is_dataclass(option) and not isinstance(option, type):
@@ -34,16 +34,16 @@ class ErrorBound:
     """Grow or shrink the rank of a factor so that its error bound stays near ``target`` times its largest eigenvalue.
 
     Every ``every`` steps the bound is read, once for each factor (for a batch of factors, the largest). Only this waits
-    for the device. Above the target the rank grows by half; under a quarter of it, it shrinks by a quarter. The bound
-    forgets what was cut off as the factor forgets its data, so it says most if ``every`` is 1/(1 − decay) or more. The
-    bound includes what shrinking cuts off.
+    for the device. Above the target the rank grows by half. Below a quarter of the target it shrinks by a quarter. The
+    bound forgets truncated parts as the factor forgets its data, so it is most accurate if ``every`` is 1/(1 − decay)
+    or more. The bound includes the parts that shrinking truncates.
 
     Parameters
     ----------
     target
-        Bound of ‖M − M̂‖₂ / d₁ to stay under, > 0.
+        Upper limit for the bound of ‖M − M̂‖₂ / d₁, > 0.
     least, most
-        Limits of the rank; it begins at ``least``.
+        Limits of the rank, which begins at ``least``.
     every
         Steps between readings: a number, or a function of the step.
 
@@ -66,7 +66,7 @@ class ErrorBound:
         _check.count("ErrorBound", "every", at(self.every, 0), 1)
 
     def next(self, rank: int, error: float) -> int:
-        """Return the rank to follow ``rank`` when the relative error bound is ``error``; the same for NaN."""
+        """Return the rank after ``rank`` for the relative error bound ``error``; NaN leaves the rank unchanged."""
         if error > self.target:
             return min(math.ceil(1.5 * rank), self.most)
         if error < self.target / 4:

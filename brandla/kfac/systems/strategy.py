@@ -1,4 +1,4 @@
-"""A K-FAC system as the loop sees it: it makes the curvature of each layer, feeds it, and solves with it."""
+"""The interface of a K-FAC system: it makes the curvature of each layer, takes in data, and solves."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from brandla import _check
 from brandla.kfac.systems.factor import Factor
 from brandla.kfac.systems.form import State, check_shape, tensors_of
 from brandla.kfac.systems.schedule import spelled
-from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_of_each, scaled, sizes
+from brandla.kfac.values import Gradient, Now, Rows, Shape, Side, inner_products, scaled, sizes
 
 
 class Problem(NamedTuple):
-    """A layer's gradient to be solved for, with its curvature, and the rows of the step where they were captured.
+    """A layer's gradient to be preconditioned, with its curvature, and the rows of the step if they were captured.
 
-    ``weight`` returns the layer's weights as they are now, as a matrix. ``reduced`` says that the factors are made of
-    averages and sums over positions, which the gradient is not.
+    ``weight`` returns the layer's current weights as a matrix. ``reduced`` means that the factors, unlike the gradient,
+    are made of averages and sums over positions.
     """
 
     curvature: Curvature
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
     reduced: bool = False
 
 
-# For reports: one side of a layer where that is no factor, a remark, and what it keeps.
+# For reports: a side of a layer without a factor, a remark, and the tensors that the side keeps.
 Kept: TypeAlias = tuple[Side, str, list[Tensor]]
 
 
@@ -42,34 +42,34 @@ class Curvature(ABC):
     @property
     @abstractmethod
     def started(self) -> bool:
-        """Whether data came in."""
+        """Whether the curvature has taken in data."""
 
     @abstractmethod
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Take in the rows of a step, and renew the parts that are due."""
+        """Take in the rows of a step, and renew parts that are due."""
 
     @abstractmethod
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
-        """Return the preconditioned gradient, a pair for a pair or else a matrix."""
+        """Return the preconditioned gradient: a matrix, or a pair if the gradient is a pair."""
 
     def widest_pair(self, entries: int) -> int | None:
-        """Return k up to which a pair (d_out, k), (d_in, k) is cheaper to solve for than its d_out d_in ``entries``.
+        """Return the largest k for which a pair (d_out, k), (d_in, k) is cheaper than its d_out d_in ``entries``.
 
-        None where the curvature is not applied to pairs.
+        None if the curvature is not applied to pairs.
         """
         return None
 
     def factors(self) -> Iterator[tuple[Side, Factor]]:
-        """Go through the Kronecker factors, where there are any."""
+        """Iterate over the Kronecker factors, if any."""
         return iter(())
 
     def kept(self) -> Iterator[Kept]:
-        """Go through the sides, where there are no factors."""
+        """Iterate over the sides, if there are no factors."""
         return iter(())
 
     @abstractmethod
     def parts(self) -> State:
-        """Return the state: numbers, strings and tensors by their names."""
+        """Return the state: named numbers, strings and tensors."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state with copies of its tensors."""
@@ -86,13 +86,13 @@ class Curvature(ABC):
 
 @dataclass
 class StateCurvature(Curvature):
-    """A curvature that is one state by names, without data an empty one."""
+    """A curvature whose parts are all in one state, which is empty before any data."""
 
-    # What reads a state, for its messages.
+    # The function that error messages about a saved state name.
     loader: ClassVar[str] = "KFAC.load_state_dict"
     # Parts in float64, whatever the layer's dtype is.
     in_float64: ClassVar[tuple[str, ...]] = ()
-    # For reports: the names of what each side keeps, if that is told apart, and a remark.
+    # For reports: the names of each side's parts, if parts belong to sides, and a remark.
     of_sides: ClassVar[Mapping[Side, Sequence[str]]] = {}
     remark: ClassVar[str] = ""
 
@@ -112,30 +112,30 @@ class StateCurvature(Curvature):
 
     @abstractmethod
     def sizes(self, state: dict[str, Any]) -> Mapping[str, Sequence[int]]:
-        """Return the shapes that tensors of a saved state have to have."""
+        """Return the shapes that the tensors of a saved state must have."""
 
     def loaded(self, state: dict[str, Any], where: str) -> Self:
         for name, wanted in self.sizes(state).items():
             check_shape(state[name], wanted, f"{where}: {name}", function=self.loader)
-        own = dict(state)
+        loaded = dict(state)
         for name, part in state.items():
             if isinstance(part, Tensor):
                 dtype = torch.float64 if name in self.in_float64 else self.shape.dtype
-                own[name] = part.to(self.shape.device, dtype if part.is_floating_point() else part.dtype, copy=True)
-        return replace(self, state=own)
+                loaded[name] = part.to(self.shape.device, dtype if part.is_floating_point() else part.dtype, copy=True)
+        return replace(self, state=loaded)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
     """One system of the K-FAC family.
 
-    ``str()`` of it names it in checkpoints and reports. Options that are functions of the step are spelled by their
-    qualified name there: a checkpoint is continued by the function of the same name.
+    Its ``str()`` is its name in checkpoints and reports. It shows a function of the step by its qualified name, so a
+    checkpoint must be continued with a function of the same name.
     """
 
-    # Whether `solve` reads the rows of the step, which every process then needs.
+    # Whether `solve` reads the rows of the step. If so, every process needs the rows.
     reads_rows: ClassVar[bool] = False
-    # Whether `second_pass` is of any use.
+    # Whether the system uses `second_pass`.
     takes_second_pass: ClassVar[bool] = False
     # Whether ⟨step, ∂W⟩ is the squared length of the step in the metric of the curvature.
     measures_length: ClassVar[bool] = True
@@ -148,22 +148,22 @@ class Strategy(ABC):
 
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
         """Take the rows of a step into the curvatures of all layers of this strategy."""
-        for index, (curvature, own) in enumerate(zip(curvatures, rows, strict=True)):
-            curvature.absorb(own, now._replace(seed=now.seed + index))
+        for index, (curvature, of_layer) in enumerate(zip(curvatures, rows, strict=True)):
+            curvature.absorb(of_layer, now._replace(seed=now.seed + index))
 
     def steps(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
-        """Return the steps of all layers: each matrix of reduced factors at relative damping shortened to a bound.
+        """Return the steps of all layers. With reduced factors and relative damping, each matrix's step is shortened.
 
-        ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ) then. Of one batch, ∂W = Γᵀ X has ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩
-        <= min(d_out, d_in), whatever λ is, since G = N Γᵀ Γ and A = Xᵀ X / N; and of an average the latest batch is a
-        share of 1 − ρ or more. Sums over positions may cancel where the gradient does not: then G is rounding, and says
-        nothing of the length of a step.
+        ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ) then. For one batch, ∂W = Γᵀ X, G = N Γᵀ Γ and A = Xᵀ X / N, so
+        ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩ <= min(d_out, d_in) for every λ. In an average, the latest batch has a share of at
+        least 1 − ρ. Sums over positions may cancel even if the gradient does not: then G is only rounding, and does not
+        limit the length of a step.
         """
         steps = self.solve(problems, now)
         if self.measures_length and now.damping.scale == "relative":
             for index, (step, problem) in enumerate(zip(steps, problems, strict=True)):
                 if problem.reduced:
-                    length = inner_of_each(step, problem.gradient).abs() * (1 - now.decay)
+                    length = inner_products(step, problem.gradient).abs() * (1 - now.decay)
                     factor = (min(sizes(problem.gradient)) / length).clamp(max=1)
                     steps[index] = scaled(step, factor[..., None, None])
         return steps

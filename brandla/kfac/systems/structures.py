@@ -1,4 +1,4 @@
-"""Structures of inverse-free factors: algebras of n × n matrices; ``STRUCTURES`` gives each by its name."""
+"""Structures of inverse-free factors: algebras of n × n matrices. ``STRUCTURES`` maps names to them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch.nn.functional import pad
 from brandla import _check
 from brandla.lowrank import add_dims
 
-# A matrix of a structure, or a batch of them: the tensors that it is stored as.
+# The stored tensors of a matrix of a structure, or of a batch of matrices.
 Member: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A linear space of n × n matrices that holds I and the products of its members; by itself that of all matrices.
+    """A linear space of n × n matrices that contains I and the products of its members. The base class is all matrices.
 
-    Members K have leading group dimensions. Vectors are rows: X (*groups, N, n) stands for N of them, and the groups of
-    X and K broadcast. The projection Π(S) of a symmetric S is the member m whose symmetric part (m + mᵀ)/2 is nearest
-    to S in the Frobenius norm, and of those the least: a triangular m has the entries of S off the diagonal twice.
+    Members K have leading group dimensions. Vectors are rows: X (*groups, N, n) is N vectors, and the groups of X and K
+    broadcast. The projection Π(S) of a symmetric S is the member m whose symmetric part (m + mᵀ)/2 is nearest to S in
+    the Frobenius norm, and the smallest such m. So a triangular m has twice the entries of S off the diagonal.
 
-    ``dimensions`` are those of each stored tensor, groups left out.
+    ``dimensions`` are the numbers of dimensions of the stored tensors, without groups.
 
     References
     ----------
@@ -64,7 +64,7 @@ class Structure:
         return member[0].diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def flops(self, n: int) -> int:
-        """Return the work of X K for each row of X."""
+        """Return the flops of X K for each row of X."""
         return 2 * n * n
 
     def squared_norm(self, member: Member) -> Tensor:
@@ -92,10 +92,10 @@ class Dense(Structure):
 
 @dataclass(frozen=True)
 class Triangular(Dense):
-    """Lower-triangular matrices. Π(S) is the lower triangle of S with what is off the diagonal doubled.
+    """Lower-triangular matrices. Π(S) is the lower triangle of S with the entries off the diagonal doubled.
 
-    They are stored and multiplied as dense ones whose upper triangle is zero: half of the entries to learn, not half
-    of the memory.
+    They are stored and multiplied as dense matrices with a zero upper triangle: half of the entries to learn, but not
+    half of the memory.
     """
 
     def gram(self, rows: Tensor) -> Member:
@@ -107,8 +107,8 @@ class Triangular(Dense):
 class BlockDiagonal(Structure):
     """Blocks of order b along the diagonal, stored as (⌈n/b⌉, b, b): O(n b). Π(S) is the blocks of S.
 
-    Where b does not divide n, the last block is smaller: what is stored of it beyond is zero, and stays so. An n below
-    b is one block.
+    If b does not divide n, the last block is smaller, and its stored padding is and stays zero. If n < b, there is one
+    block.
     """
 
     block: int = 32
@@ -119,14 +119,14 @@ class BlockDiagonal(Structure):
         _check.count("BlockDiagonal", "block", self.block, 1)
 
     def identity(self, n: int, groups: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Member:
-        blocks = torch.diag_embed(self._cut(torch.ones(1, n, dtype=dtype, device=device))[:, 0])
+        blocks = torch.diag_embed(self._blocks(torch.ones(1, n, dtype=dtype, device=device))[:, 0])
         return (blocks.expand(*groups, *blocks.shape).clone(),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
-        return (self._cut(rows) @ member[0]).movedim(-3, -2).flatten(-2)[..., : rows.shape[-1]]
+        return (self._blocks(rows) @ member[0]).movedim(-3, -2).flatten(-2)[..., : rows.shape[-1]]
 
     def gram(self, rows: Tensor) -> Member:
-        return super().gram(self._cut(rows))
+        return super().gram(self._blocks(rows))
 
     def own_gram(self, member: Member) -> Member:
         return super().gram(member[0])
@@ -137,15 +137,15 @@ class BlockDiagonal(Structure):
     def flops(self, n: int) -> int:
         return 2 * n * min(self.block, n)
 
-    def _cut(self, rows: Tensor) -> Tensor:
-        """Return (..., N, n) as (..., ⌈n/b⌉, N, b), filled up with zeros."""
+    def _blocks(self, rows: Tensor) -> Tensor:
+        """Return (..., N, n) as (..., ⌈n/b⌉, N, b), padded with zeros."""
         order = min(self.block, rows.shape[-1])
         return cast(Tensor, pad(rows, (0, -rows.shape[-1] % order)).unflatten(-1, (-1, order)).movedim(-2, -3))
 
 
 @dataclass(frozen=True)
 class Diagonal(Structure):
-    """Diagonal matrices, stored as (n,): everything is O(n). Π(S) is the diagonal of S."""
+    """Diagonal matrices, stored as (n,): all costs are O(n). Π(S) is the diagonal of S."""
 
     dimensions: ClassVar[tuple[int, ...]] = (1,)
 
@@ -179,8 +179,8 @@ class Hierarchical(Structure):
     """Matrices [A₁₁ A₁₂ A₁₃; 0 D₂₂ 0; 0 A₃₂ A₃₃], D₂₂ diagonal, A₁₁ of order ``first`` and A₃₃ of order ``last``.
 
     They are stored as the strip [A₁₁ A₁₂ A₁₃] (first, n), the diagonal of D₂₂ (n − first − last,), and the strip
-    [A₃₂ A₃₃] (last, n − first): O(n (first + last)). Π(S) takes these parts of S, A₁₂, A₁₃ and A₃₂ doubled. Where n is
-    below first + last, ``first`` has what it can get and ``last`` the rest.
+    [A₃₂ A₃₃] (last, n − first): O(n (first + last)). Π(S) takes these parts of S, with A₁₂, A₁₃ and A₃₂ doubled. If n <
+    first + last, A₁₁ has order min(first, n), and A₃₃ takes the rest.
     """
 
     first: int = 16
@@ -225,7 +225,7 @@ class Hierarchical(Structure):
         return top, middle.square().sum(-2), bottom
 
     def own_gram(self, member: Member) -> Member:
-        """Return Π(KᵀK): K's rows are the strips and multiples of unit vectors."""
+        """Return Π(KᵀK). The rows of K are the strips, and multiples of unit vectors."""
         top, diagonal, bottom = member
         above, middle, below = self.gram(torch.cat([top, pad(bottom, (top.shape[-2], 0))], dim=-2))
         return above, middle + diagonal.square(), below
@@ -249,7 +249,7 @@ class Hierarchical(Structure):
 class Toeplitz(Structure):
     """Upper-triangular matrices with one value b_t on each diagonal j − i = t, stored as (n,).
 
-    Products are convolutions, by FFT: O(n log n) a row. Π(S) is the mean of each diagonal of S, doubled for t > 0.
+    Products are convolutions, by FFT: O(n log n) per row. Π(S) is the mean of each diagonal of S, doubled for t > 0.
     """
 
     dimensions: ClassVar[tuple[int, ...]] = (1,)
@@ -258,60 +258,60 @@ class Toeplitz(Structure):
         return (torch.eye(1, n, dtype=dtype, device=device)[0].expand(*groups, n).clone(),)
 
     def times(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X K, entry j of a row x being Σ_i x_i b_{j−i}."""
-        return _back(_transform(rows) * _transform(member[0][..., None, :]), rows)
+        """Return X K: entry j of a row x is Σ_i x_i b_{j−i}."""
+        return _inverse_transform(_transform(rows) * _transform(member[0][..., None, :]), rows)
 
     def times_transposed(self, rows: Tensor, member: Member) -> Tensor:
-        """Return X Kᵀ, entry i of a row x being Σ_j x_j b_{j−i}."""
-        return _back(_transform(rows) * _transform(member[0][..., None, :]).conj(), rows)
+        """Return X Kᵀ: entry i of a row x is Σ_j x_j b_{j−i}."""
+        return _inverse_transform(_transform(rows) * _transform(member[0][..., None, :]).conj(), rows)
 
     def product(self, first: Member, second: Member) -> Member:
-        return (_back(_transform(first[0]) * _transform(second[0]), first[0]),)
+        return (_inverse_transform(_transform(first[0]) * _transform(second[0]), first[0]),)
 
     def gram(self, rows: Tensor) -> Member:
         """Return Π(XᵀX), from the autocorrelation of the rows."""
-        return (_back(_transform(rows).abs().square().sum(-2), rows) * _weights(rows),)
+        return (_inverse_transform(_transform(rows).abs().square().sum(-2), rows) * _diagonal_weights(rows),)
 
     def own_gram(self, member: Member) -> Member:
         """Return Π(KᵀK): diagonal t of KᵀK sums to Σ_s (n − s) b_s b_{s−t}."""
         (values,) = member
-        products = _transform(values * _lengths(values)) * _transform(values).conj()
-        return (_back(products, values) * _weights(values),)
+        products = _transform(values * _diagonal_lengths(values)) * _transform(values).conj()
+        return (_inverse_transform(products, values) * _diagonal_weights(values),)
 
     def trace(self, member: Member) -> Tensor:
         return member[0][..., 0] * member[0].shape[-1]
 
     def squared_norm(self, member: Member) -> Tensor:
         """Return Σ_t (n − t) b_t²."""
-        return (member[0].square() * _lengths(member[0])).sum(-1)
+        return (member[0].square() * _diagonal_lengths(member[0])).sum(-1)
 
     def flops(self, n: int) -> int:
-        """Two real transforms of length L >= 2n − 1, 2.5 L log₂ L each."""
-        return int(5 * _length(n) * log2(2 * _length(n)))
+        """Return the flops of two real transforms of length L >= 2n − 1, 2.5 L log₂ L each."""
+        return int(5 * _fft_length(n) * log2(2 * _fft_length(n)))
 
 
-def _length(n: int) -> int:
-    """Return the power of two from which on a circular convolution of length n does not wrap."""
+def _fft_length(n: int) -> int:
+    """Return the least power of two at which a circular convolution of length-n vectors does not wrap."""
     return 1 << (2 * n - 2).bit_length()
 
 
 def _transform(rows: Tensor) -> Tensor:
-    return cast(Tensor, rfft(rows, _length(rows.shape[-1])))
+    return cast(Tensor, rfft(rows, _fft_length(rows.shape[-1])))
 
 
-def _back(transform: Tensor, like: Tensor) -> Tensor:
+def _inverse_transform(transform: Tensor, like: Tensor) -> Tensor:
     n = like.shape[-1]
-    return cast(Tensor, irfft(transform, _length(n))[..., :n])
+    return cast(Tensor, irfft(transform, _fft_length(n))[..., :n])
 
 
-def _lengths(values: Tensor) -> Tensor:
+def _diagonal_lengths(values: Tensor) -> Tensor:
     """Return the number of entries n − t of each diagonal."""
     return torch.arange(values.shape[-1], 0, -1, dtype=values.dtype, device=values.device)
 
 
-def _weights(values: Tensor) -> Tensor:
-    """Return what turns sums of diagonals into the projection."""
-    weights = 2 / _lengths(values)
+def _diagonal_weights(values: Tensor) -> Tensor:
+    """Return the weights that turn sums of diagonals into the projection."""
+    weights = 2 / _diagonal_lengths(values)
     weights[0] /= 2
     return weights
 

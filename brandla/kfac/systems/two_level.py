@@ -1,4 +1,4 @@
-"""Two-level K-FAC: the coupling of layers, in a coarse space of one direction a layer."""
+"""Two-level K-FAC: the coupling of layers, in a coarse space of one direction per layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from brandla import _check
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy, check_inner
-from brandla.kfac.values import Gradient, Now, Rows, Shape, inner, length, plus, scaled, sizes
+from brandla.kfac.values import Gradient, Now, Rows, Shape, add_scaled, frobenius_norm, inner_product, scaled, sizes
 
 
 @dataclass(frozen=True)
 class TwoLevel(Strategy):
     """v = v₁ + R₀ᵀ F_c⁻¹ R₀ (∇ − F v₁): any system's step v₁, corrected by the whole curvature.
 
-    F = Σ v vᵀ over the samples of this step, the blocks between layers included; R₀ holds one unit vector a layer, and
+    F = Σ v vᵀ over the samples of this step, including the blocks between layers. R₀ has one unit vector per layer, and
     F_c = R₀ F R₀ᵀ. With λ both in F_c and in F v₁, v is the point of v₁ + range R₀ᵀ nearest to (F + λI)⁻¹∇ in the norm
     of F + λI. λ is relative to the largest eigenvalue of F_c. Only products with the rows of the step are formed.
 
@@ -29,15 +29,15 @@ class TwoLevel(Strategy):
     inner
         The system of v₁.
     space
-        ``"nicolaides"``: the vector of ones of each layer. ``"residual"``: the inner system's step for the layer's
-        part of ∇ − F v₁.
+        The direction of each layer. ``"nicolaides"``: the vector of ones. ``"residual"``: the inner system's step for
+        the layer's part of ∇ − F v₁.
 
     Notes
     -----
-    Layers with no rows in a step, or with another number of samples than most, keep the inner step.
+    Layers without rows in a step, or with another number of samples than most layers, keep the inner step.
 
     Unlike v₁, v is not a positive definite matrix times ∇. It may go uphill in single layers and, after a clip of each
-    layer by itself, also as a whole. The clip by KL takes ⟨v, ∇⟩ for the length of v, but ⟨v, ∇⟩ does not bound it.
+    layer by itself, also as a whole. The clip by KL measures the length of v as ⟨v, ∇⟩, which does not bound it.
 
     References
     ----------
@@ -69,14 +69,14 @@ class TwoLevel(Strategy):
 
     def solve(self, problems: Sequence[Problem], now: Now) -> list[Any]:
         steps = self.inner.steps(problems, now)
-        samples = {index: Samples.of(own.rows) for index, own in enumerate(problems) if own.rows is not None}
-        if not samples:
+        of_layers = {index: Samples.of(own.rows) for index, own in enumerate(problems) if own.rows is not None}
+        if not of_layers:
             return steps
-        usual = mode(own.number for own in samples.values())
-        samples = {index: own for index, own in samples.items() if own.number == usual}
-        own, first, seen = [problems[index] for index in samples], [steps[index] for index in samples], samples.values()
-        gradients = [problem.gradient for problem in own]
-        of_first = _products(seen, first).sum(0)
+        usual = mode(samples.number for samples in of_layers.values())
+        of_layers = {index: samples for index, samples in of_layers.items() if samples.number == usual}
+        members, first = [problems[index] for index in of_layers], [steps[index] for index in of_layers]
+        gradients = [problem.gradient for problem in members]
+        of_first = _sample_products(of_layers.values(), first).sum(0)
         if self.space == "nicolaides":
             pairs = [(part, part.mT) if isinstance(part, Tensor) else part for part in gradients]
             directions: list[Gradient] = [
@@ -84,35 +84,35 @@ class TwoLevel(Strategy):
             ]
         else:
             residuals = [
-                problem._replace(gradient=plus(part, -1.0, of_layer.combined(of_first, sizes(part)[1])))
-                for problem, part, of_layer in zip(own, gradients, seen, strict=True)
+                problem._replace(gradient=add_scaled(part, -1.0, samples.combined(of_first, sizes(part)[1])))
+                for problem, part, samples in zip(members, gradients, of_layers.values(), strict=True)
             ]
             directions = self.inner.steps(residuals, now)
         vectors = [_unit(direction) for direction in directions]
-        # F_c, and R₀ (∇ − (F + λI) v₁), one number a layer.
-        products = _products(seen, vectors)
+        # F_c, and R₀ (∇ − (F + λI) v₁), one number per layer.
+        products = _sample_products(of_layers.values(), vectors)
         coarse = products @ products.mT
         shift, _ = now.damping.of_matrix(coarse)
         of_gradients, of_steps = (
-            torch.stack([inner(part, vector) for part, vector in zip(parts, vectors, strict=True)])
+            torch.stack([inner_product(part, vector) for part, vector in zip(parts, vectors, strict=True)])
             for parts in (gradients, first)
         )
         right = of_gradients - products @ of_first - shift * of_steps
         coarse.diagonal().add_(shift)
-        # Of a batch that is not finite nothing comes of the result; it must not raise, nor wait for the device.
+        # The factorisation of a non-finite batch, whose result is not used, must not raise or wait for the device.
         factor, _ = torch.linalg.cholesky_ex(coarse)
         corrections = torch.cholesky_solve(right[:, None], factor)[:, 0]
-        for index, step, vector, correction in zip(samples, first, vectors, corrections, strict=True):
-            steps[index] = plus(step, correction, vector)
+        for index, step, vector, correction in zip(of_layers, first, vectors, corrections, strict=True):
+            steps[index] = add_scaled(step, correction, vector)
         return steps
 
 
-def _products(samples: Iterable[Samples], vectors: Sequence[Gradient]) -> Tensor:
+def _sample_products(of_layers: Iterable[Samples], vectors: Sequence[Gradient]) -> Tensor:
     """Return the product of each sample's gradient with each layer's vector, shape (L, S)."""
-    return torch.stack([own.products(vector) for own, vector in zip(samples, vectors, strict=True)])
+    return torch.stack([samples.products(vector) for samples, vector in zip(of_layers, vectors, strict=True)])
 
 
 def _unit(vector: Gradient) -> Gradient:
-    """Divide by the length; zero stays zero."""
-    own = length(vector)
-    return scaled(vector, 1 / torch.where(own > 0, own, 1))
+    """Return a vector divided by its norm; zero stays zero."""
+    norm = frobenius_norm(vector)
+    return scaled(vector, 1 / torch.where(norm > 0, norm, 1))

@@ -1,4 +1,4 @@
-"""The empirical natural gradient of a batch, layer by layer, by a solve of the order of its samples."""
+"""The empirical natural gradient of a batch, layer by layer, by a solve of order N for N samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from brandla.kfac.systems.form import due
 from brandla.kfac.systems.samples import Samples
 from brandla.kfac.systems.schedule import Schedule, at
 from brandla.kfac.systems.strategy import Curvature, StateCurvature, Strategy
-from brandla.kfac.values import Gradient, Now, Rows, Shape, inner, plus, scaled
+from brandla.kfac.values import Gradient, Now, Rows, Shape, add_scaled, inner_product, scaled
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Woodbury(Strategy):
 
     With K = N VᵀV (N × N) the step is (∂W − N V (λI + K)⁻¹ Vᵀ ∂W) / λ. If ∂W is V 1, the pair of this step's rows, the
     step is V (λI + K)⁻¹ 1: the γ scaled sample by sample. λ is relative to the largest eigenvalue of F. K takes 2 (N
-    T)² (d_out + d_in) operations for T positions, or 2N (N + T) d_out d_in if that is less. It keeps the rows of a
-    batch and N² numbers, but no factor. Layers of every kind take part.
+    T)² (d_out + d_in) operations for T positions, or 2N (N + T) d_out d_in if that is less. The state is the rows of a
+    batch and N² numbers, without factors. Layers of every kind are supported.
 
     Parameters
     ----------
@@ -34,17 +34,17 @@ class Woodbury(Strategy):
     features
         Make K from this many inputs and outputs, drawn for each batch. None for all. SENG: 256.
     positions
-        Cut each sample's γ to this many positions: the leading singular vectors over its positions. None for all. SENG:
-        16.
+        Reduce each sample's γ to this many positions: the leading singular vectors over its positions. None for all.
+        SENG: 16.
     fixed_after
-        FNGD: after this many batches, take their mean coefficients (λI + K)⁻¹ 1 and form no K. A coefficient belongs to
+        FNGD: after this many batches, use their mean coefficients (λI + K)⁻¹ 1 and form no K. A coefficient belongs to
         a place in the order of ‖v‖, relative to the number of samples. None for never.
 
     Notes
     -----
-    A batch that is not finite does not change what is kept, unless its size differs: then zeros are kept, and the step
-    is ∂W / λ. SENG and FNGD were not read in full. Three things were chosen here: only K is sketched, the kept rows and
-    inverse are of one batch, and the places of coefficients (``docs/kfac.md``).
+    A non-finite batch does not change the state, unless its size differs: then zeros are kept, and the step is ∂W / λ.
+    SENG and FNGD were not read in full. Three choices are not from the papers: only K is sketched, the kept rows and
+    inverse belong to one batch, and the places of coefficients (``docs/kfac.md``).
 
     References
     ----------
@@ -71,26 +71,26 @@ class Woodbury(Strategy):
                 _check.count("Woodbury", name, getattr(self, name), 1)
 
     def curvature(self, shape: Shape) -> Curvature:
-        return OfSamples(shape, self)
+        return SampleCurvature(shape, self)
 
 
 @dataclass
-class OfSamples(StateCurvature):
+class SampleCurvature(StateCurvature):
     """The samples of one batch, the Cholesky factor of λI + K, and the mean coefficients of the batches so far."""
 
     strategy: Woodbury
-    # The γ of the kept samples as a step gets them, by which a gradient that is their pair is known.
+    # The γ of the kept samples. It identifies a gradient that is the pair of these samples.
     _source: ref[Tensor] | None = field(default=None, init=False)
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Keep the rows of a batch, if it is due, and factorise λI + K."""
+        """Keep the rows of a batch, if due, and factorise λI + K."""
         if not due(self.state, now.step, self.strategy.every):
             return
-        # Untold, each sample is a term.
+        # If `KFAC.curvature` gave no number of terms, each sample is one term.
         uses = rows.uses if rows.counted else rows.uses // rows.positions
         samples = Samples.of(rows)._replace(uses=uses)
         if self.strategy.positions is not None:
-            samples = samples.cut(self.strategy.positions, now.seed)
+            samples = samples.fewer_positions(self.strategy.positions, now.seed)
         new = {"inputs": samples.inputs, "gradients": samples.gradients}
         if not self._is_fixed:
             most = self.strategy.features
@@ -99,16 +99,16 @@ class OfSamples(StateCurvature):
             gram.diagonal().add_(shift)
             new |= {"factor": torch.linalg.cholesky_ex(gram).L, "shift": shift}
         for name, part in new.items():
-            known = self.state.get(name)
-            same = isinstance(known, Tensor) and known.shape == part.shape
-            self.state[name] = torch.where(now.finite, part, self.state[name]) if same else part
+            old = self.state.get(name)
+            can_stay = isinstance(old, Tensor) and old.shape == part.shape
+            self.state[name] = torch.where(now.finite, part, self.state[name]) if can_stay else part
         self.state |= {"uses": samples.uses, "positions": samples.positions}
         self._source = ref(rows.gradients) if samples.gradients is rows.gradients else None
         if self.strategy.fixed_after is not None and not self._is_fixed:
             self._average(samples, now)
 
     def solve(self, gradient: Gradient, now: Now) -> Gradient:
-        """Return the step: coefficients for the γ of the pair of these rows, or else ∂W / λ and what its span takes."""
+        """Return the step: the pair of these rows with γ scaled, or else ∂W / λ plus a combination of the v."""
         samples = Samples(*(self.state[name] for name in Samples._fields))
         source = None if self._source is None else self._source()
         pair = gradient if isinstance(gradient, tuple) else None
@@ -117,19 +117,19 @@ class OfSamples(StateCurvature):
             return pair[0] * weights, pair[1]
         if self._is_fixed:
             rate = self.state["rate"]
-            own = (self._coefficients(samples) - rate) / samples.uses**0.5
+            coefficients = (self._coefficients(samples) - rate) / samples.uses**0.5
         else:
             rate = 1 / self.state["shift"]
             products = samples.products(gradient)
-            own = -rate * self._solved(products)
+            coefficients = -rate * self._solved(products)
             if self.strategy.features is not None:
-                # With K from some features the step might go uphill: no more than ‖∂W‖² / λ is taken away.
-                taken = -(products @ own).clamp_max(-torch.finfo(own.dtype).tiny)
-                own = own * (rate * inner(gradient, gradient) / taken).clamp_max(1)
-        return plus(scaled(gradient, rate), 1.0, samples.combined(own, self.shape.d_in))
+                # K from some features might make the step go uphill: ⟨step, ∂W⟩ loses at most ‖∂W‖² / λ.
+                loss = -(products @ coefficients).clamp_max(-torch.finfo(coefficients.dtype).tiny)
+                coefficients = coefficients * (rate * inner_product(gradient, gradient) / loss).clamp_max(1)
+        return add_scaled(scaled(gradient, rate), 1.0, samples.combined(coefficients, self.shape.d_in))
 
     def widest_pair(self, entries: int) -> int:
-        """Take any pair: its γ are scaled, where a matrix takes two products with all samples."""
+        """Accept every pair: its γ are only scaled, but a matrix takes two products with all samples."""
         return sys.maxsize
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -140,7 +140,7 @@ class OfSamples(StateCurvature):
 
     @property
     def _is_fixed(self) -> bool:
-        """Whether the coefficients are those of the batches before."""
+        """Whether the coefficients are the means of earlier batches."""
         most = self.strategy.fixed_after
         return most is not None and bool(self.state.get("batches", 0) >= most)
 
@@ -150,25 +150,25 @@ class OfSamples(StateCurvature):
         return torch.cholesky_solve(right.to(factor.dtype)[:, None], factor)[:, 0]
 
     def _coefficients(self, samples: Samples) -> Tensor:
-        """Return (λI + K)⁻¹ 1, or the means of those so far, the sample of the least ‖v‖ first."""
+        """Return (λI + K)⁻¹ 1, or its mean over earlier batches, which is kept in the order of ‖v‖."""
         if not self._is_fixed:
             return self._solved(torch.ones_like(self.state["factor"][0]))
-        places = _stretched(self.state["table"], samples.number)
-        return torch.empty_like(places).index_copy_(0, samples.squares().argsort(), places)
+        by_norm = _resampled(self.state["table"], samples.number)
+        return torch.empty_like(by_norm).index_copy_(0, samples.squares().argsort(), by_norm)
 
     def _average(self, samples: Samples, now: Now) -> None:
-        own = self._coefficients(samples)[samples.squares().argsort()]
+        by_norm = self._coefficients(samples)[samples.squares().argsort()]
         if "batches" not in self.state:
-            self.state |= {"batches": 0, "table": torch.zeros_like(own), "rate": torch.zeros_like(own[0])}
+            self.state |= {"batches": 0, "table": torch.zeros_like(by_norm), "rate": torch.zeros_like(by_norm[0])}
         batches, table, rate = (self.state[name] for name in ("batches", "table", "rate"))
-        weight = now.finite.to(own.dtype) / (batches + 1)
-        self.state["table"] = table + weight * (_stretched(own, len(table)) - table)
+        weight = now.finite.to(by_norm.dtype) / (batches + 1)
+        self.state["table"] = table + weight * (_resampled(by_norm, len(table)) - table)
         self.state["rate"] = rate + weight * (1 / self.state["shift"] - rate)
         self.state["batches"] = batches + 1
         if self._is_fixed:
             del self.state["factor"], self.state["shift"]
 
 
-def _stretched(values: Tensor, count: int) -> Tensor:
+def _resampled(values: Tensor, count: int) -> Tensor:
     """Return ``count`` of the values at even distances."""
     return values[torch.arange(count, device=values.device) * len(values) // count]
