@@ -155,7 +155,7 @@ def test_step_of_each_layer_is_the_dense_solve(change, application, monkeypatch)
     loss = loss_of(model, data, preconditioner if change == "terms" else None)
     penalty = sum(weight.square().sum() for weight in model.parameters()) / 10 if change == "penalty" else 0
     assert_solves(model, preconditioner, loss + penalty, expected)
-    assert bool(preconditioner._layers[-1].linear) == (application == "auto" and change != "penalty")
+    assert bool(preconditioner._layers[-1].gradient_is_pair) == (application == "auto" and change != "penalty")
 
 
 def test_a_kept_batch_solves_for_later_gradients():
