@@ -13,7 +13,6 @@ from brandla._small import noise_level, safe_eigh, signs_of
 from brandla.lowrank import LowRankEigh, Number, Rank, Tracked, add_dims
 from brandla.orthonormal import polish
 from brandla.root import Update, check_update
-from brandla_kernels import tall
 
 Eigh = TypeVar("Eigh", LowRankEigh, Tracked[LowRankEigh])
 
@@ -86,7 +85,7 @@ def eigh_update_(eigh: Eigh, columns: Tensor, *, decay: Number = 1.0, weight: Nu
 
 def eigh_step(update: Update) -> Any:
     """Compute `eigh_update` from checked arguments: the step of the root F = U √d, with unit columns, polished."""
-    m = update.small.shape[-1] + tall.columns(update.columns)
+    m = update.small.shape[-1] + update.k
     update = update._replace(tol=max(update.tol, noise_level(update.dtype, m)))
     values, of_old, of_columns, left_out, added = update.truncated(unit=True)
     rotated = update.rotated(of_old, of_columns)

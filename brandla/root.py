@@ -148,6 +148,7 @@ class Update(NamedTuple):
     small: Tensor  # S or d
     tall: Tall  # F or U
     columns: Tall
+    k: int  # number of columns
     decay: float | Tensor
     weight: float | Tensor
     rank: int
@@ -205,7 +206,7 @@ class Update(NamedTuple):
 
     def small_or_nonfinite(self) -> Tensor:
         """Return S or d, made non-finite if the tall matrix is; products with dense columns show that by themselves."""
-        if tall.columns(self.columns) and not self.sparse:
+        if self.k and not self.sparse:
             return self.small
         sums: Tensor = self.rows.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
         return self.small + (0 * sums).view(*sums.shape, *[1] * (self.small.ndim - sums.ndim))
@@ -308,7 +309,7 @@ def check_update(
     if rows is not WHOLE:
         basis, columns = rows.local(function, name, basis), rows.local(function, "columns", columns)
     return Update(
-        function, kind, small, basis, columns, decay, weight, most, tol, tracked, rows, sparse, compress, shrink
+        function, kind, small, basis, columns, k, decay, weight, most, tol, tracked, rows, sparse, compress, shrink
     )
 
 
