@@ -59,7 +59,7 @@ def test_every_stage_runs_dry_and_is_written_and_answers_on_the_page_of_a_gpu(tm
     name = {"name": "Some GPU", "architecture": "sm_90", "driver_version": "1", "cuda": "13.0", "hip": None}
     study["facts"]["gpu"] = name
     (folder / "gpu.json").write_text(json.dumps(study), encoding="utf-8")
-    page = "\n".join(report.of_page("gpu", report.machines_of(tmp_path)))
+    page = "\n".join(report.page_parts("gpu", report.machines_of(tmp_path)))
     assert "ops reach at least half of the ceiling that binds them" in page
     assert "`gpu.json`: Some GPU" in page
     assert re.search(r"\| `\w+` \| .*, float32 \|", page)
