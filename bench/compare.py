@@ -28,14 +28,10 @@ from brandla.demo import machine
 RANGES = 3
 # Smaller changes are of no interest. Figures without scatter, such as memory, have this noise.
 LEAST = 0.01
-# Calls behind an interval of `updates`, whose file does not tell: most have no more.
-CALLS = 250
-# Methods of other libraries, whose times are not watched.
-PEERS = ("torch.", "Cholesky")
-# Smaller exponents mean that nothing grew, and are not compared.
-MEANINGFUL = 0.5
-# Changes that are shown at either end, in addition to the regressions.
-SHOWN = 8
+CALLS = 250  # calls behind an interval of `updates`, whose file does not tell: most have no more
+PEERS = ("torch.", "Cholesky")  # methods of other libraries, whose times are not watched
+MEANINGFUL = 0.5  # smaller exponents mean that nothing grew, and are not compared
+SHOWN = 8  # changes that are shown at either end, in addition to the regressions
 Row = dict[str, Any]
 # A case, its figure over the reference of its own run, √Σs² of the interquartile ranges of the logarithms of both, and
 # whether a larger figure is better.

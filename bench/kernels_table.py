@@ -41,8 +41,7 @@ from brandla_kernels._kernels.shipped import specializations
 
 Facts = dict[str, Any]
 COUNTED = ("registers", "spills", "shared_bytes", "tensor_memory", "occupancy")
-# Specialisations that differ only in ops and layouts share a row.
-ROW = ["kernel", "dtype", "tiles", "warps"]
+ROW = ["kernel", "dtype", "tiles", "warps"]  # specialisations that differ only in ops and layouts share a row
 COLUMNS = ["ops", *ROW, "registers", "spills", "shared", "products", "matrix instructions", "occupancy", "faults"]
 # Parts of the names of matrix instructions that tell nothing apart.
 SHARED = {"sync", "aligned", "row", "col", "cta_group::1", "mma_async"}
@@ -90,8 +89,7 @@ def tables(found: list[Facts]) -> Iterator[Table]:
 # --- Estimates
 
 BITS = (16, 32, 64)
-# Seconds between the starts of two kernels, an assumption: 2 in a graph, up to 8 from the host.
-LAUNCH = 4e-6
+LAUNCH = 4e-6  # seconds between the starts of two kernels, an assumption: 2 in a graph, up to 8 from the host
 CAPTION = (
     "Estimated, not measured: µs at the published ceilings (docs/references.md), without sparsity, and"
     f" {LAUNCH * 1e6:.0f} µs a launch, beside what takes longest. Float32 products count as three in TF32 on NVIDIA, as"

@@ -13,7 +13,6 @@ not.
 """
 
 import cProfile
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +34,7 @@ import brandla
 import brandla_kernels
 from bench.frame import results
 from bench.frame.facts import facts
-from bench.frame.pages import on_terminal
+from bench.frame.pages import show
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
 from brandla.kfac import (
     EKFAC,
@@ -419,19 +418,19 @@ def main(
     """Count, print the table beside the budgets, and write the result file."""
     torch.manual_seed(0)
     found = list(rows(quick=quick))
-    every, console = pd.DataFrame(found), Console(width=None if sys.stdout.isatty() else 120)
+    every, console = pd.DataFrame(found), Console(highlight=False)
     cells = every.rename(columns={"triton": "Triton"})
     cells = cells[["call", "form", "Triton", "torch", "budget", "uploads", "waits"]]
-    console.print(on_terminal(cells, f"Kernels of a call on {TARGET}", list(~every["within"])))
+    show(console, cells, f"Kernels of a call on {TARGET}", list(~every["within"]))
     timed = every[every["host µs"].notna()]
     limits = [HOST_BUDGETS.get(case) for case in zip(timed["call"], timed["form"], strict=True)]
     over = [most is not None and time > most for time, most in zip(timed["host µs"], limits, strict=True)]
     budgets = ["" if most is None else f"{most} µs" for most in limits]
     hosts = timed[["call", "form", *HOST_PARTS]].assign(budget=budgets)
-    console.print(on_terminal(hosts, "Time of the host, launches recorded", over))
+    show(console, hosts, "Time of the host, launches recorded", over)
     measured = [{key: row[key] for key in row if key != "within"} for row in found]
     path = results.write("launches", facts(quick), {"target": TARGET, "rows": measured})
-    console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+    console.print(f"Written: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -101,12 +101,9 @@ def profiled_times(calls: list[Callable[[], Any]], device: Device, bits: int) ->
     # On a GPU, the time of a call or of a named range repeats that of its kernels.
     kernel = lambda event: event.device_type != DeviceType.CPU and not event.is_user_annotation
     time = "self_cpu_time_total" if device.dry else "self_device_time_total"
-    rows = [
-        {"kernel": each.key, "launches": each.count, "ns": 1e3 * getattr(each, time), FLOPS[f"flops{bits}"]: each.flops}
-        for each in profiler.key_averages()
-        if device.dry or kernel(each)
-    ]
-    return [row for row in rows if row["ns"] > 0]
+    events = [event for event in profiler.key_averages() if (device.dry or kernel(event)) and getattr(event, time) > 0]
+    row = lambda event: {"kernel": event.key, "launches": event.count, "ns": 1e3 * getattr(event, time)}
+    return [row(event) | {FLOPS[f"flops{bits}"]: event.flops} for event in events]
 
 
 def table_of(case: Case, device: Device, limits: Ceilings) -> list[Row]:
@@ -143,7 +140,7 @@ def table_of(case: Case, device: Device, limits: Ceilings) -> list[Row]:
 # --- The command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-Op, Dtype = (StrEnum(name, {each: each for each in known}) for name, known in (("Op", NAMES), ("Dtype", DTYPES)))
+Op, Dtype = (StrEnum(name, {word: word for word in words}) for name, words in (("Op", NAMES), ("Dtype", DTYPES)))
 
 
 @app.command()

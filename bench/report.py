@@ -30,13 +30,10 @@ from brandla.demo import summary
 Row = dict[str, Any]
 Machines = dict[str, dict[str, Row]]
 
-# Folder of the CSV files and of the pages that answer one question each.
-FOLDER = "measurements"
+FOLDER = "measurements"  # folder of the CSV files and of the pages that answer one question each
 NOTHING, TOO_LITTLE = "Nothing has been measured yet.\n", "Too little has been measured to answer."
-# Columns of result files with the project's own targets.
-TARGETS = ["at_most", "at_least", "met", "budget"]
-# The most rows of a table on a page; the CSV files have all.
-MOST = 10
+TARGETS = ["at_most", "at_least", "met", "budget"]  # columns of result files with the project's own targets
+MOST = 10  # the most rows of a table on a page; the CSV files have all
 # A block on a page, up to the next end; and a number behind its file, table, row and column.
 BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- ([\w-]+)\.json (\w+): (.+?); ([^;]+?) -->)(–|\d[\d.e-]*\d|\d)")

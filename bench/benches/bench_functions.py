@@ -37,13 +37,10 @@ SMALL = Shape(1024, 64, 32)
 USUAL = (SMALL, SMALL._replace(dtype=FLOAT64), SMALL._replace(data=BFLOAT16), Shape(4096, 128, 64))
 FULL = (*USUAL, *(Shape(n, 256, 256) for n in (4096, 8192, 16384)))
 TOY = (Shape(96, 8, 4), Shape(96, 8, 4, FLOAT64), Shape(96, 8, 4, data=BFLOAT16))
-# The largest n for slow peers, which decompose a whole matrix or iterate to full precision.
-MOST_SLOW = 1024
-# The factors of a group have the largest n over these numbers.
-PARTS = (1, 2, 4, 4)
+MOST_SLOW = 1024  # the largest n for slow peers, which decompose a whole matrix or iterate to full precision
+PARTS = (1, 2, 4, 4)  # the factors of a group have the largest n over these numbers
 COMPILED = "torch.compile of the torch form"
-# Seconds of timing for each case, and the fewest and the most calls.
-SECONDS, FEWEST, MOST = 0.25, 3, 100
+SECONDS, FEWEST, MOST = 0.25, 3, 100  # seconds of timing for each case, and the fewest and the most calls
 # Order of the product that is timed before and after each case, and seconds for it: two runs are compared by it. A rest
 # comes before it, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
@@ -212,14 +209,14 @@ class Functions(NamedTuple):
         rows = pd.DataFrame(content.get("rows", []), columns=None if content.get("rows") else COLUMNS)
         rows = rows[rows["function"].str.startswith(self.names) & rows["shape"].str.endswith("fp32")]
         rows = rows.assign(time=rows["seconds"].str[0], other=rows["by"] != BRANDLA, over=float("nan"))
-        found = []
-        for _, every in rows.groupby("function", sort=False):
-            shared = every["shape"].duplicated(keep=False)
-            largest = every[shared | ~shared.any()].sort_values("n", kind="stable")["shape"].iloc[-1]
-            own = every[every["shape"] == largest].sort_values(["other", "time"], kind="stable")
-            if not own["other"].iloc[0]:
-                found.append(own.assign(over=own["time"] / own["time"].iloc[0]))
-        return pd.concat([own.head(max(2, ROWS // len(found))) for own in found] or [rows.head(0)])
+        functions = []
+        for _, cases_of in rows.groupby("function", sort=False):
+            shared = cases_of["shape"].duplicated(keep=False)
+            largest = cases_of[shared | ~shared.any()].sort_values("n", kind="stable")["shape"].iloc[-1]
+            at_largest = cases_of[cases_of["shape"] == largest].sort_values(["other", "time"], kind="stable")
+            if not at_largest["other"].iloc[0]:
+                functions.append(at_largest.assign(over=at_largest["time"] / at_largest["time"].iloc[0]))
+        return pd.concat([table.head(max(2, ROWS // len(functions))) for table in functions] or [rows.head(0)])
 
     def answer(self, content: Row) -> str:
         rows = self.beside(content)

@@ -36,10 +36,8 @@ from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Ex
 
 Step = Callable[[Split], None]
 BATCH, RANK, LESS = 128, 128, 64
-# Steps between the renewals of a system.
-PERIOD = 10
-# Columns of a sketched batch.
-COLUMNS = 32
+PERIOD = 10  # steps between the renewals of a system
+COLUMNS = 32  # columns of a sketched batch
 # Accuracy on the test images, trials of each method's search, the most steps of a run, and the seed of the search,
 # which no measured run has.
 TARGET, TRIALS, MOST, SEARCH_SEED = 0.94, 12, 150, 1000
@@ -60,15 +58,13 @@ STRATEGIES = {
     "K-BFGS, without its second pass": KBFGS(),
 }
 BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
-# The targets: the most that a step may take over SGD's.
-HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))
+HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))  # the targets: the most that a step may take over SGD's
 # Rank and columns of SGD's step with only the indispensable parts of B-KFAC's.
 FLOORS = {
     f"only the tall products and eigh of the root form, rank {rank}, {columns} columns": (rank, columns)
     for rank, columns in ((RANK, BATCH), (LESS, COLUMNS))
 }
-# Names that end so have gradients as pairs: autograd does not form the gradients of weights.
-PAIR = ', gradient="pair"'
+PAIR = ', gradient="pair"'  # names that end so have gradients as pairs: autograd does not form the gradients of weights
 options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
 
 
@@ -166,8 +162,8 @@ def test_step_by_size(width, batch, shown, in_turn, figures) -> None:
     steps = {name: stepping(shown, partial(sgd, name=name), sized) for name in names}
     seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
     of_sgd = seconds.pop("SGD")
-    for name, own in seconds.items():
-        figures(f"width {width}, batch {batch}: {name}", by_period(own, of_sgd).value)
+    for name, times in seconds.items():
+        figures(f"width {width}, batch {batch}: {name}", by_period(times, of_sgd).value)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -286,8 +282,8 @@ def test_to_accuracy(part, limit, shown, trials, figures, quick) -> None:
 def group_figures(content: dict[str, Any], begins: str) -> pd.DataFrame:
     """Return the figures of groups whose names begin with a word, with the text of each."""
     rows = [row for row in content.get("figures", []) if row["group"].startswith(begins) and row["value"] is not None]
-    found = pd.DataFrame(rows, columns=None if rows else ["group", "case", "value"])
-    return found.assign(measured=[figure_of(row).measured() for row in rows])
+    figures = pd.DataFrame(rows, columns=None if rows else ["group", "case", "value"])
+    return figures.assign(measured=[figure_of(row).measured() for row in rows])
 
 
 def systems(content: dict[str, Any]) -> pd.DataFrame:
@@ -305,8 +301,8 @@ def answer(content: dict[str, Any]) -> str:
     took = [f"{formatted(row.value)} times its {row.case.rpartition(', ')[2]}" for row in ratios.itertuples()]
     where = goal["group"].iloc[0].partition(" / ")[0].replace("to", "To", 1) if took else ""
     parts = group_figures(content, "where the time").set_index("case")["value"]
-    own = parts[parts.index.str.startswith(f"{BRAND[0]}:")]
-    shares = [f"{share:.0%} {name.rpartition(': ')[2]}" for name, share in own.items()]
+    parts = parts[parts.index.str.startswith(f"{BRAND[0]}:")]
+    shares = [f"{share:.0%} {name.rpartition(': ')[2]}" for name, share in parts.items()]
     return (
         f"A step with K-FAC takes {formatted(least['value'])} ({least.name}) to {formatted(most['value'])} times"
         f" ({most.name}) as long as SGD's"

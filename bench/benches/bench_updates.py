@@ -242,11 +242,11 @@ def test_overhead_of_a_small_call(name, n, r, k, over) -> None:
 def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
     update = checked(task_of(name, n, r, k))
-    own, columns = cloned(update.arguments)
+    factor, columns = cloned(update.arguments)
     options = AVERAGE | getattr(UPDATES[name][0], "keywords", {})
-    in_place = partial(getattr(brandla, name.partition(",")[0] + "_"), own, columns, **options)
+    in_place = partial(getattr(brandla, name.partition(",")[0] + "_"), factor, columns, **options)
     in_place()
-    update.judge(own).accept(name)
+    update.judge(factor).accept(name)
     size = 4 * n * (r + k)
     figures(f"{name}, {in_words(n, r, k)}", peak_extra_bytes(update.again) / size, at_most=2.0)
     figures(f"{name}_, {in_words(n, r, k)}", peak_extra_bytes(in_place) / size, at_most=1.0)

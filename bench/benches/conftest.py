@@ -39,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     # --benchmark-compare reports every difference, so nothing here differs from run to run. Date and commit are there.
-    found = machine_of(device_of(config.getoption("quick")))
-    machine_info["measured on"] = {name: found.get(name) for name in ("cpu", "cores", "threads", "versions", "gpu")}
+    machine = machine_of(device_of(config.getoption("quick")))
+    machine_info["measured on"] = {name: machine.get(name) for name in ("cpu", "cores", "threads", "versions", "gpu")}
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -95,10 +95,10 @@ def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Ite
 
     yield keep
     if benchmark.stats:
-        found = benchmark.stats.stats
-        milliseconds = {f"{part}_ms": 1e3 * getattr(found, part) for part in ("median", "q1", "q3")}
+        stats = benchmark.stats.stats
+        milliseconds = {f"{part}_ms": 1e3 * getattr(stats, part) for part in ("median", "q1", "q3")}
         about = {"group": benchmark.group, "name": request.node.name}
-        study.timings.append(about | milliseconds | {"rounds": found.rounds})
+        study.timings.append(about | milliseconds | {"rounds": stats.rounds})
 
 
 @pytest.fixture

@@ -80,8 +80,7 @@ SYMMETRIC = GENERAL | {
 }
 INCREMENTAL = "scikit-learn IncrementalPCA"
 
-# Seconds after a call until the threads of a BLAS stop spinning.
-REST = 0.1
+REST = 0.1  # seconds after a call until the threads of a BLAS stop spinning
 
 
 @contextmanager

@@ -16,9 +16,11 @@ import brandla
 from bench.benches import problems
 from bench.benches.peers import EXACT, GENERAL, INCREMENTAL, OVERSAMPLE, POWERS, SKETCHED, SYMMETRIC, Peer
 from bench.benches.problems import DECAY, DEFECT_ALLOWED, PEER_DEFECT_ALLOWED, UPDATES, WEIGHT, Judgement
-from bench.gpu.cases import eigh, on_cpu, relative_error, torch_form_of
+from bench.gpu import cases
+from bench.gpu.cases import Case, eigh, on_cpu, relative_error, torch_form_of
 from bench.gpu.device import Device, Work, tensors_in
 from brandla import LowRankEigh, LowRankSVD
+from brandla_kernels import OPS
 
 DAMPING, EXPONENT = 0.1, -0.5
 BRANDLA, TORCH_FORM, ONE_BY_ONE = "brandla", "brandla, torch form", "one call each"
@@ -91,6 +93,12 @@ class Task:
 
 def check(name: str, call: Call) -> Judgement:
     return call.judge(on_cpu(call.function(*call.arguments))).accept(name)
+
+
+def op_task(case: Case, device: Device, function: Callable[..., Any] | None = None) -> Task:
+    """Return the task of an op, which ``function`` may call in its own way."""
+    judge = lambda _: Judgement(cases.check(case, device)[0], cases.error_allowed(case))
+    return Task(function or OPS[case.op], cases.operands(case, device), judge, cases.work(case))
 
 
 def approximating(function, arguments, target, slack, shape, device, work) -> Task:

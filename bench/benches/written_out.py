@@ -79,8 +79,8 @@ def _leading(
 ) -> tuple[Tensor, Tensor]:
     """Return the r leading eigenpairs of BᵀB, for B = [√ρ F, √w A] and F = ``tall`` times ``lengths`` of rank r."""
     cross = (tall.mT @ columns).double() * lengths * (decay * weight) ** 0.5
-    own = (columns.mT @ columns).double() * weight
-    core = torch.cat([torch.cat([gram.double() * decay, cross], dim=1), torch.cat([cross.mT, own], dim=1)])
+    of_columns = (columns.mT @ columns).double() * weight
+    core = torch.cat([torch.cat([gram.double() * decay, cross], dim=1), torch.cat([cross.mT, of_columns], dim=1)])
     scale = core.diagonal().amax()
     values, vectors = torch.linalg.eigh((core / scale).to(dtype))
     bool(torch.isfinite(values.sum() + vectors.sum()))

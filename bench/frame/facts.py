@@ -35,24 +35,24 @@ def gpu_facts() -> dict[str, Any]:
     }
 
 
-def machine_name(found: dict[str, Any]) -> str:
-    return found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']}, {found['cores']} cores"
+def machine_name(about: dict[str, Any]) -> str:
+    return about["gpu"]["name"] if about.get("gpu") else f"{about['cpu']}, {about['cores']} cores"
 
 
-def short_facts(found: dict[str, Any]) -> str:
-    return f"{machine_name(found)}, {found['threads']} threads, torch {found['versions']['torch']}, {commit_of(found)}"
+def short_facts(about: dict[str, Any]) -> str:
+    return f"{machine_name(about)}, {about['threads']} threads, torch {about['versions']['torch']}, {commit_of(about)}"
 
 
-def facts_text(found: dict[str, Any]) -> str:
-    words = [f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"]
-    if gpu := found.get("gpu"):
+def facts_text(about: dict[str, Any]) -> str:
+    words = [f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads"]
+    if gpu := about.get("gpu"):
         driver = f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
         words.insert(0, f"{gpu['name']} ({gpu['architecture']}), {driver}")
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    return "; ".join([*words, versions, commit_of(found), found["date"]])
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    return "; ".join([*words, versions, commit_of(about), about["date"]])
 
 
-def commit_of(found: dict[str, Any]) -> str:
-    if not found.get("commit"):
+def commit_of(about: dict[str, Any]) -> str:
+    if not about.get("commit"):
         return "no commit"
-    return f"commit {found['commit'][:12]}" + (" with uncommitted changes" if found["modified"] else "")
+    return f"commit {about['commit'][:12]}" + (" with uncommitted changes" if about["modified"] else "")

@@ -53,7 +53,7 @@ def figure_of(record: Row) -> Figure:
 
 def figure_table(figures: Iterable[Figure]) -> pd.DataFrame:
     met = {True: "yes", False: "**no**", None: ""}
-    rows = [(each.group, each.case, each.measured(), each.target(), met[each.met]) for each in figures]
+    rows = [(one.group, one.case, one.measured(), one.target(), met[one.met]) for one in figures]
     return pd.DataFrame(rows, columns=["what", "case", "measured", "to reach", "met"])
 
 

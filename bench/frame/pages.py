@@ -12,11 +12,9 @@ from rich.text import Text
 from bench.frame import facts
 from bench.frame.figures import formatted
 
-# Folder of the pictures, beside the pages.
-PICTURES = "measured"
+PICTURES = "measured"  # folder of the pictures, beside the pages
 EXPONENT = re.compile(r"(?<=\d)e-(?=\d)")
-# Columns of a terminal table, so that nothing is cut on a narrow one.
-WIDTH = 150
+WIDTH = 150  # columns of a terminal table, so that nothing is cut on a narrow one
 
 
 def markdown(cells: pd.DataFrame) -> str:
@@ -61,13 +59,13 @@ def picture(name: str, machine: str, words: str) -> str:
     return "".join(f"![{words}]({PICTURES}/{machine}/{name}-{theme}.png#only-{theme})\n" for theme in ("light", "dark"))
 
 
-def provenance(found: dict[str, Any], file: str) -> str:
+def provenance(about: dict[str, Any], file: str) -> str:
     """Return the file that figures come from, and the machine and versions that they were measured with."""
-    seconds = f"; {found['seconds']:.0f} s in all" if "seconds" in found else ""
-    return f"`{file}`: {facts.facts_text(found)}{seconds}.{caveats(found)}"
+    seconds = f"; {about['seconds']:.0f} s in all" if "seconds" in about else ""
+    return f"`{file}`: {facts.facts_text(about)}{seconds}.{caveats(about)}"
 
 
-def caveats(found: dict[str, Any]) -> str:
+def caveats(about: dict[str, Any]) -> str:
     """Return a warning if a run was short or interrupted."""
-    short = " A short run: its figures mean nothing." if found["quick"] else ""
-    return short + (" **Interrupted**: runs are missing." if found.get("interrupted") else "")
+    short = " A short run: its figures mean nothing." if about["quick"] else ""
+    return short + (" **Interrupted**: runs are missing." if about.get("interrupted") else "")

@@ -25,8 +25,7 @@ from bench.frame.figures import Row, formatted
 
 DIGEST = "Source"
 WIDTH, DOTS = 6.2, 170
-# Inches at which a phone shows the whole picture, with legible letters.
-NARROW = 4.2
+NARROW = 4.2  # inches at which a phone shows the whole picture, with legible letters
 
 
 class Theme(NamedTuple):
@@ -133,8 +132,7 @@ def curves(axis: Axes, table: pd.DataFrame, colours: Colours, theme: Theme, soli
 # --- Bars
 
 OWN, OTHER = PALETTE[0], PALETTE[8]
-# Bars have a logarithmic axis if the largest value is more than this many times the smallest.
-WIDE = 30
+WIDE = 30  # bars have a logarithmic axis if the largest value is more than this many times the smallest
 
 
 class Bars(NamedTuple):

@@ -17,13 +17,10 @@ from brandla.demo.data import Parts, Split
 PACKAGE = "dataset-fashion-mnist"
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-# One training image in so many validates in the search: of Fashion-MNIST, and of smaller data.
-PARTS, FIFTH = 12, 5
+PARTS, FIFTH = 12, 5  # one training image in so many validates in the search: of Fashion-MNIST, and of smaller data
 CLASSES = 10
-# Letters in a window, and in the alphabet.
-CONTEXT, LETTERS = 32, 96
-# Rows of Friedman's function.
-ROWS = 20_000
+CONTEXT, LETTERS = 32, 96  # letters in a window, and in the alphabet
+ROWS = 20_000  # rows of Friedman's function
 
 
 class UnusableError(Exception):

@@ -17,12 +17,10 @@ from bench.benches import timing
 
 WARM_UP = 3
 MOST = 200
-# Sets of inputs take turns, and together are this many times the size of the last cache.
-CACHES = 2
+CACHES = 2  # sets of inputs take turns, and together are this many times the size of the last cache
 MOST_SETS = 64
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-# The size of the last cache, if the system does not tell it.
-USUAL_CACHE = 32 * 2**20
+USUAL_CACHE = 32 * 2**20  # the size of the last cache, if the system does not tell it
 Function: TypeAlias = Callable[[], Any]
 Samples: TypeAlias = dict[str, list[float]]
 

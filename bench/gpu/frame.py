@@ -46,7 +46,7 @@ class Findings:
         self.path, self.stage, self.device, self.case = path, stage, device, case
         self.sizes: Sizes = TOY if device.dry else FULL
         self._end = time.monotonic() + seconds
-        self._begun = {value for each, kind, value in records(path) if (each, kind) == (stage, "begin")}
+        self._begun = {value for *mark, value in records(path) if mark == [stage, "begin"]}
 
     def left(self) -> float:
         return max(0.0, self._end - time.monotonic())

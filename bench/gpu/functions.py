@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import brandla
-from bench.benches import written_out
-from bench.benches.problems import DECAY, UPDATES, WEIGHT, Judgement, WrongResultError
+from bench.benches import tasks, written_out
+from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
 from bench.benches.tasks import BRANDLA, DAMPING, ONE_BY_ONE, TASKS, TORCH_FORM, Shape, Task, check, group_of, kron
 from bench.benches.timing import of_median, ratio
 from bench.gpu import cases
@@ -30,8 +30,7 @@ from brandla_kernels import gram_ema_
 
 CHOLESKY = "root_update, cholesky"
 CASE = 8.0
-# Rows of kernels that are kept, and calls that time the host.
-KERNELS, CALLS = 15, 100
+KERNELS, CALLS = 15, 100  # rows of kernels that are kept, and calls that time the host
 # Sizes: n, r, k of one factor; r and k, the number and the n in turn of a list; n, k of a dense moment.
 FULL = (Shape(4096, 256, 256), (128, 64), 64, (512, 1024, 2048, 4096, 8191), (8192, 8192))
 TOY = (Shape(64, 8, 8), (6, 4), 4, (24, 48), (48, 16))
@@ -51,9 +50,9 @@ class Call(NamedTuple):
     has_ceiling: bool = False
 
 
-def graphs(found: Findings) -> None:
-    for name, call in calls(found.device).items():
-        found.attempt(name, CASE, _captured, found, name, call)
+def graphs(findings: Findings) -> None:
+    for name, call in calls(findings.device).items():
+        findings.attempt(name, CASE, _captured, findings, name, call)
 
 
 def calls(device: Device) -> dict[str, Call]:
@@ -70,10 +69,6 @@ def calls(device: Device) -> dict[str, Call]:
         call = lambda factor, data, value: task.function(factor, data, **{option: value})
         return replace(task, function=call, arguments=(*task.arguments[:2], value))
 
-    def average() -> Task:
-        judge = lambda _: Judgement(cases.check(moment, device)[0], cases.error_allowed(moment))
-        return Task(_gram_ema, cases.operands(moment, device), judge, cases.work(moment))
-
     tensor = partial(torch.tensor, device=device.tensors)
     # Brand's update in eager torch. Its time depends on the sizes alone, so the root may stand for a basis.
     brand = lambda root, columns: written_out.brand_update(root.gram.diagonal(), root.root, columns, DECAY, WEIGHT)
@@ -86,7 +81,7 @@ def calls(device: Device) -> dict[str, Call]:
         "kron_damped_solve": Call(two_sided, ways, at_least=2, has_ceiling=True),
         "damped_solve": Call(lambda: single("damped_solve"), {TORCH_FORM: torch_form_of(brandla.damped_solve)}),
         "grouped.damped_solve": Call(lambda: with_option(grouped("damped_solve"), "damping", DAMPING)),
-        "gram_ema_": Call(average, {"torch.addmm": _addmm}, at_least=1.5),
+        "gram_ema_": Call(lambda: tasks.op_task(moment, device, _gram_ema), {"torch.addmm": _addmm}, at_least=1.5),
         f"{CHOLESKY}, decay as a tensor": Call(lambda: with_option(single(CHOLESKY), "decay", tensor(DECAY))),
         "damped_solve, damping as a tensor": Call(
             lambda: with_option(single("damped_solve"), "damping", tensor(DAMPING))
@@ -94,9 +89,9 @@ def calls(device: Device) -> dict[str, Call]:
     }
 
 
-def _captured(found: Findings, name: str, call: Call) -> None:
+def _captured(findings: Findings, name: str, call: Call) -> None:
     """Check a call against float64, its replay against the call, and that nothing waits; time both beside others."""
-    device, task = found.device, call.task()
+    device, task = findings.device, call.task()
     check(name, task.call(BRANDLA))
     static = cloned(task.arguments)
     later = tree_map_only(Tensor, lambda part: part / 2, static)
@@ -112,58 +107,58 @@ def _captured(found: Findings, name: str, call: Call) -> None:
     others = {way: partial(other, *static) for way, other in call.others.items()}
     others |= {way: task.call(way).again for way in task.others}
     ways = {"replay": replay, "eager": partial(task.function, *static)} | others
-    times = device.alternating(ways, 2 * found.sizes.seconds)
+    times = device.alternating(ways, 2 * findings.sizes.seconds)
     taken = {way: median(samples) for way, samples in times.items()}
     for way, seconds in taken.items():
-        found.row("graphs", call=name, way=way, **{"µs": 1e6 * seconds})
+        findings.row("graphs", call=name, way=way, **{"µs": 1e6 * seconds})
     microseconds = of_median([1e6 * seconds for seconds in times["replay"]])
-    found.figure(name, "in a graph", microseconds, unit="µs", at_most=call.at_most)
+    findings.figure(name, "in a graph", microseconds, unit="µs", at_most=call.at_most)
     if others:
         best = ONE_BY_ONE if ONE_BY_ONE in others else min(others, key=taken.__getitem__)
-        found.figure(name, f"in a graph: {best} / it", ratio(times[best], times["replay"]), at_least=call.at_least)
+        findings.figure(name, f"in a graph: {best} / it", ratio(times[best], times["replay"]), at_least=call.at_least)
     if call.has_ceiling:
-        floor = found.ceilings.floor(task.work)
+        floor = findings.ceilings.floor(task.work)
         part, note = floor.seconds / taken["replay"], f"bound by {floor.bound_by}"
-        found.figure(name, "in a graph: part of its ceiling", part, at_least=0.5, unit="", note=note)
+        findings.figure(name, "in a graph: part of its ceiling", part, at_least=0.5, unit="", note=note)
     with device.never_waiting():
         task.function(*static)
-    found.row("captured", call=name, **{"equal to the bit": "yes", "waits for the device": "no"})
+    findings.row("captured", call=name, **{"equal to the bit": "yes", "waits for the device": "no"})
 
 
-def _assert_equal(what: str, found: Any, expected: Any) -> None:
+def _assert_equal(what: str, findings: Any, expected: Any) -> None:
     message = lambda differences: f"{what} differ: {differences}"
-    torch.testing.assert_close(tensors_in(found), tensors_in(expected), rtol=0, atol=0, msg=message)
+    torch.testing.assert_close(tensors_in(findings), tensors_in(expected), rtol=0, atol=0, msg=message)
 
 
 # --- Updates, kernel by kernel
 
 
-def profile(found: Findings) -> None:
+def profile(findings: Findings) -> None:
     for name in UPDATES:
-        found.attempt(name, 25, _profile, found, name)
+        findings.attempt(name, 25, _profile, findings, name)
 
 
-def _profile(found: Findings, name: str) -> None:
-    device, shape = found.device, (TOY if found.device.dry else FULL)[0]
+def _profile(findings: Findings, name: str) -> None:
+    device, shape = findings.device, (TOY if findings.device.dry else FULL)[0]
     call = TASKS[name].make(shape, device).call(BRANDLA)
     check(name, call)
     factor, columns = call.arguments
     eigh = factor.to_eigh() if isinstance(factor, LowRankRoot) else factor
     brand = lambda: written_out.brand_update(*eigh, columns, DECAY, WEIGHT)
-    times = device.alternating({"eager": call.again, "torch": brand}, 3 * found.sizes.seconds)
+    times = device.alternating({"eager": call.again, "torch": brand}, 3 * findings.sizes.seconds)
     words, calls = "n {}, r {}, k {}".format(*shape), 3 if device.dry else CALLS
     # The time of the host alone: the device catches up afterwards.
     device.synchronize()
     host = 1e6 * timeit(call.again, number=calls) / calls
     device.synchronize()
-    found.row("updates", update=name, **{f"{way} µs": 1e6 * median(times[way]) for way in times}, host=host)
-    found.figure(name, f"{words}: eager torch Brand update / it", ratio(times["torch"], times["eager"]))
+    findings.row("updates", update=name, **{f"{way} µs": 1e6 * median(times[way]) for way in times}, host=host)
+    findings.figure(name, f"{words}: eager torch Brand update / it", ratio(times["torch"], times["eager"]))
     try:
         call.judge(LowRankEigh(*cases.on_cpu(brand()))).accept("eager torch")
     except WrongResultError as error:
-        found.add("notes", f"the eager torch update would not pass the same check: {error}")
-    for row in table_of(Case(name, *shape[:3]), device, found.ceilings)[: KERNELS + 1]:
-        found.row(f"kernels of {name}, {words}", **row)
+        findings.add("notes", f"the eager torch update would not pass the same check: {error}")
+    for row in table_of(Case(name, *shape[:3]), device, findings.ceilings)[: KERNELS + 1]:
+        findings.row(f"kernels of {name}, {words}", **row)
 
 
 # --- Other ways in torch

@@ -30,12 +30,12 @@ class Finished(NamedTuple):
     def words(self) -> str:
         return "stopped at its time limit" if self.status is None else f"exit status {self.status}"
 
-    def judge(self, found: Findings, case: str, so_far: str = "", error: str = "") -> None:
+    def judge(self, findings: Findings, case: str, so_far: str = "", error: str = "") -> None:
         """Record a program that was stopped, as skipped, or that failed."""
         if self.status is None:
-            found.add("skipped", f"{case}: {self.words}{so_far}")
+            findings.add("skipped", f"{case}: {self.words}{so_far}")
         elif self.status != 0 or error:
-            found.add("failures", {"case": case, "error": error + self.words, "traceback": self.output[-KEPT:]})
+            findings.add("failures", {"case": case, "error": error + self.words, "traceback": self.output[-KEPT:]})
 
 
 def command(words: list[str], seconds: float, **variables: str) -> Finished:
@@ -73,28 +73,28 @@ def cases(dry: bool) -> list[str]:
     return [FOLDER] if dry or not files else [f"{FOLDER}/{file.name}" for file in files]
 
 
-def tests(found: Findings) -> None:
-    for name in cases(found.device.dry):
-        found.attempt(name, LEAST, _shard, found, name)
+def tests(findings: Findings) -> None:
+    for name in cases(findings.device.dry):
+        findings.attempt(name, LEAST, _shard, findings, name)
 
 
-def _shard(found: Findings, name: str) -> None:
+def _shard(findings: Findings, name: str) -> None:
     pytest = [sys.executable, "-m", "pytest"]
-    if found.device.dry:
+    if findings.device.dry:
         finished = command([*pytest, "-q", "--collect-only", name], MOST, TRITON_INTERPRET="1")
         number = {"collected": finished.output.count("::")}
     else:
         workers = ["-n", str(WORKERS), "-p", "bench.gpu.programs"] if util.find_spec("xdist") else []
-        finished = command([*pytest, *OPTIONS, *workers, name], min(found.left(), MOST), OMP_NUM_THREADS="1")
+        finished = command([*pytest, *OPTIONS, *workers, name], min(findings.left(), MOST), OMP_NUM_THREADS="1")
         number = counts(finished.output)
-    found.row("tests", file=name, **number, status=finished.words)
-    finished.judge(found, name)
+    findings.row("tests", file=name, **number, status=finished.words)
+    finished.judge(findings, name)
 
 
 def counts(output: str) -> dict[str, int]:
     """Count the outcomes in pytest's output so far: there is no summary if it was stopped."""
-    found = re.findall(r"(?:\] |::\S+ )(PASSED|FAILED|ERROR|SKIPPED)\b", output.partition("short test summary")[0])
-    return {outcome: found.count(outcome.upper()) for outcome in OUTCOMES}
+    outcomes = re.findall(r"(?:\] |::\S+ )(PASSED|FAILED|ERROR|SKIPPED)\b", output.partition("short test summary")[0])
+    return {outcome: outcomes.count(outcome.upper()) for outcome in OUTCOMES}
 
 
 def pytest_runtest_logfinish() -> None:
@@ -114,10 +114,10 @@ CALLS = [sys.executable, "-m", "bench.gpu.ops"]
 REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
 
 
-def sanitize(found: Findings) -> None:
+def sanitize(findings: Findings) -> None:
     """Make the small calls without a tool, then under each check of the tool."""
-    dry = found.device.dry
-    found.attempt("as they are", 15, _under, found, [], CALLS + ["--quick"] * dry)
+    dry = findings.device.dry
+    findings.attempt("as they are", 15, _under, findings, [], CALLS + ["--quick"] * dry)
     if dry:
         return
     # The tool comes with the CUDA toolkit or with NVIDIA's Python packages.
@@ -126,23 +126,23 @@ def sanitize(found: Findings) -> None:
     folders = [f"{root}/{part}" for root in roots for part in ("bin", NAME)] + [str(file.parent) for file in packaged]
     tool = shutil.which(NAME) or shutil.which(NAME, path=os.pathsep.join(folders))
     if tool is None:
-        found.add("skipped", f"{NAME}: not found")
+        findings.add("skipped", f"{NAME}: not found")
         return
     for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
         under = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20"]
-        found.attempt(check, 15, _under, found, under, words)
+        findings.attempt(check, 15, _under, findings, under, words)
 
 
-def _under(found: Findings, tool: list[str], words: list[str]) -> None:
+def _under(findings: Findings, tool: list[str], words: list[str]) -> None:
     # Without torch's caching allocator, each tensor is an allocation of its own, and an access past its end is seen.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
-    finished = command([*tool, *words], 60 if found.device.dry else found.left(), **alone)
+    finished = command([*tool, *words], 60 if findings.device.dry else findings.left(), **alone)
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", finished.output)
     errors, check = int(summary[1]) if summary else None, tool[2] if tool else "none"
     made = len(re.findall(r"^called ", finished.output, re.MULTILINE))
-    found.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
+    findings.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
     if any(refusal in finished.output for refusal in REFUSALS):
-        found.add("skipped", f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
+        findings.add("skipped", f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
     else:
         wrong = finished.status != 0 or (tool and errors != 0)
-        finished.judge(found, check, f" after {made} calls", f"{errors} errors, " if wrong else "")
+        finished.judge(findings, check, f" after {made} calls", f"{errors} errors, " if wrong else "")

@@ -18,73 +18,69 @@ from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
 NAMES = tuple(OPS)
-# n, r = k, in order of importance.
-TUNED, TOY = ((16384, 256), (16384, 64), (4096, 128), (65536, 256)), ((48, 8),)
+TUNED, TOY = ((16384, 256), (16384, 64), (4096, 128), (65536, 256)), ((48, 8),)  # n, r = k, in order of importance
 SMALLEST, LARGEST, MOST_STRETCHES = 16, 256, 128
 WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4)
 # Block sizes that another kernel or the algorithm determines.
 FIXED = {("symmetric_update", "BLOCK_N"), ("small_spd", "BLOCK")}
 # Seconds for one choice, whose candidates are compiled together, and for the timing of one candidate.
 CHOICE, TIMING = 12.0, 0.5
-# The least gain, above the scatter of timings.
-GAIN = 1.03
+GAIN = 1.03  # the least gain, above the scatter of timings
 
 
-def run(found: Findings) -> None:
+def run(findings: Findings) -> None:
     """Try the neighbours of every choice that the ops make at a few sizes, each choice once."""
-    device, sizes = found.device, found.sizes
+    device, sizes = findings.device, findings.sizes
     for n, r in TOY if device.dry else TUNED:
         for name in NAMES:
             if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
             case = Case(name, n, r, r, sizes.width, sizes.cores)
-            if device.dry or found.left() > CHOICE:
+            if device.dry or findings.left() > CHOICE:
                 with choosing({}) as made:
                     cases.launches(case, device)
                 for choice, shipped in made.items():
-                    found.attempt(choice, CHOICE, _tune, found, case, choice, shipped)
+                    findings.attempt(choice, CHOICE, _tune, findings, case, choice, shipped)
 
 
-def _tune(found: Findings, case: Case, choice: str, shipped: Any) -> None:
+def _tune(findings: Findings, case: Case, choice: str, shipped: Any) -> None:
     """Record the fastest candidate with a right result, beside the shipped one."""
-    device, candidates = found.device, [shipped, *neighbours(choice, shipped)]
+    device, candidates = findings.device, [shipped, *neighbours(choice, shipped)]
     inputs, launches = cases.inputs(case, device), []
     for config in candidates:
         with choosing({choice: config}):
             launches += device.recorded(OPS[case.op].launch, *inputs[0])
     if problem := device.precompile(launches):
-        found.add("notes", problem)
-    timed = [(seconds, config) for config in candidates if (seconds := _seconds(found, case, choice, config, inputs))]
+        findings.add("notes", problem)
+    seconds_of = partial(_seconds, findings, case, choice, inputs)
+    timed = [(seconds, config) for config in candidates if (seconds := seconds_of(config))]
     if not timed or timed[0][1] is not shipped:
-        found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
+        findings.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
         return
     best, config = min(timed, key=lambda candidate: candidate[0])
     gain = timed[0][0] / best
-    found.row(
-        "tiles",
-        **{"choice": choice, "in": f"{case.op}, {case.name}", "shipped": in_words(shipped)},
-        **{"µs": 1e6 * timed[0][0], "best": in_words(config) if gain > GAIN else "as shipped"},
-        **{"best µs": 1e6 * best, "×": gain, "tried": len(timed)},
-        configs={in_words(config): 1e6 * seconds for seconds, config in timed},
-    )
+    row = {"choice": choice, "in": f"{case.op}, {case.name}", "shipped": in_words(shipped), "µs": 1e6 * timed[0][0]}
+    row |= {"best": in_words(config) if gain > GAIN else "as shipped", "best µs": 1e6 * best, "×": gain}
+    configs = {in_words(config): 1e6 * seconds for seconds, config in timed}
+    findings.add("tiles", row | {"tried": len(timed), "configs": configs})
 
 
-def _seconds(found: Findings, case: Case, choice: str, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
+def _seconds(findings: Findings, case: Case, choice: str, inputs: list[tuple[Any, ...]], config: Any) -> float | None:
     """Return the median time of a call with these tiles; None, with a note, if they cannot run or are wrong."""
-    launch, device = OPS[case.op].launch, found.device
+    launch, device = OPS[case.op].launch, findings.device
     call = launch if not device.dry else partial(device.recorded, launch)
-    if not device.dry and found.left() < TIMING:
-        found.add("skipped", f"{choice}, {in_words(config)}: no time left")
+    if not device.dry and findings.left() < TIMING:
+        findings.add("skipped", f"{choice}, {in_words(config)}: no time left")
         return None
     with choosing({choice: config}):
         try:
             # Checks the launch and not the op, whose plan keeps the tiles of its first call.
             cases.check(case, device, None if device.dry else call)
-            return median(graph_times(device, {"it": call}, inputs, found.sizes.seconds / 3)[0]["it"])
+            return median(graph_times(device, {"it": call}, inputs, findings.sizes.seconds / 3)[0]["it"])
         except Exception as error:
             # Shared memory or registers may not suffice. If the device no longer answers, this ends the process.
             device.synchronize()
-            found.add("notes", f"{choice}, {in_words(config)}: {type(error).__name__}: {str(error)[:120]}")
+            findings.add("notes", f"{choice}, {in_words(config)}: {type(error).__name__}: {str(error)[:120]}")
             return None
 
 

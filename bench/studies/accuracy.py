@@ -61,8 +61,7 @@ class Settings:
 
 USUAL = Settings()
 QUICK = Settings(widths=(192, 256), seeds=(0,), steps=14, measure_every=3, batch=48, rank=12, warmup=6, repeats=3)
-# Batches that a factor has taken in before its updates are timed.
-SEEN = 20
+SEEN = 20  # batches that a factor has taken in before its updates are timed
 # The measures by their names in the result file, and their words.
 MEASURES = {
     "inputs inverse": "inverse of A",

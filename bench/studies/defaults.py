@@ -22,8 +22,7 @@ from brandla.demo.data import Split, mlp
 from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC
 
-# Only the first so many validation samples are judged.
-JUDGED = 300
+JUDGED = 300  # only the first so many validation samples are judged
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Settings:
     tuned: bool = True
 
 
-# A run is good enough if it reduces the loss by this share of the best run's reduction.
-SHARE = 0.95
+SHARE = 0.95  # a run is good enough if it reduces the loss by this share of the best run's reduction
 # The untuned rate of each method, then its other rates, and the options of KFAC; None for AdamW.
 METHODS: dict[str, tuple[tuple[float, ...], dict[str, Any] | None]] = {
     "AdamW": ((1e-3, 3e-3, 1e-2), None),
@@ -70,7 +68,7 @@ def pieces(settings: Settings, device: Device, _: Tables) -> Iterator[Piece]:
     """Return the runs of all tasks, seed by seed."""
     most = None if settings.tuned else 1
     tried = [(method, rate) for method, (rates, _) in METHODS.items() for rate in rates[:most]]
-    values = [(task, *own, seed) for seed in settings.seeds for task in TASKS for own in tried]
+    values = [(task, method, rate, seed) for seed in settings.seeds for task in TASKS for method, rate in tried]
     return sweep("runs", ("task", "method", "rate", "seed"), values, run, settings, str(device.tensors))
 
 

@@ -22,7 +22,7 @@ from bench.frame.samples import FOLDER, fashion, standardised
 from bench.frame.study import Piece, Row, Study, Tables, command, sweep
 from bench.gpu.device import Device
 from bench.studies import kfac_page
-from bench.studies.kfac_methods import OPTIMIZERS, numbers_at, points
+from bench.studies.kfac_methods import numbers_at, optimizer, points
 from bench.studies.kfac_page import BASE, by_method, ratio_text, with_range
 from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data
@@ -60,13 +60,10 @@ class Settings:
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     trials: int = 8
-    # The seed of the trials' points, networks and batches, which no measured run has.
-    search_seed: int = 1000
-    # Steps between renewals of K-FAC's and SOAP's decompositions.
-    renew_every: int = 5
+    search_seed: int = 1000  # the seed of the trials' points, networks and batches, which no measured run has
+    renew_every: int = 5  # steps between renewals of K-FAC's and SOAP's decompositions
     weight_decay: float = 0.01
-    # Only the first so many images of a part are judged.
-    most_judged: int = 1000
+    most_judged: int = 1000  # only the first so many images of a part are judged
 
 
 USUAL = Settings(
@@ -127,8 +124,8 @@ def train(task, method, numbers, settings, parts: tuple[Split, Split], steps, se
     training, judging = parts[0], Split(*(part[: settings.most_judged] for part in parts[1]))
     model = seeded(seed, NETWORKS[task.network], training.images.shape[1], task.width).to(training.images.device)
     if method in FIRST_ORDER:
-        given = numbers | {"weight decay": settings.weight_decay}
-        trainer = Trainer(model, OPTIMIZERS[method](model.parameters(), given, settings))
+        numbers = numbers | {"weight decay": settings.weight_decay}
+        trainer = Trainer(model, optimizer(method, model.parameters(), numbers, settings))
     else:
         # K-FAC preconditions SGD without momentum.
         sharing = method.removeprefix("K-FAC, ")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.stats.qmc import LatinHypercube
@@ -21,8 +21,7 @@ from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
 Numbers = dict[str, float]
-# A task that follows another of width w₀ tries its rate times (w₀ / width) to these powers.
-EXPONENTS = (0.0, 0.5, 1.0)
+EXPONENTS = (0.0, 0.5, 1.0)  # a task that follows another of width w₀ tries its rate times (w₀ / width) to these powers
 
 
 class Kind(NamedTuple):
@@ -102,23 +101,20 @@ class Settings:
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (1, 2)
     trials: int = 5
-    # The seed of the trials' points, networks and batches, which no measured run has.
-    search_seed: int = 1000
+    search_seed: int = 1000  # the seed of the trials' points, networks and batches, which no measured run has
     rank: int = 64
     clip: float = 0.07
     # Steps between renewals of K-FAC, RS-KFAC, SRE-KFAC, B-KFAC-C, Shampoo and SOAP; between overwrites of B-R-KFAC.
     renew_every: int = 10
     overwrite_every: int = 50
-    # SINGD takes in data only at its updates, so it has more of them.
-    singd_every: int = 5
+    singd_every: int = 5  # SINGD takes in data only at its updates, so it has more of them
     # Steps before the first look at a score; and the part by which the steps grow until each further look.
     look_after: int = 4
     look_every: float = 1 / 6
     # Widths at which the cost of a step is measured, with batches of an eighth, and the seconds for each measurement.
     widths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     cost_seconds: float = 1.0
-    # The most training samples; None for all.
-    most: int | None = None
+    most: int | None = None  # the most training samples; None for all
 
 
 USUAL = Settings(
@@ -177,8 +173,7 @@ class Method:
     name: str  # as in tables and pictures
     words: str  # of the table of methods
     cost: float  # rough milliseconds of a step, for the progress bar
-    # The range of each number that is searched, evenly in the logarithm.
-    ranges: dict[str, tuple[float, float]]
+    ranges: dict[str, tuple[float, float]]  # the range of each number that is searched, evenly in the logarithm
     renews: str = ""  # the setting with the steps between expensive ones
     usual: bool = True  # takes part in every task; else only in those for everyone
     priced: bool = True  # whether the cost of its step is measured by width
@@ -195,8 +190,8 @@ class Method:
 
     def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
         loss = task.network.loss
-        if self.name in OPTIMIZERS:
-            return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
+        if "weight decay" in numbers:
+            return Trainer(model, optimizer(self.name, model.parameters(), numbers, settings), None, loss)
         # SINGD searches β in place of ρ.
         rate, damping, weight = numbers["rate"], numbers["damping"], numbers.get("1 − ρ", 0.05)
         if self.name not in STRATEGIES:
@@ -217,25 +212,31 @@ def points(settings: Settings) -> list[list[float]]:
     return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()
 
 
-# Functions of the weights, the numbers of a trial, and the settings.
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": lambda of, by, _: SGD(of, by["rate"], 1 - by["1 − momentum"], weight_decay=by["weight decay"]),
-    "AdamW": lambda of, by, _: AdamW(of, by["rate"], (1 - by["1 − β₁"], 0.999), weight_decay=by["weight decay"]),
-    "Muon": lambda of, by, _: Muon(of, by["rate"], 1 - by["1 − β₁"], by["weight decay"]),
-    "Shampoo": lambda of, by, to: Shampoo(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], to.renew_every),
-    "SOAP": lambda of, by, to: SOAP(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], to.renew_every),
-    "SOAP, every step": lambda of, by, _: SOAP(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], 1),
-}
+def optimizer(name: str, weights: Any, numbers: Numbers, settings: Any) -> torch.optim.Optimizer:
+    """Return an optimizer without K-FAC, with the numbers of a trial."""
+    rate, decay, every = numbers["rate"], numbers["weight decay"], settings.renew_every
+    momentum = 1 - numbers["1 − momentum" if name == "SGD" else "1 − β₁"]
+    optimizers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "SGD": lambda: SGD(weights, rate, momentum, weight_decay=decay),
+        "AdamW": lambda: AdamW(weights, rate, (momentum, 0.999), weight_decay=decay),
+        "Muon": lambda: Muon(weights, rate, momentum, decay),
+        "Shampoo": lambda: Shampoo(weights, rate, (momentum, 0.99), decay, every),
+        "SOAP": lambda: SOAP(weights, rate, (momentum, 0.99), decay, every),
+        "SOAP, every step": lambda: SOAP(weights, rate, (momentum, 0.99), decay, 1),
+    }
+    return optimizers[name]()
+
+
 # The strategies of K-FAC, which preconditions SGD without momentum.
 STRATEGIES: dict[str, Callable[[Settings, Numbers], Strategy]] = {
-    "K-FAC": lambda of, _: Exact(of.renew_every),
-    "RS-KFAC": lambda of, _: Randomized(of.rank, method="svd", inverse_every=of.renew_every),
-    "SRE-KFAC": lambda of, _: Randomized(of.rank, inverse_every=of.renew_every),
-    "B-KFAC": lambda of, _: Brand(of.rank),
-    "B-KFAC, sketched": lambda of, _: Brand(of.rank, sketch=of.rank // 2),
-    "B-R-KFAC": lambda of, _: BrandRandomized(of.rank, overwrite_every=of.overwrite_every),
-    "B-KFAC-C": lambda of, _: BrandCorrected(of.rank, correct_every=of.renew_every),
-    "SINGD": lambda of, by: InverseFree(rate=by["β"], preconditioner_every=of.singd_every),
+    "K-FAC": lambda settings, _: Exact(settings.renew_every),
+    "RS-KFAC": lambda settings, _: Randomized(settings.rank, method="svd", inverse_every=settings.renew_every),
+    "SRE-KFAC": lambda settings, _: Randomized(settings.rank, inverse_every=settings.renew_every),
+    "B-KFAC": lambda settings, _: Brand(settings.rank),
+    "B-KFAC, sketched": lambda settings, _: Brand(settings.rank, sketch=settings.rank // 2),
+    "B-R-KFAC": lambda settings, _: BrandRandomized(settings.rank, overwrite_every=settings.overwrite_every),
+    "B-KFAC-C": lambda settings, _: BrandCorrected(settings.rank, correct_every=settings.renew_every),
+    "SINGD": lambda settings, numbers: InverseFree(rate=numbers["β"], preconditioner_every=settings.singd_every),
 }
 SGD_RANGES = {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay": (1e-5, 1e-3)}
 ADAM_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}

@@ -14,8 +14,7 @@ from bench.frame.pictures import Theme
 from bench.frame.study import Row
 from bench.studies.kfac_methods import METHODS, STRATEGIES, Task
 
-# The method that the others are compared with.
-BASE = "AdamW"
+BASE = "AdamW"  # the method that the others are compared with
 NOTHING = "–"
 OWN = list(STRATEGIES)
 # The methods of the table in README.
@@ -28,12 +27,12 @@ def by_method(runs: pd.DataFrame, parts: list[str]) -> pd.DataFrame:
     If all runs reached the target, the mean is there once more as "whole", and over that of AdamW as "over".
     """
     by = runs.astype(dict.fromkeys(parts, float)).groupby("method", sort=False)
-    found = by[parts].agg(["mean", "min", "max"])
-    found = found.set_axis(map(" ".join, found), axis=1).assign(runs=by.size(), reached=by["step"].count())
+    summary = by[parts].agg(["mean", "min", "max"])
+    summary = summary.set_axis(map(" ".join, summary), axis=1).assign(runs=by.size(), reached=by["step"].count())
     for part in parts:
-        whole = found[f"{part} mean"].where(found["reached"] == found["runs"])
-        found[f"{part} whole"], found[f"{part} over"] = whole, whole / whole.get(BASE, math.nan)
-    return found
+        whole = summary[f"{part} mean"].where(summary["reached"] == summary["runs"])
+        summary[f"{part} whole"], summary[f"{part} over"] = whole, whole / whole.get(BASE, math.nan)
+    return summary
 
 
 def summaries(content: Row) -> dict[Task, pd.DataFrame]:
@@ -109,8 +108,8 @@ def winners(content: Row) -> pd.DataFrame:
 def costs(content: Row) -> pd.DataFrame:
     """Return the cost of a step over SGD's: a row for each method, a column for each width."""
     rows = pd.DataFrame(content.get("costs", []), columns=["method", "width", "milliseconds"])
-    found = rows.pivot(index="method", columns="width", values="milliseconds").astype(float)
-    return in_order(found / found.loc["SGD"]) if len(found) else found
+    times = rows.pivot(index="method", columns="width", values="milliseconds").astype(float)
+    return in_order(times / times.loc["SGD"]) if len(times) else times
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:

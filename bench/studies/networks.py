@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from bench.frame.samples import CLASSES, CONTEXT, LETTERS
 from brandla.demo.data import mlp
 
-# Units of the convolutional network's hidden layer.
-HIDDEN = 128
+HIDDEN = 128  # units of the convolutional network's hidden layer
 PATCHES, HEADS, LAYERS = 4, 4, 2  # patches along a side
 NEIGHBOURS = 8
 

@@ -15,28 +15,22 @@ from matplotlib.ticker import EngFormatter
 
 from bench.benches import timing
 from bench.benches.peers import INCREMENTAL
-from bench.benches.problems import UPDATES, Judgement, steady
-from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Shape, Task, check, kron
+from bench.benches.problems import UPDATES, steady
+from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Shape, check, kron, op_task
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
 from bench.frame.figures import duration, formatted
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
-from bench.gpu import cases
+from bench.gpu.cases import Case
 from bench.gpu.device import Device, size_of
-from brandla_kernels import OPS
 
 REFERENCE = "GEMMs of an update"
 PCA = "svd_append, centred"
 
 
-def gram_ema(shape: Shape, device: Device) -> Task:
-    """Return the update of a dense n × n moment."""
-    case = cases.Case("gram_ema_", *shape[:3], shape.n, 1)
-    judge = lambda _: Judgement(cases.check(case, device)[0], cases.error_allowed(case))
-    return Task(OPS["gram_ema_"], cases.operands(case, device), judge, cases.work(case))
-
-
+# The update of a dense n × n moment.
+gram_ema = lambda shape, device: op_task(Case("gram_ema_", *shape[:3], shape.n, 1), device)
 # For each method the power of n that its time grows with, which determines its sizes; its task; its implementation. A
 # centred decomposition has the sizes of scikit-learn's. All others with a power of 2 or 3 work on a dense matrix, which
 # they get for nothing.
