@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from bench.frame import pages, results
 from bench.frame.facts import ROOT, commit_of
-from bench.frame.study import new_app
+from bench.frame.study import Row, new_app
 from brandla.demo import machine
 
 RANGES = 3
@@ -32,7 +32,6 @@ CALLS = 250  # calls behind an interval of `updates`, whose file does not tell: 
 PEERS = ("torch.", "Cholesky")  # methods of other libraries, whose times are not watched
 MEANINGFUL = 0.5  # smaller exponents mean that nothing grew, and are not compared
 SHOWN = 8  # changes that are shown at either end, in addition to the regressions
-Row = dict[str, Any]
 # A case, its figure over the reference of its own run, √Σs² of the interquartile ranges of the logarithms of both, and
 # whether a larger figure is better.
 COLUMNS = ["case", "value", "scatter", "more"]
@@ -42,8 +41,8 @@ Ratios = Iterator[tuple[str, float, float, bool]]
 def interquartile(interval: Sequence[float], count: int = 0) -> float:
     """Return the interquartile range of the logarithms of samples, from the 95 % interval of their median.
 
-    That interval of `of_median` holds the middle 1.96/√count of the samples. Of few samples it is wider than the
-    interquartile range, and is taken in its place.
+    The interval of `of_median` spans the middle 1.96/√count of the samples. For few samples it is wider than the
+    interquartile range, and replaces it.
     """
     _, low, high = interval
     return math.log(high / low) * max(1.0, math.sqrt(count) / (2 * 1.96))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 import brandla
-from bench.frame.figures import formatted
+from bench.frame.figures import Row, formatted
 from bench.frame.pages import on_terminal
 from bench.gpu import cases
 from bench.gpu.device import Stub
@@ -39,7 +39,6 @@ from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults, target_
 from brandla_kernels._kernels.launch import Launch, recording
 from brandla_kernels._kernels.shipped import specializations
 
-Facts = dict[str, Any]
 COUNTED = ("registers", "spills", "shared_bytes", "tensor_memory", "occupancy")
 ROW = ["kernel", "dtype", "tiles", "warps"]  # specialisations that differ only in ops and layouts share a row
 COLUMNS = ["ops", *ROW, "registers", "spills", "shared", "products", "matrix instructions", "occupancy", "faults"]
@@ -47,13 +46,13 @@ COLUMNS = ["ops", *ROW, "registers", "spills", "shared", "products", "matrix ins
 SHARED = {"sync", "aligned", "row", "col", "cta_group::1", "mma_async"}
 
 
-def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
+def compiled_facts(target: str, part: int, parts: int) -> list[Row]:
     """Compile every ``parts``-th specialisation for a target, and return the facts of each."""
     torch.set_num_threads(1)
     found = []
     for case in specializations(target)[part::parts]:
         config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
-        facts: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
+        facts: Row = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
         facts |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
         facts |= {"ops": sorted(case.ops), "products": [], "matrix_instructions": []}
         try:
@@ -68,7 +67,7 @@ def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
     return found
 
 
-def tables(found: list[Facts]) -> Iterator[Table]:
+def tables(found: list[Row]) -> Iterator[Table]:
     short = lambda name: ".".join(part for part in name.split(".") if part not in SHARED)
     joined = lambda names: ", ".join(sorted(set(names.sum())))
     every = pd.DataFrame(found)

@@ -16,7 +16,7 @@ import cProfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice, pairwise, product
+from itertools import islice, product
 from time import perf_counter
 from timeit import repeat, timeit
 from typing import Annotated, Any, NamedTuple
@@ -28,14 +28,16 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import brandla
 import brandla_kernels
 from bench.frame import results
 from bench.frame.facts import facts
 from bench.frame.pages import show
+from bench.gpu.device import tensors_in
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
+from brandla.demo import data
 from brandla.kfac import (
     EKFAC,
     KBFGS,
@@ -123,9 +125,7 @@ class Counter(TorchDispatchMode):
 
 def _is_empty(func: Any, args: Any, result: Any) -> bool:
     """Return whether a call writes nothing, as its results have no entries."""
-    written = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
-    if not written and func._schema.is_mutable:
-        written = [part for part in tree_leaves(args[0]) if isinstance(part, Tensor)]
+    written = tensors_in(result) or (tensors_in(args[0]) if func._schema.is_mutable else [])
     return bool(written) and all(part.numel() == 0 for part in written)
 
 
@@ -314,8 +314,7 @@ class Block(nn.Module):
 
 def mlp(layers: int) -> nn.Module:
     """Return an MLP of so many linear layers of different widths."""
-    widths = [48, *(64 + 8 * (index % 3) for index in range(layers - 1)), 40]
-    return nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())))
+    return data.mlp(48, *(64 + 8 * (index % 3) for index in range(layers - 1)), 40)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -347,10 +346,10 @@ STRATEGIES = {
 def steps(network: nn.Module, strategy: Any) -> Iterator[Callable[[], None]]:
     """Yield the step function of a training run after each backward pass, for the caller to call."""
     preconditioner = KFAC(network, inverse=strategy)
-    data = torch.randn(16, 5, 48) if any(isinstance(part, Block) for part in network) else torch.randn(16, 48)
+    inputs = torch.randn(16, 5, 48) if any(isinstance(part, Block) for part in network) else torch.randn(16, 48)
     while True:
         network.zero_grad()
-        network(data).square().mean().backward()
+        network(inputs).square().mean().backward()
         yield preconditioner.step
 
 

@@ -24,7 +24,7 @@ from bench.benches.problems import UPDATES
 from bench.benches.tasks import BRANDLA, TASKS, Shape
 from bench.frame import pages
 from bench.frame.facts import facts_text
-from bench.frame.study import machine_of
+from bench.frame.study import Row, machine_of
 from bench.gpu import cases
 from bench.gpu.cases import FULL, Case
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, Work, measure_ceilings
@@ -40,7 +40,6 @@ SHOWN = 12
 # On a CPU, a copy that its caches do not hold, and products of some milliseconds.
 CPU_SIZES = replace(FULL, copy=2**28, product=1024)
 FLOPS = {"flops16": "bf16", "flops32": "float32", "flops64": "float64"}
-Row = dict[str, Any]
 
 
 def reason_against(case: Case) -> str | None:

@@ -20,14 +20,13 @@ from bench.benches.bench_functions import Functions
 from bench.benches.problems import UPDATES
 from bench.frame import pages, pictures, results
 from bench.frame.facts import ROOT, machine_name, short_facts
-from bench.frame.figures import formatted
+from bench.frame.figures import Row, formatted
 from bench.frame.pages import markdown
 from bench.frame.pictures import bars
 from bench.frame.study import new_app
 from bench.studies import accuracy, defaults, expand_reduce, kfac_page, roofline, scaling, streams
 from brandla.demo import summary
 
-Row = dict[str, Any]
 Machines = dict[str, dict[str, Row]]
 
 FOLDER = "measurements"  # folder of the CSV files and of the pages that answer one question each

@@ -207,14 +207,14 @@ def test_ctrl_c_ends_with_a_file_that_says_so_and_is_taken_up_where_all_is_the_s
 
 
 @pytest.mark.parametrize(
-    ("module", "tables"), [(streams, ("right_vectors", "dying_out")), (forms, ("losses", "streams"))]
+    ("module", "tables"), [(streams, ("losses", "right_vectors", "dying_out")), (forms, ("losses", "streams"))]
 )
 def test_studies_of_figures_alone_are_tabulated(module, tables):
     pieces = list(module.pieces(True, None, {}))
     chosen = [next(piece for piece in pieces if piece.table == table) for table in tables]
     rows = {piece.table: [{**piece.key, **row} for row in piece.measure()] for piece in chosen}
     shown = dict(module.STUDY.shown(rows))
-    assert len(shown) == len(tables)
+    assert set(tables) <= set(shown)
     text = "".join(cells.to_string() for cells in shown.values())
     assert all(str(value) in text for piece in chosen for value in piece.key.values() if module is forms)
 

@@ -27,7 +27,7 @@ from bench.gpu import cases
 from bench.gpu.cases import cloned
 from bench.gpu.device import Ceilings, Device, Floor, Work, device_of, measure_ceilings, size_of
 from bench.studies import roofline
-from brandla.demo.frame import plain
+from brandla.demo.frame import Row, plain
 from brandla_kernels import OPS
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
@@ -44,7 +44,6 @@ SECONDS, FEWEST, MOST = 0.25, 3, 100  # seconds of timing for each case, and the
 # Order of the product that is timed before and after each case, and seconds for it: two runs are compared by it. A rest
 # comes before it, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
-Row = dict[str, Any]
 # Calls whose result was checked, on copies of the inputs that no cache holds; and whether NumPy computes the result.
 Right = tuple[list[Callable[[], Any]], Work, Judgement, bool | None]
 

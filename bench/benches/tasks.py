@@ -282,7 +282,7 @@ def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> T
     sides = [eigh(device, rows, r, shape.dtype) for rows in (n, m)]
 
     def solved(side: LowRankEigh, rhs: Tensor) -> Tensor:
-        (levels, directions), rhs = (part.double() for part in on_cpu(side)), rhs.double().cpu()
+        (levels, directions), rhs = side.to("cpu", torch.float64), rhs.double().cpu()
         inside = (levels / (levels + DAMPING))[:, None] * (directions.mT @ rhs)
         return (rhs - directions @ inside) / DAMPING
 

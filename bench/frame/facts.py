@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine, the versions and the commit that a result was measured with."""
 
 from pathlib import Path
 from typing import Any

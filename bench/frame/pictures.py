@@ -86,10 +86,7 @@ def digest(study: Row) -> str:
 def panels(
     study: Row, words: str, theme: Theme, *about: tuple[str, str, float], width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
-    """Return a column of panels. ``about`` has each title, the line below it, and the panel's height in inches.
-
-    The words and the facts of the study are written at the foot.
-    """
+    """Return a column of panels, each by title, line below it and inches, with the words and the facts at the foot."""
     facts, heights = study["facts"], [height for *_, height in about]
     state = "; short run: means nothing" if facts["quick"] else ""
     signed = short_facts(facts) + state + ("; interrupted" if facts.get("interrupted") else "")

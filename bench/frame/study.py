@@ -53,10 +53,7 @@ def sweep(
     table: str, names: tuple[str, ...], values: Iterable[Any], measure: Callable[..., Iterable[Row]], *about: Any,
     cost: Callable[..., float] | float = 1.0,
 ) -> Iterator[Piece]:  # fmt: skip
-    """Yield a piece for each tuple of values. ``measure`` gets the values and ``about``.
-
-    The key of its rows is the values by the names; a value with an attribute ``name`` stands there by its name.
-    """
+    """Yield a piece for each tuple of values. Its key has the values by the names, some by their attribute ``name``."""
     for value in values:
         key = {name: getattr(part, "name", part) for name, part in zip(names, value, strict=True)}
         yield Piece(table, key, partial(measure, *value, *about), cost(*value) if callable(cost) else cost)

@@ -26,9 +26,7 @@ from bench.frame.figures import Figure
 from bench.gpu.cases import FULL, TOY, Sizes
 from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure_ceilings
 from bench.studies import roofline as study
-from brandla.demo.frame import plain
-
-Row = dict[str, Any]
+from brandla.demo.frame import Row, plain
 
 # Seconds past its time after which a hanging case ends its process; and the characters that are kept of an output.
 HANG, KEPT = 60.0, 4000

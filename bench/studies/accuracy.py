@@ -144,10 +144,7 @@ class Tracker:
 
 
 def trackers(settings: Settings, costs: dict[str, float]) -> list[Tracker]:
-    """Return all trackers. B-C, RS and SRE renew as often as the cost of B-R allows.
-
-    RS and SRE come once more with the period of B-R.
-    """
+    """Return all trackers. B-C, RS and SRE renew as often as B-R's cost allows; RS and SRE also as often as B-R."""
     every = settings.overwrite_every
     b_r = Tracker("B-R", "brand", "svd", every)
     to_spend = b_r.cost(costs) - costs["average"]
@@ -243,7 +240,7 @@ class Decomposed:
 
 def eigh_in_float64(factor: Factor) -> brandla.LowRankEigh:
     """Return a factor as eigenpairs in float64."""
-    double = type(factor)(*(part.double() for part in factor))
+    double = factor.to(torch.float64)
     return double.to_eigh() if isinstance(double, brandla.LowRankRoot) else double
 
 

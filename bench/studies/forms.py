@@ -6,11 +6,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import brandla
 from bench.benches.problems import DECAY, WEIGHT, defect
 from bench.frame.study import Piece, Row, Study, Tables, command, sweep
+from bench.gpu.cases import relative_error
 from bench.gpu.device import Device
 from brandla_kernels import cross_gram
 from brandla_kernels.root_core import compressed
@@ -29,11 +29,6 @@ CASES = {
 }
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Return ‖X̂ − X‖_F / ‖X‖_F."""
-    return float(torch.linalg.matrix_norm(found.double() - exact) / torch.linalg.matrix_norm(exact))
-
-
 def solves(name: str) -> Iterator[Row]:
     """Yield the errors of damped solves after float32 updates beside float64 ones, and the error of truncation."""
     # With the stream's own seed, the right-hand sides would lie in its leading directions.
@@ -48,9 +43,10 @@ def solves(name: str) -> Iterator[Row]:
         shift = damping * float(torch.linalg.matrix_norm(matrix, 2))
         truncated = brandla.damped_solve(exact, rhs, shift)
         solved = torch.linalg.solve(matrix + shift * torch.eye(N, dtype=torch.float64), rhs)
-        errors = [relative_error(brandla.damped_solve(form, rhs.float(), shift), truncated) for form in (root, eigh)]
-        row = {"λ/d₁": damping, "root": errors[0], "eigh": errors[1]}
-        yield row | {"truncation": relative_error(truncated, solved)}
+        found = {"root": brandla.damped_solve(root, rhs.float(), shift)}
+        found |= {"eigh": brandla.damped_solve(eigh, rhs.float(), shift)}
+        errors = {form: relative_error([solution], [truncated]) for form, solution in found.items()}
+        yield {"λ/d₁": damping, **errors, "truncation": relative_error([truncated], [solved])}
 
 
 def losses(case: str) -> Iterator[Row]:
@@ -112,7 +108,7 @@ def tails(exponent: float) -> Iterator[Row]:
     exact = torch.linalg.inv(matrix + shift * identity)
     for tail in (0.0, "smallest", "mean"):
         inverse = brandla.damped_solve(root, identity, shift, tail=tail)
-        yield {"tail": str(tail), "error": relative_error(inverse, exact)}
+        yield {"tail": str(tail), "error": relative_error([inverse], [exact])}
 
 
 def carried_gram(name: str, decay: float) -> Iterator[Row]:

@@ -15,12 +15,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from bench.frame.samples import FOLDER, UnusableError, check_files, standardised_fashion
 from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, new_app, run_study, sweep
-from bench.gpu.device import Device
+from bench.gpu.device import Device, size_of
 from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from bench.studies.kfac_page import shown
 from brandla.demo import data
@@ -73,10 +71,7 @@ def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
 
 
 def rescaled(task: Task, method: Method, settings: Settings, tables: Tables, exponent: float | None = None) -> Row:
-    """Return the numbers of the followed task, with the rate times a power of the ratio of the widths.
-
-    Without an exponent to try, it is the best one of the followed task.
-    """
+    """Return the followed task's numbers, with the rate times a power (by default its best) of the ratio of widths."""
     other = next(other for other in settings.tasks if other.name == task.follows)
     best = best_numbers(other, method, settings, tables)
     exponent = best["exponent"] if exponent is None else exponent
@@ -128,10 +123,9 @@ def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, setti
 
 def kept_bytes(trainer: Trainer) -> Row:
     """Return the bytes of the factors and of the optimizer's state."""
-    states = tree_leaves([list(state.values()) for state in trainer.optimizer.state.values()])
-    kept = sum(value.nbytes for value in states if isinstance(value, Tensor))
     factors = 0 if trainer.preconditioner is None else trainer.preconditioner.report().bytes
-    return {"factor_bytes": factors, "optimizer_bytes": kept}
+    states = [list(state.values()) for state in trainer.optimizer.state.values()]
+    return {"factor_bytes": factors, "optimizer_bytes": size_of(states)}
 
 
 def cost_of(width: int, method: Method, settings: Settings, where: str) -> Iterator[Row]:

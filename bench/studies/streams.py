@@ -91,7 +91,7 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
     rounding, defects, looks = 0.0, {}, {update: [] for update in UPDATES}
     for step, columns in enumerate(family.batches(kind), 1):
         matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
-        truncated = oracles.truncated_update(truncated, columns, r, DECAY, WEIGHT)
+        truncated = oracles.eigh(oracles.updated(truncated, columns, DECAY, WEIGHT)).truncation(r)
         size = oracles.spectral_norm(matrix)
         # The rounding of each update, in units of ε, decays with the factor.
         rounding = DECAY * rounding + ROUNDING * size
@@ -99,7 +99,8 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
             tracked[update] = value = function(tracked[update], columns, decay=DECAY, weight=WEIGHT)
             factors[update] = value.lowrank
             if step % max(family.steps // 10, 1) == 0 or step == family.steps:
-                error, bound = oracles.spectral_norm(matrix - dense_in_float64(value.lowrank)), float(value.error_bound)
+                dense = value.lowrank.to(torch.float64).dense()
+                error, bound = oracles.spectral_norm(matrix - dense), float(value.error_bound)
                 # The bound need not cover rounding.
                 looks[update].append((error, bound, error <= bound + eps * rounding, (error - bound) / (eps * size)))
         if svd:
@@ -109,7 +110,8 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
             defects[update] = max(defects.get(update, 0.0), defect(factor) / eps)
     for update, factor in factors.items():
         row = {"update": update, **family.about, "steps": family.steps}
-        row |= trace_lost(matrix, truncated, dense_in_float64(factor), r, eps) | {"defect_over_eps": defects[update]}
+        row |= trace_lost(matrix, truncated, factor.to(torch.float64).dense(), r, eps)
+        row |= {"defect_over_eps": defects[update]}
         if update in looks:
             errors, bounds, holds, above = zip(*looks[update], strict=True)
             row |= {"error": errors[-1], "bound": bounds[-1], "bound_over_error": bounds[-1] / max(errors[-1], 1e-300)}
@@ -132,11 +134,6 @@ def trace_lost(matrix: Tensor, truncated: Tensor, approximation: Tensor, rank: i
         "resolved": best > rounding,
         "within": lost <= 1.05 * exact + rounding,
     }
-
-
-def dense_in_float64(factor: Any) -> Tensor:
-    """Return the dense matrix of a factor, computed in float64."""
-    return type(factor)(*(part.double() for part in factor)).dense()
 
 
 DRIFTING = ("slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated")
