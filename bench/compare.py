@@ -26,7 +26,7 @@ from bench.frame.study import Row, new_app
 from brandla.demo import machine
 
 RANGES = 3
-# Smaller changes are of no interest. Figures without scatter, such as memory, have this noise.
+# Smaller changes are of no interest. Figures without scatter, such as memory, have this noise, and five digits.
 LEAST = 0.01
 CALLS = 250  # calls behind an interval of `updates`, whose file does not tell: most have no more
 PEERS = ("torch.", "Cholesky")  # methods of other libraries, whose times are not watched
@@ -41,7 +41,7 @@ Ratios = Iterator[tuple[str, float, float, bool]]
 def interquartile(interval: Sequence[float], count: int = 0) -> float:
     """Return the interquartile range of the logarithms of samples, from the 95 % interval of their median.
 
-    The interval of `of_median` spans the middle 1.96/√count of the samples. For few samples it is wider than the
+    The interval of `median_interval` spans the middle 1.96/√count of the samples. For few samples it is wider than the
     interquartile range, and replaces it.
     """
     _, low, high = interval

@@ -42,7 +42,7 @@ from brandla_kernels._kernels.shipped import specializations
 COUNTED = ("registers", "spills", "shared_bytes", "tensor_memory", "occupancy")
 ROW = ["kernel", "dtype", "tiles", "warps"]  # specialisations that differ only in ops and layouts share a row
 COLUMNS = ["ops", *ROW, "registers", "spills", "shared", "products", "matrix instructions", "occupancy", "faults"]
-# Parts of the names of matrix instructions that tell nothing apart.
+# Parts that the names of all matrix instructions share.
 SHARED = {"sync", "aligned", "row", "col", "cta_group::1", "mma_async"}
 
 

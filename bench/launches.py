@@ -114,7 +114,7 @@ class Counter(TorchDispatchMode):
             with self:
                 return form(*args)
         self.ops.append((op, args))
-        # A recorded launch computes nothing, so it must not touch the tensors that the op overwrites.
+        # A recorded launch leaves its results unwritten. They must not reach the tensors that the op overwrites.
         copies = tree_map_only(Tensor, Tensor.clone, args)
         with self, recording(self.target) as launches:
             op.launch(*(copies if op.signature.writes else args))

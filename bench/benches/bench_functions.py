@@ -19,7 +19,7 @@ import torch
 from bench.benches.peers import REST, best_threads
 from bench.benches.problems import Judgement
 from bench.benches.tasks import BRANDLA, GROUPED, ONE_BY_ONE, OURS, OWN, TASKS, TORCH_FORM, Shape, Task, check, group_of
-from bench.benches.timing import TIMER, Interval, of_median
+from bench.benches.timing import TIMER, Interval, median_interval
 from bench.frame.figures import Study, duration, formatted
 from bench.frame.pages import in_sentence
 from bench.frame.pictures import Bars
@@ -45,7 +45,7 @@ SECONDS, FEWEST, MOST = 0.25, 3, 100  # seconds of timing for each case, and the
 # comes before it, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
 # Calls whose result was checked, on copies of the inputs that no cache holds; and whether NumPy computes the result.
-Right = tuple[list[Callable[[], Any]], Work, Judgement, bool | None]
+Checked = tuple[list[Callable[[], Any]], Work, Judgement, bool | None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,18 +78,18 @@ def task_of(name: str, shape: Shape, device: Device) -> Task:
 
 
 def test_function(name, by, shape, device, timed) -> None:
-    def right() -> Right:
+    def checked() -> Checked:
         task = task_of(name, shape, device)
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
         count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
         return [partial(call.function, *cloned(call.arguments)) for _ in range(count)], task.work, judged, call.on_numpy
 
-    timed(name, by, shape, right)
+    timed(name, by, shape, checked)
 
 
 def test_op(op_case, by, device, timed) -> None:
-    def right() -> Right:
+    def checked() -> Checked:
         op = OPS[op_case.op]
         call = {BRANDLA: op, TORCH_FORM: cases.torch_form_of(op)}.get(by) or torch.compile(op.torch_form, dynamic=False)
         error, _ = cases.check(op_case, device, call)
@@ -99,7 +99,7 @@ def test_op(op_case, by, device, timed) -> None:
         return [partial(call, *arguments) for arguments in inputs], cases.work(op_case), judged, None
 
     data = None if op_case.data == op_case.dtype else op_case.data
-    timed(op_case.op, by, Shape(op_case.n, op_case.r, op_case.k, op_case.dtype, data), right)
+    timed(op_case.op, by, Shape(op_case.n, op_case.r, op_case.k, op_case.dtype, data), checked)
 
 
 # The name of its result file.
@@ -133,18 +133,18 @@ def reference(device) -> Callable[[], list[float]]:
 
 
 @pytest.fixture
-def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, Shape, Callable[[], Right]], None]:
+def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, Shape, Callable[[], Checked]], None]:
     """Return a function that times the calls that another function returns, and keeps the row.
 
     With several copies of the inputs, a round is one call on each copy, queued between two readings of the timer.
     """
 
-    def kept(function: str, by: str, shape: Shape, right: Callable[[], Right]) -> None:
+    def kept(function: str, by: str, shape: Shape, checked: Callable[[], Checked]) -> None:
         benchmark.group = f"{function} {shape}"
         sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
         about = {"group": benchmark.group, "by": by, "function": function, "shape": str(shape), **sizes}
         with tolerated(study, about):
-            calls, work, judged, on_numpy = right()
+            calls, work, judged, on_numpy = checked()
             with best_threads(calls[0]) if on_numpy else nullcontext() as threads:
                 start = time.perf_counter()
                 calls[0]()
@@ -183,7 +183,7 @@ def tolerated(study: Study, about: Row) -> Iterator[None]:
 
 def timing_row(times: list[float], around: list[float], floor: Floor) -> Row:
     """Return the median time in seconds, the floor's part of it, and its ratio to the reference product's median."""
-    seconds, reference = of_median(times), of_median(around)
+    seconds, reference = median_interval(times), median_interval(around)
     over = Interval(*(bound / reference.value for bound in seconds))
     row = {"seconds": seconds, "of_ceiling": floor.part_of(seconds), "over_reference": over, "rounds": len(times)}
     return row | {"reference": reference, "reference_rounds": len(around)}

@@ -35,7 +35,7 @@ from brandla.demo.studies import Trainer
 from brandla.kfac import KBFGS, KFAC, Brand, BrandCorrected, BrandRandomized, Exact, Randomized, Strategy, Woodbury
 
 Step = Callable[[Split], None]
-BATCH, RANK, LESS = 128, 128, 64
+BATCH, RANK, LOW_RANK = 128, 128, 64
 PERIOD = 10  # steps between the renewals of a system
 COLUMNS = 32  # columns of a sketched batch
 # Accuracy on the test images, trials of each method's search, the most steps of a run, and the seed of the search,
@@ -46,7 +46,7 @@ OVER_SGD = "a step, renewals counted as often as they happen / SGD's step"
 
 STRATEGIES = {
     f"B-KFAC, rank {RANK}": Brand(RANK),
-    f"B-KFAC, rank {LESS}, {COLUMNS} columns": Brand(LESS, sketch=COLUMNS),
+    f"B-KFAC, rank {LOW_RANK}, {COLUMNS} columns": Brand(LOW_RANK, sketch=COLUMNS),
     f"B-KFAC, rank {RANK}, no eigh": Brand(RANK, compress="cholesky"),
     f"B-KFAC, rank {RANK}, orthonormal": Brand(RANK, form="eigh"),
     "B-R-KFAC": BrandRandomized(RANK),
@@ -58,11 +58,11 @@ STRATEGIES = {
     "K-BFGS, without its second pass": KBFGS(),
 }
 BRAND = [name for name in STRATEGIES if name.startswith("B-KFAC")]
-HELD_TO = dict(zip(BRAND, (3.0, 2.0), strict=False))  # the targets: the most that a step may take over SGD's
+MOST_OVER_SGD = dict(zip(BRAND, (3.0, 2.0), strict=False))  # the targets: the most that a step may take over SGD's
 # Rank and columns of SGD's step with only the indispensable parts of B-KFAC's.
 FLOORS = {
     f"only the tall products and eigh of the root form, rank {rank}, {columns} columns": (rank, columns)
-    for rank, columns in ((RANK, BATCH), (LESS, COLUMNS))
+    for rank, columns in ((RANK, BATCH), (LOW_RANK, COLUMNS))
 }
 PAIR = ', gradient="pair"'  # names that end so have gradients as pairs: autograd does not form the gradients of weights
 options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
@@ -73,14 +73,14 @@ options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
 TASK = Task("MNIST", "mlp", 1024, BATCH, MOST, inf, TARGET)
 
 
-def stepping(shown: Parts, make: Callable[[nn.Module], Step], task: Task = TASK) -> Callable[[], None]:
+def repeated_step(shown: Parts, make: Callable[[nn.Module], Step], task: Task = TASK) -> Callable[[], None]:
     """Return a call that takes a step on the next of endless batches, which are the same for every method."""
     step = make(task.model(shown.training.images, 0))
     batches = data.batches(shown.training, task.batch, sys.maxsize, 0)
     return lambda: step(next(batches))
 
 
-def sgd(model: nn.Module, name: str = "SGD") -> Step:
+def named_step(model: nn.Module, name: str = "SGD") -> Step:
     """Return the step of a name: SGD's, SGD's behind a strategy with curvature at every step, or a floor."""
     if name in FLOORS:
         return floor_step(model, *FLOORS[name])
@@ -105,7 +105,7 @@ def floor_step(model: nn.Sequential, rank: int, columns: int) -> Step:
     For each low-rank factor: products of new columns with the root and with one another, the rotation of both, and the
     application to the pair whose product is the gradient. Then that product. Nothing truncates, damps or checks.
     """
-    plain, order = sgd(model), rank + columns
+    plain, order = named_step(model), rank + columns
     # Inputs with their bias, and gradients. The last layer has too few outputs for a low-rank factor.
     linear = (layer for layer in model if isinstance(layer, nn.Linear))
     sizes = [n for layer in linear for n in (layer.in_features + 1, layer.out_features)]
@@ -145,21 +145,21 @@ def shown(quick) -> Parts:
 @pytest.fixture(scope="module")
 def step_of(shown):
     """Return a function from a name to its step, each on a network of its own."""
-    return cache(lambda name: stepping(shown, partial(sgd, name=name)))
+    return cache(lambda name: repeated_step(shown, partial(named_step, name=name)))
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
-@pytest.mark.parametrize("name", [*STRATEGIES, *(name + PAIR for name in HELD_TO), *FLOORS])
+@pytest.mark.parametrize("name", [*STRATEGIES, *(name + PAIR for name in MOST_OVER_SGD), *FLOORS])
 def test_step_over_sgd(name, step_of, over) -> None:
-    limit = HELD_TO.get(name)
+    limit = MOST_OVER_SGD.get(name)
     over(name, step_of(name), step_of("SGD"), 6 * PERIOD, ratio=by_period, warm_up=PERIOD, at_most=limit)
 
 
 @pytest.mark.benchmark(group="a step by width of the hidden layers and batch / SGD's step")
 @pytest.mark.parametrize(("width", "batch"), [(256, 64), (256, 512), (1024, 64), (1024, 512), (2048, 64), (2048, 512)])
 def test_step_by_size(width, batch, shown, in_turn, figures) -> None:
-    sized, names = replace(TASK, width=width, batch=batch), ("SGD", *HELD_TO, "SRE-KFAC", "K-FAC")
-    steps = {name: stepping(shown, partial(sgd, name=name), sized) for name in names}
+    sized, names = replace(TASK, width=width, batch=batch), ("SGD", *MOST_OVER_SGD, "SRE-KFAC", "K-FAC")
+    steps = {name: repeated_step(shown, partial(named_step, name=name), sized) for name in names}
     seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
     of_sgd = seconds.pop("SGD")
     for name, times in seconds.items():
@@ -168,7 +168,7 @@ def test_step_by_size(width, batch, shown, in_turn, figures) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.benchmark(group="calls of torch in KFAC.step")
-@pytest.mark.parametrize("name", HELD_TO)
+@pytest.mark.parametrize("name", MOST_OVER_SGD)
 def test_calls_of_a_step(name, shown, figures) -> None:
     model, counts = TASK.model(shown.training.images, 0), []
     kfac = KFAC(model, STRATEGIES[name])
@@ -180,7 +180,7 @@ def test_calls_of_a_step(name, shown, figures) -> None:
 
 
 @pytest.mark.benchmark(group="where the time of a step goes, forward and backward passes included")
-@pytest.mark.parametrize("name", HELD_TO)
+@pytest.mark.parametrize("name", MOST_OVER_SGD)
 def test_parts_of_a_step(name, step_of, figures) -> None:
     kinds = {f"aten::{name}": "products" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")}
     kinds["aten::_linalg_eigh"], step = "eigendecompositions", step_of(name)
@@ -199,17 +199,17 @@ def test_parts_of_a_step(name, step_of, figures) -> None:
 def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
     seconds = in_turn({name: step_of(name)}, 60 if name in ("SRE-KFAC", "K-FAC") else 200)[name]
     worst = sorted(seconds)[int(0.99 * (len(seconds) - 1))]
-    figures(name, worst / median(seconds), at_most=1.3 if name in HELD_TO else None)
+    figures(name, worst / median(seconds), at_most=1.3 if name in MOST_OVER_SGD else None)
 
 
 @pytest.mark.benchmark(group="other people's step / ours")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", HELD_TO)
+@pytest.mark.parametrize("name", MOST_OVER_SGD)
 @pytest.mark.parametrize("peer", PEERS)
 def test_against_other_peoples(peer, name, shown, step_of, in_turn, figures) -> None:
     package, step, least = PEERS[peer]
     pytest.importorskip(package)
-    seconds = in_turn({"ours": step_of(name), "theirs": stepping(shown, step)}, 4 * PERIOD, warm_up=PERIOD)
+    seconds = in_turn({"ours": step_of(name), "theirs": repeated_step(shown, step)}, 4 * PERIOD, warm_up=PERIOD)
     figures(f"{peer} / {name}", by_period(seconds["theirs"], seconds["ours"]), at_least=least)
 
 
@@ -234,7 +234,7 @@ def train(
 def trials(shown, quick) -> dict[str, pd.DataFrame]:
     """Return equally many trials of each method: a run for each rate, evenly spaced in the logarithm, and strategy."""
     count, most = (1, 4) if quick else (TRIALS, MOST)
-    strategies = [Brand(RANK), Brand(LESS, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)][:count]
+    strategies = [Brand(RANK), Brand(LOW_RANK, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)][:count]
     choices = {
         "AdamW": itertools.product([None], np.geomspace(0.0003, 0.01, count)),
         "B-KFAC": itertools.product(strategies, np.geomspace(0.02, 0.1, max(count // 3, 1))),

@@ -83,7 +83,7 @@ def test_update_over_its_gemms(name, size, over, figures) -> None:
 @pytest.mark.parametrize(("n", "r", "k"), SHAPES, ids=str)
 @every_update
 def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
-    case = problems.steady(name, n, r, k)
+    case = problems.steady_state(name, n, r, k)
     stages = stages_of(name, case)
     seconds = in_turn(stages | {"gemms": update_floor(case)}, 60)
     for stage in stages:

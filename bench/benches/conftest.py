@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if config.getoption("quick") else THREADS)
     # A garbage collection would make one call of many an outlier.
     config.option.benchmark_disable_gc = True
-    # Some cases hand over times of calls in turn, some are refused, and whole training runs time no call.
+    # The fixture itself times nothing where calls take turns, a case is refused, or a whole training run is timed.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 

@@ -46,35 +46,35 @@ LOBPCG_ITERATIONS = {torch.float32: 20}
 def svd_lowrank(matrix: Tensor, rank: int) -> LowRankSVD:
     """Return ``torch.svd_lowrank`` from a sketch of the same width as `brandla.randomized_svd`, cut to the rank."""
     left, values, right = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLE, *matrix.shape), niter=POWERS)
-    return _cut((left, values, right.mT), rank)
+    return _truncated((left, values, right.mT), rank)
 
 
-def _cut(parts: Any, rank: int) -> LowRankSVD:
+def _truncated(parts: Any, rank: int) -> LowRankSVD:
     left, values, right = map(torch.as_tensor, parts)
     return LowRankSVD(left[:, :rank], values[:rank], right[:rank])
 
 
-def _ascending(parts: Any, rank: int) -> LowRankEigh:
+def _from_ascending(parts: Any, rank: int) -> LowRankEigh:
     values, vectors = map(torch.as_tensor, parts)
     return LowRankEigh(values[-rank:].flip(0), vectors[:, -rank:].flip(1))
 
 
-_eigh = lambda parts: LowRankEigh(*map(torch.as_tensor, parts))
-_lobpcg = lambda m, r: _eigh(torch.lobpcg(m, k=r, largest=True, niter=LOBPCG_ITERATIONS.get(m.dtype)))
-_eigsh = lambda m, r: _ascending(scipy.sparse.linalg.eigsh(m, k=r, which="LA"), r)
+_as_eigh = lambda parts: LowRankEigh(*map(torch.as_tensor, parts))
+_lobpcg = lambda m, r: _as_eigh(torch.lobpcg(m, k=r, largest=True, niter=LOBPCG_ITERATIONS.get(m.dtype)))
+_eigsh = lambda m, r: _from_ascending(scipy.sparse.linalg.eigsh(m, k=r, which="LA"), r)
 # Keeps its own number of iterations. With two or fewer it does not orthonormalise, and loses half of float32's digits.
-_sklearn = lambda m, r: _cut(randomized_svd(m, r, n_oversamples=OVERSAMPLE, random_state=0), r)
-_pca = lambda m, r: _cut(import_module("fbpca").pca(m, r, raw=True, n_iter=POWERS, l=r + OVERSAMPLE), r)
-_eigens = lambda m, r: _eigh(import_module("fbpca").eigens(m, r, n_iter=POWERS))
+_sklearn = lambda m, r: _truncated(randomized_svd(m, r, n_oversamples=OVERSAMPLE, random_state=0), r)
+_pca = lambda m, r: _truncated(import_module("fbpca").pca(m, r, raw=True, n_iter=POWERS, l=r + OVERSAMPLE), r)
+_eigens = lambda m, r: _as_eigh(import_module("fbpca").eigens(m, r, n_iter=POWERS))
 GENERAL = {
     "torch.svd_lowrank": Peer(svd_lowrank, SKETCHED),
-    "torch.linalg.svd": Peer(lambda m, r: _cut(torch.linalg.svd(m, full_matrices=False), r), slow=True),
+    "torch.linalg.svd": Peer(lambda m, r: _truncated(torch.linalg.svd(m, full_matrices=False), r), slow=True),
     "scikit-learn randomized_svd": Peer(_sklearn, SKETCHED, package="sklearn"),
     "fbpca.pca": Peer(_pca, SKETCHED, package="fbpca"),
 }
 SYMMETRIC = GENERAL | {
     "torch.lobpcg": Peer(_lobpcg, slow=True),
-    "torch.linalg.eigh": Peer(lambda m, r: _ascending(torch.linalg.eigh(m), r), slow=True),
+    "torch.linalg.eigh": Peer(lambda m, r: _from_ascending(torch.linalg.eigh(m), r), slow=True),
     "scipy eigsh": Peer(_eigsh, slow=True, package="scipy"),
     "fbpca.eigens": Peer(_eigens, SKETCHED, package="fbpca"),
 }

@@ -44,7 +44,7 @@ def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = 
 
 
 @cache
-def steady(
+def steady_state(
     name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, device="cpu"
 ) -> tuple[Symmetric, Tensor]:
     """Return the factor that a stream with deviations i^−exponent settles to, by torch forms, and the next columns."""

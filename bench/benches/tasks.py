@@ -96,7 +96,7 @@ def check(name: str, call: Call) -> Judgement:
 
 
 def op_task(case: Case, device: Device, function: Callable[..., Any] | None = None) -> Task:
-    """Return the task of an op, which ``function`` may call in its own way."""
+    """Return the task of an op, or of a ``function`` in its place."""
     judge = lambda _: Judgement(cases.check(case, device)[0], cases.error_allowed(case))
     return Task(function or OPS[case.op], cases.operands(case, device), judge, cases.work(case))
 
@@ -128,7 +128,7 @@ def row_flops(r: int, k: int) -> int:
 def symmetric_update(name: str, shape: Shape, device: Device, exponent: float = 0.5) -> Task:
     """Return an update of the factor that a stream settles to; `LOSS_ALLOWED` holds for it."""
     n, r, k = shape[:3]
-    factor, columns = problems.steady(name, n, r, k, exponent, shape.dtype, device=device.tensors)
+    factor, columns = problems.steady_state(name, n, r, k, exponent, shape.dtype, device=device.tensors)
     columns = columns.to(shape.data or shape.dtype)
     (left, right), added = problems.two_factors(on_cpu(factor)), columns.double().cpu()
     target = [(DECAY * left, right), (WEIGHT * added, added)]

@@ -68,10 +68,10 @@ def in_turn(benchmark: Any, calls: Calls, rounds: int, **options: Any) -> dict[s
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
     """Return the median of the ratios of times taken in the same turn."""
-    return of_median([a / b for a, b in zip(numerator, denominator, strict=True)])
+    return median_interval([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
-def of_median(samples: Sequence[float]) -> Interval:
+def median_interval(samples: Sequence[float]) -> Interval:
     """Return the median, and the order statistics that enclose it with 95 % confidence."""
     ordered, count = sorted(samples), len(samples)
     low = max(math.floor(count / 2 - 0.98 * math.sqrt(count)), 0)

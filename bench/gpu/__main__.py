@@ -170,7 +170,8 @@ class Run:
             log = logs / str(process.pid)
             # The trace of a crash comes first. A list of all loaded compiled modules follows.
             trace = log.read_text("utf-8", "replace").partition("Extension modules")[0] if log.exists() else ""
-            trace = trace if len(trace) <= frame.KEPT else f"{trace[: frame.KEPT // 2]}\n…\n{trace[-frame.KEPT // 2 :]}"
+            half = frame.LONGEST // 2
+            trace = trace if len(trace) <= 2 * half else f"{trace[:half]}\n…\n{trace[-half:]}"
             error = f"the process ended with status {process.exitcode}"
             frame.write(self.path, name, "failures", {"case": last or name, "error": error, "traceback": trace})
         if last is not None:

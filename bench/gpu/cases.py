@@ -205,7 +205,7 @@ def work(case: Case) -> Work:
 # --- Check
 
 
-def results(call: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
+def results_of(call: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
     """Make a call, and return the tensors that it returned or overwrote."""
     result = call(*arguments)
     return tensors_in(arguments[0] if result is None else result)
@@ -224,14 +224,14 @@ def check(case: Case, device: Device, call: Callable[..., Any] | None = None) ->
     arguments themselves: its shift depends on their dtype, and it computes in float64 anyway.
     """
     op, arguments = OPS[case.op], operands(case, device)
-    exact = results(op.torch_form, cloned(arguments, None if case.op == "root_core" else torch.float64))
+    exact = results_of(op.torch_form, cloned(arguments, None if case.op == "root_core" else torch.float64))
 
     def error(call: Callable[..., Any]) -> float:
         # The second result reuses the memory of the first. It is filled with NaN, so that unwritten entries show.
-        for part in results(call, cloned(arguments)):
+        for part in results_of(call, cloned(arguments)):
             part.fill_(float("nan") if part.is_floating_point() else 0)
         del part
-        return relative_error(results(call, cloned(arguments)), exact)
+        return relative_error(results_of(call, cloned(arguments)), exact)
 
     found, of_torch, limit = error(call or op), error(op.torch_form), error_allowed(case)
     require(found <= limit, f"{case.op}, {case.name}: relative error {found:.1e}, allowed {limit:.1e}")

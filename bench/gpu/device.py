@@ -32,7 +32,7 @@ class Stub:
     tensors = torch.device("cpu")
     cache_bytes = 2**11
     # The untimed calls before all others, and the fewest timed ones: a dense decomposition takes seconds on a CPU.
-    first, fewest = 0, 3
+    warm_up, fewest = 0, 3
     # Takes the calls, the number of timed turns, and the number of untimed ones before them.
     timed = staticmethod(timing.alternating)
 
@@ -51,7 +51,7 @@ class Stub:
 
     def alternating(self, functions: Mapping[str, Function], limit: float) -> Samples:
         """Call all functions in turn for about ``limit`` seconds; return the seconds of each call."""
-        self.timed(functions, 0, self.first)
+        self.timed(functions, 0, self.warm_up)
         start = time.perf_counter()
         self.timed(functions, 1, 0)
         rounds = limit / (time.perf_counter() - start)
@@ -107,7 +107,7 @@ class Gpu(Stub):
     """A CUDA or ROCm device: times by events, replays by graphs, and a cold cache before every timed call."""
 
     dry = False
-    first, fewest = WARM_UP, 5
+    warm_up, fewest = WARM_UP, 5
 
     def __init__(self) -> None:
         self.tensors = torch.device("cuda", torch.cuda.current_device())
@@ -270,7 +270,7 @@ def measure_ceilings(device: Device, sizes: Any) -> Ceilings:
     """Measure all ceilings at the sizes of `cases`, on random data: a product of zeros is faster."""
 
     def rate(amount: int, call: Function) -> timing.Interval:
-        return per_second(amount, timing.of_median(device.alternating({"it": call}, 2 * sizes.seconds)["it"]))
+        return per_second(amount, timing.median_interval(device.alternating({"it": call}, 2 * sizes.seconds)["it"]))
 
     source = device.normal(sizes.copy // 4)
     target = torch.empty_like(source)

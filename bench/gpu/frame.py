@@ -29,7 +29,7 @@ from bench.studies import roofline as study
 from brandla.demo.frame import Row, plain
 
 # Seconds past its time after which a hanging case ends its process; and the characters that are kept of an output.
-HANG, KEPT = 60.0, 4000
+HANG, LONGEST = 60.0, 4000
 WIDTH = 165
 DRY = "DRY RUN on the CPU, at toy sizes and by the wall clock. No figure here is a GPU figure, and no target is judged."
 
@@ -46,7 +46,7 @@ class Findings:
         self._end = time.monotonic() + seconds
         self._begun = {value for *mark, value in records(path) if mark == [stage, "begin"]}
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         return max(0.0, self._end - time.monotonic())
 
     def row(self, table: str, **columns: Any) -> None:
@@ -66,8 +66,8 @@ class Findings:
         """
         if case in self._begun or self.case not in (None, case):
             return
-        if not self.device.dry and self.left() < seconds:
-            self.add("skipped", f"{case}: {self.left():.0f} s left, {seconds:.0f} s wanted")
+        if not self.device.dry and self.seconds_left() < seconds:
+            self.add("skipped", f"{case}: {self.seconds_left():.0f} s left, {seconds:.0f} s wanted")
             return
         self.add("begin", case)
         faulthandler.dump_traceback_later(seconds + HANG, exit=True, file=2)
@@ -143,7 +143,7 @@ def sections(path: Path) -> dict[str, Row]:
             "partial": section["figures"] or section["tables"],
             "skipped": True,
         }
-        section["status"] = next(status for status, so in ends.items() if so)
+        section["status"] = next(status for status, holds in ends.items() if holds)
     return found
 
 

@@ -19,7 +19,7 @@ import brandla
 from bench.benches import tasks, written_out
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, WrongResultError
 from bench.benches.tasks import BRANDLA, DAMPING, ONE_BY_ONE, TASKS, TORCH_FORM, Shape, Task, check, group_of, kron
-from bench.benches.timing import of_median, ratio
+from bench.benches.timing import median_interval, ratio
 from bench.gpu import cases
 from bench.gpu.cases import Case, cloned, torch_form_of
 from bench.gpu.device import Device, tensors_in
@@ -111,7 +111,7 @@ def _captured(findings: Findings, name: str, call: Call) -> None:
     taken = {way: median(samples) for way, samples in times.items()}
     for way, seconds in taken.items():
         findings.row("graphs", call=name, way=way, **{"µs": 1e6 * seconds})
-    microseconds = of_median([1e6 * seconds for seconds in times["replay"]])
+    microseconds = median_interval([1e6 * seconds for seconds in times["replay"]])
     findings.figure(name, "in a graph", microseconds, unit="µs", at_most=call.at_most)
     if others:
         best = ONE_BY_ONE if ONE_BY_ONE in others else min(others, key=taken.__getitem__)

@@ -14,7 +14,7 @@ import torch
 
 from bench.benches.problems import require
 from bench.gpu import cases
-from bench.gpu.cases import SMALL, Case, cloned, operands, results
+from bench.gpu.cases import SMALL, Case, cloned, operands, results_of
 from bench.gpu.device import MOST_SETS, Device, Gpu, Stub
 from bench.gpu.frame import Findings
 from bench.studies import roofline
@@ -44,7 +44,7 @@ def _small_calls(findings: Findings, name: str) -> None:
     start, most, count, op = monotonic(), 0.0, 0, OPS[name]
     for words, case, arguments in calls(name, findings.device, quick=findings.device.dry):
         form = op.grouped_form if isinstance(arguments[0], list) else op.torch_form
-        result, of_torch = (results(call, cloned(arguments)) for call in (op, form))
+        result, of_torch = (results_of(call, cloned(arguments)) for call in (op, form))
         used = cases.relative_error(result, of_torch) / cases.error_allowed(case)
         findings.device.synchronize()
         # Both the op and the torch form may be off from float64 by the error allowed.

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from bench.frame.facts import ROOT
-from bench.gpu.frame import KEPT, Findings
+from bench.gpu.frame import LONGEST, Findings
 
 
 class Finished(NamedTuple):
@@ -35,7 +35,7 @@ class Finished(NamedTuple):
         if self.status is None:
             findings.add("skipped", f"{case}: {self.words}{so_far}")
         elif self.status != 0 or error:
-            findings.add("failures", {"case": case, "error": error + self.words, "traceback": self.output[-KEPT:]})
+            findings.add("failures", {"case": case, "error": error + self.words, "traceback": self.output[-LONGEST:]})
 
 
 def command(words: list[str], seconds: float, **variables: str) -> Finished:
@@ -85,13 +85,13 @@ def _shard(findings: Findings, name: str) -> None:
         number = {"collected": finished.output.count("::")}
     else:
         workers = ["-n", str(WORKERS), "-p", "bench.gpu.programs"] if util.find_spec("xdist") else []
-        finished = command([*pytest, *OPTIONS, *workers, name], min(findings.left(), MOST), OMP_NUM_THREADS="1")
-        number = counts(finished.output)
+        finished = command([*pytest, *OPTIONS, *workers, name], min(findings.seconds_left(), MOST), OMP_NUM_THREADS="1")
+        number = count_outcomes(finished.output)
     findings.row("tests", file=name, **number, status=finished.words)
     finished.judge(findings, name)
 
 
-def counts(output: str) -> dict[str, int]:
+def count_outcomes(output: str) -> dict[str, int]:
     """Count the outcomes in pytest's output so far: there is no summary if it was stopped."""
     outcomes = re.findall(r"(?:\] |::\S+ )(PASSED|FAILED|ERROR|SKIPPED)\b", output.partition("short test summary")[0])
     return {outcome: outcomes.count(outcome.upper()) for outcome in OUTCOMES}
@@ -117,7 +117,7 @@ REFUSALS = ("Device not supported", "Target application terminated before first 
 def sanitize(findings: Findings) -> None:
     """Make the small calls without a tool, then under each check of the tool."""
     dry = findings.device.dry
-    findings.attempt("as they are", 15, _under, findings, [], CALLS + ["--quick"] * dry)
+    findings.attempt("as they are", 15, _run_under, findings, [], CALLS + ["--quick"] * dry)
     if dry:
         return
     # The tool comes with the CUDA toolkit or with NVIDIA's Python packages.
@@ -130,13 +130,13 @@ def sanitize(findings: Findings) -> None:
         return
     for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
         under = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20"]
-        findings.attempt(check, 15, _under, findings, under, words)
+        findings.attempt(check, 15, _run_under, findings, under, words)
 
 
-def _under(findings: Findings, tool: list[str], words: list[str]) -> None:
+def _run_under(findings: Findings, tool: list[str], words: list[str]) -> None:
     # Without torch's caching allocator, each tensor is an allocation of its own, and an access past its end is seen.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
-    finished = command([*tool, *words], 60 if findings.device.dry else findings.left(), **alone)
+    finished = command([*tool, *words], 60 if findings.device.dry else findings.seconds_left(), **alone)
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", finished.output)
     errors, check = int(summary[1]) if summary else None, tool[2] if tool else "none"
     made = len(re.findall(r"^called ", finished.output, re.MULTILINE))

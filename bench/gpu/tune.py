@@ -36,7 +36,7 @@ def run(findings: Findings) -> None:
             if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
             case = Case(name, n, r, r, sizes.width, sizes.cores)
-            if device.dry or findings.left() > CHOICE:
+            if device.dry or findings.seconds_left() > CHOICE:
                 with choosing({}) as made:
                     cases.launches(case, device)
                 for choice, shipped in made.items():
@@ -69,7 +69,7 @@ def _seconds(findings: Findings, case: Case, choice: str, inputs: list[tuple[Any
     """Return the median time of a call with these tiles; None, with a note, if they cannot run or are wrong."""
     launch, device = OPS[case.op].launch, findings.device
     call = launch if not device.dry else partial(device.recorded, launch)
-    if not device.dry and findings.left() < TIMING:
+    if not device.dry and findings.seconds_left() < TIMING:
         findings.add("skipped", f"{choice}, {in_words(config)}: no time left")
         return None
     with choosing({choice: config}):

@@ -90,11 +90,12 @@ def tracker_costs(settings: Settings, width: int) -> Iterator[Row]:
     observed = islice(observations(settings, width, settings.seeds[0]), min(SEEN, settings.steps))
     *batches, last = (columns["inputs"] for columns, _ in observed)
     # Every move is timed in turn, with the last batch, on a factor that has taken in the others.
-    kept = Kept(settings, len(last), 0, [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)])
+    two_forms = [Tracker("eigh", "brand", None, 0), Tracker("root", "root", None, 0)]
+    factor = TrackedFactor(settings, len(last), 0, two_forms)
     for step, columns in enumerate(batches, start=1):
-        kept.absorb(step, columns)
-    factor_of = lambda move: kept.factors["root" if move in ("root", "cholesky") else "eigh"]
-    moves = {name: partial(move, factor_of(name)) for name, move in kept.moves(last).items()}
+        factor.absorb(step, columns)
+    kept_by = lambda move: factor.factors["root" if move in ("root", "cholesky") else "eigh"]
+    moves = {name: partial(move, kept_by(name)) for name, move in factor.moves(last).items()}
     costs = {name: 1e3 * median(times) for name, times in timing.alternating(moves, settings.repeats).items()}
     for tracker in trackers(settings, costs):
         yield {**vars(tracker), "milliseconds": tracker.cost(costs)}
@@ -105,15 +106,15 @@ def tracker_errors(settings: Settings, width: int, seed: int, tables: Tables) ->
     rows = [row for row in tables["trackers"] if row["width"] == width]
     chosen = [Tracker(row["name"], row["update"], row["renewal"], row["period"]) for row in rows]
     truths = {"inputs": torch.zeros(width + 1, width + 1).double(), "gradients": torch.zeros(width, width).double()}
-    kept = {side: Kept(settings, len(truth), seed, chosen) for side, truth in truths.items()}
+    sides = {side: TrackedFactor(settings, len(truth), seed, chosen) for side, truth in truths.items()}
     for step, (columns, gradient) in enumerate(observations(settings, width, seed), start=1):
         for side in FACTORS:
             truths[side] = updated(truths[side], columns[side], settings.decay, 1 - settings.decay)
-            kept[side].absorb(step, columns[side])
+            sides[side].absorb(step, columns[side])
         if step % settings.measure_every:
             continue
         exact = {side: Decomposed(truth, settings) for side, truth in truths.items()}
-        tracked = {side: {BEST: exact[side].best(settings.rank)} | kept[side].factors for side in FACTORS}
+        tracked = {side: {BEST: exact[side].best(settings.rank)} | sides[side].factors for side in FACTORS}
         for tracker in tracked["inputs"]:
             factors, row = {side: tracked[side][tracker] for side in FACTORS}, {"step": step, "tracker": tracker}
             for side in FACTORS:
@@ -163,7 +164,7 @@ def trackers(settings: Settings, costs: dict[str, float]) -> list[Tracker]:
     ]
 
 
-class Kept:
+class TrackedFactor:
     """The dense average of one factor, and the factors that the trackers keep."""
 
     def __init__(self, settings: Settings, n: int, seed: int, chosen: list[Tracker]) -> None:

@@ -47,7 +47,7 @@ def measure_op(
     op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device, most)
     calls = {"op": op} | ({"torch": cases.torch_form_of(op)} if beside_torch else {})
     times, how = graph_times(device, calls, sets, sizes.seconds)
-    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), timing.of_median(times["op"])
+    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), timing.median_interval(times["op"])
     row = {
         "n": case.n,
         "r": case.r,

@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 
 from bench.benches import timing
 from bench.benches.peers import INCREMENTAL
-from bench.benches.problems import UPDATES, steady
+from bench.benches.problems import UPDATES, steady_state
 from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Shape, check, kron, op_task
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
@@ -118,7 +118,7 @@ def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
 
 def measure_size(shape: Shape, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
     """Yield time and memory of each method at a size: short calls take turns together, a long one by itself."""
-    floor = update_floor(steady("eigh_update", *shape[:3], device=device.tensors))
+    floor = update_floor(steady_state("eigh_update", *shape[:3], device=device.tensors))
     task_of = cache(lambda make: make(shape, device))
     calls = {name: task_of(make).call(by) for name, (_, make, by) in METHODS.items() if name in names}
     for name, call in calls.items():
@@ -130,13 +130,13 @@ def measure_size(shape: Shape, names: Sequence[str], seconds: float, device: Dev
         for name in together:
             yield {
                 "method": name,
-                "seconds": timing.of_median(times[name]),
+                "seconds": timing.median_interval(times[name]),
                 "over_reference": timing.ratio(times[name], times[REFERENCE]),
                 "held_bytes": size_of(calls[name].arguments),
                 "peak_bytes": timing.peak_extra_bytes(functions[name], device.tensors.type, warm_up=False),
                 "rounds": len(times[name]),
             }
-    steady.cache_clear()
+    steady_state.cache_clear()
 
 
 # --- Exponents and tables
