@@ -139,7 +139,7 @@ def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, S
     With several copies of the inputs, a round is one call on each copy, queued between two readings of the timer.
     """
 
-    def kept(function: str, by: str, shape: Shape, checked: Callable[[], Checked]) -> None:
+    def time_case(function: str, by: str, shape: Shape, checked: Callable[[], Checked]) -> None:
         benchmark.group = f"{function} {shape}"
         sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
         about = {"group": benchmark.group, "by": by, "function": function, "shape": str(shape), **sizes}
@@ -164,7 +164,7 @@ def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, S
                 study.cases.append(row | timing_row(benchmark.stats.stats.data, around, floor))
                 benchmark.extra_info["of_ceiling"] = study.cases[-1]["of_ceiling"].value
 
-    return kept
+    return time_case
 
 
 @contextmanager

@@ -73,10 +73,10 @@ options_of = lambda name: {"gradient": "pair"} if name.endswith(PAIR) else {}
 TASK = Task("MNIST", "mlp", 1024, BATCH, MOST, inf, TARGET)
 
 
-def repeated_step(shown: Parts, make: Callable[[nn.Module], Step], task: Task = TASK) -> Callable[[], None]:
+def repeated_step(samples: Parts, make: Callable[[nn.Module], Step], task: Task = TASK) -> Callable[[], None]:
     """Return a call that takes a step on the next of endless batches, which are the same for every method."""
-    step = make(task.model(shown.training.images, 0))
-    batches = data.batches(shown.training, task.batch, sys.maxsize, 0)
+    step = make(task.model(samples.training.images, 0))
+    batches = data.batches(samples.training, task.batch, sys.maxsize, 0)
     return lambda: step(next(batches))
 
 
@@ -89,10 +89,10 @@ def named_step(model: nn.Module, name: str = "SGD") -> Step:
     return Trainer(model, torch.optim.SGD(model.parameters(), 0.03), kfac).step
 
 
-# Steps of other libraries: the package, the step, and the least time that it should take over ours.
 DENSE = {"lr": 1e-3, "T": 1, "structures": ("dense", "dense")}
 singd = lambda model: Trainer(model, import_module("singd.optim.optimizer").SINGD(model, **DENSE)).step
 asdfghjkl = lambda model: Maker(model, 0.01, cross_entropy, BATCH, PERIOD, 0.03, 0.05).step
+# Steps of other libraries: the package, the step, and the least time that it should take over ours.
 PEERS = {
     "singd, dense, T = 1": ("singd", singd, 8.0),
     f"asdfghjkl, K-FAC, inverse every {PERIOD}": ("asdl", asdfghjkl, 2.5),
@@ -137,15 +137,15 @@ def by_period(numerator: Sequence[float], denominator: Sequence[float]) -> Inter
 
 
 @pytest.fixture(scope="module")
-def shown(quick) -> Parts:
+def samples(quick) -> Parts:
     """Return MNIST, or for a short run digits, which need no further package."""
     return standardised(data.load("cpu") if quick else mnist())
 
 
 @pytest.fixture(scope="module")
-def step_of(shown):
+def step_of(samples):
     """Return a function from a name to its step, each on a network of its own."""
-    return cache(lambda name: repeated_step(shown, partial(named_step, name=name)))
+    return cache(lambda name: repeated_step(samples, partial(named_step, name=name)))
 
 
 @pytest.mark.benchmark(group=OVER_SGD)
@@ -157,9 +157,9 @@ def test_step_over_sgd(name, step_of, over) -> None:
 
 @pytest.mark.benchmark(group="a step by width of the hidden layers and batch / SGD's step")
 @pytest.mark.parametrize(("width", "batch"), [(256, 64), (256, 512), (1024, 64), (1024, 512), (2048, 64), (2048, 512)])
-def test_step_by_size(width, batch, shown, in_turn, figures) -> None:
+def test_step_by_size(width, batch, samples, in_turn, figures) -> None:
     sized, names = replace(TASK, width=width, batch=batch), ("SGD", *MOST_OVER_SGD, "SRE-KFAC", "K-FAC")
-    steps = {name: repeated_step(shown, partial(named_step, name=name), sized) for name in names}
+    steps = {name: repeated_step(samples, partial(named_step, name=name), sized) for name in names}
     seconds = in_turn(steps, 2 * PERIOD, warm_up=3)
     of_sgd = seconds.pop("SGD")
     for name, times in seconds.items():
@@ -169,10 +169,10 @@ def test_step_by_size(width, batch, shown, in_turn, figures) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.benchmark(group="calls of torch in KFAC.step")
 @pytest.mark.parametrize("name", MOST_OVER_SGD)
-def test_calls_of_a_step(name, shown, figures) -> None:
-    model, counts = TASK.model(shown.training.images, 0), []
+def test_calls_of_a_step(name, samples, figures) -> None:
+    model, counts = TASK.model(samples.training.images, 0), []
     kfac = KFAC(model, STRATEGIES[name])
-    for inputs, labels in data.batches(shown.training, BATCH, 4, 0):
+    for inputs, labels in data.batches(samples.training, BATCH, 4, 0):
         model.zero_grad()
         cross_entropy(model(inputs), labels).backward()
         counts.append(torch_calls(kfac.step))
@@ -206,10 +206,10 @@ def test_evenness_of_steps(name, step_of, in_turn, figures) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", MOST_OVER_SGD)
 @pytest.mark.parametrize("peer", PEERS)
-def test_against_other_peoples(peer, name, shown, step_of, in_turn, figures) -> None:
+def test_against_other_peoples(peer, name, samples, step_of, in_turn, figures) -> None:
     package, step, least = PEERS[peer]
     pytest.importorskip(package)
-    seconds = in_turn({"ours": step_of(name), "theirs": repeated_step(shown, step)}, 4 * PERIOD, warm_up=PERIOD)
+    seconds = in_turn({"ours": step_of(name), "theirs": repeated_step(samples, step)}, 4 * PERIOD, warm_up=PERIOD)
     figures(f"{peer} / {name}", by_period(seconds["theirs"], seconds["ours"]), at_least=least)
 
 
@@ -217,21 +217,21 @@ def test_against_other_peoples(peer, name, shown, step_of, in_turn, figures) -> 
 
 
 def train(
-    rate: float, strategy: Strategy | None, shown: Parts, most: int, seed: int = SEARCH_SEED, **options: Any
+    rate: float, strategy: Strategy | None, samples: Parts, most: int, seed: int = SEARCH_SEED, **options: Any
 ) -> dict[str, Any]:
     """Train to the target as the study does, with a look after each step; the search has its own parts of the images.
 
     The steps alone are timed. pytest-benchmark cannot time them, as each step is another call.
     """
-    model, kind = TASK.model(shown.training.images, seed), torch.optim.AdamW if strategy is None else torch.optim.SGD
+    model, kind = TASK.model(samples.training.images, seed), torch.optim.AdamW if strategy is None else torch.optim.SGD
     kfac = None if strategy is None else KFAC(model, strategy, damping=0.03, clip=0.07, **options)
     trainer, task = Trainer(model, kind(model.parameters(), rate), kfac), replace(TASK, steps=most)
-    parts = shown[2:] if seed == SEARCH_SEED else shown[:2]
+    parts = samples[2:] if seed == SEARCH_SEED else samples[:2]
     return kfac_images.train(trainer, task, parts, seed, Settings((), look_after=1, look_every=0.0))
 
 
 @pytest.fixture(scope="module")
-def trials(shown, quick) -> dict[str, pd.DataFrame]:
+def trials(samples, quick) -> dict[str, pd.DataFrame]:
     """Return equally many trials of each method: a run for each rate, evenly spaced in the logarithm, and strategy."""
     count, most = (1, 4) if quick else (TRIALS, MOST)
     strategies = [Brand(RANK), Brand(LOW_RANK, sketch=COLUMNS), Brand(COLUMNS, sketch=COLUMNS // 2)][:count]
@@ -242,14 +242,14 @@ def trials(shown, quick) -> dict[str, pd.DataFrame]:
 
     def tried(strategy: Strategy | None, rate: float) -> dict[str, Any]:
         rate = float(f"{rate:.3g}")
-        return {"rate": rate, "strategy": strategy} | train(rate, strategy, shown, most)
+        return {"rate": rate, "strategy": strategy} | train(rate, strategy, samples, most)
 
     return {name: pd.DataFrame(itertools.starmap(tried, own)) for name, own in choices.items()}
 
 
 @pytest.mark.benchmark(group=f"to {TARGET:.0%} on MNIST / tuned AdamW, median of the seeds")
 @pytest.mark.parametrize(("part", "limit"), [("step", 0.3), ("seconds", 0.45)])
-def test_to_accuracy(part, limit, shown, trials, figures, quick) -> None:
+def test_to_accuracy(part, limit, samples, trials, figures, quick) -> None:
     # These are whole training runs: there is no single call to time.
     seeds, most = ([0], 4) if quick else ([0, 1, 2, 3, 4], MOST)
     # The final score decides between trials with equally many steps, and between those that missed the target. Seconds
@@ -262,7 +262,7 @@ def test_to_accuracy(part, limit, shown, trials, figures, quick) -> None:
 
     def run(name: str, seed: int) -> float:
         numbers = chosen[name.removesuffix(PAIR)]
-        return train(numbers["rate"], numbers["strategy"], shown, most, seed, **options_of(name))[part]
+        return train(numbers["rate"], numbers["strategy"], samples, most, seed, **options_of(name))[part]
 
     # In turn, so that a change of the machine's speed affects all alike. The median is infinite if half did not arrive.
     runs = pd.DataFrame([{name: run(name, seed) for name in (*chosen, "B-KFAC" + PAIR)} for seed in seeds])

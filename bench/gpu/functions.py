@@ -125,9 +125,9 @@ def _captured(findings: Findings, name: str, call: Call) -> None:
     findings.row("captured", call=name, **{"equal to the bit": "yes", "waits for the device": "no"})
 
 
-def _assert_equal(what: str, findings: Any, expected: Any) -> None:
+def _assert_equal(what: str, result: Any, expected: Any) -> None:
     message = lambda differences: f"{what} differ: {differences}"
-    torch.testing.assert_close(tensors_in(findings), tensors_in(expected), rtol=0, atol=0, msg=message)
+    torch.testing.assert_close(tensors_in(result), tensors_in(expected), rtol=0, atol=0, msg=message)
 
 
 # --- Updates, kernel by kernel

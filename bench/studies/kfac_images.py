@@ -38,9 +38,8 @@ def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FO
     """
     where = str(device.tensors)
     samples = cache(lambda task: task.data(folder, where, settings.most))
-    wanted = lambda task, method: task.kind != method.refuses and (method.usual or task.everyone)
-    installed = [method for method in METHODS if method.installed]
-    pairs = [pair for pair in product(settings.tasks, installed) if wanted(*pair)]
+    suits = lambda task, method: method.installed and method.refuses != task.kind and (method.usual or task.everyone)
+    pairs = [pair for pair in product(settings.tasks, METHODS) if suits(*pair)]
     count = lambda task: settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
     cost, about = lambda task, method, _: method.cost * task.cost, (settings, samples, tables)
     trials = [(task, method, point) for task, method in pairs for point in range(count(task))]
