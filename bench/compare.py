@@ -120,7 +120,7 @@ def main(
     old: Annotated[Path | None, typer.Option(help="Another such folder, in place of what is committed.")] = None,
     least: Annotated[float, typer.Option(help="Smallest change that is told (0.1: 10 %).")] = LEAST,
 ) -> None:
-    console, found = Console(highlight=False), []
+    console, compared = Console(highlight=False), []
     studies = [(path.name, *study) for path in sorted(new.glob("*")) for study in results.read(path).items()]
     for folder, name, after in studies:
         if name not in RATIOS:
@@ -137,11 +137,11 @@ def main(
         elif before["facts"]["quick"] != after["facts"]["quick"]:
             words = "one of the runs is a short one, whose figures mean nothing"
         else:
-            found.append(ratios := changes(name, before, after, least))
+            compared.append(ratios := changes(name, before, after, least))
             words = f"{len(ratios)} ratios of {commit_of(before['facts'])} and {commit_of(after['facts'])}"
             words += f"; median noise {100 * ratios['noise'].median():.2g} %" if len(ratios) else ""
         console.print(f"{folder}, {name}: {words}")
-    cells = pd.concat(found) if found else pd.DataFrame(columns=["factor", "regression"])
+    cells = pd.concat(compared) if compared else pd.DataFrame(columns=["factor", "regression"])
     cells = cells.sort_values("factor", kind="stable", ignore_index=True)
     worse = cells["regression"].astype(bool)
     # The regressions, and the largest changes either way.

@@ -104,9 +104,9 @@ def machines_of(folder: Path) -> Machines:
 def page_parts(name: str, machines: Machines) -> Iterator[str]:
     """Yield answer, pictures, tables and files for each machine that has the page's first study."""
     page = PAGES[name]
-    measured = {machine: found for machine, found in machines.items() if page.studies[0] in found}
-    for machine, found in measured.items():
-        content = found[page.studies[0]]
+    measured = {machine: studies for machine, studies in machines.items() if page.studies[0] in studies}
+    for machine, studies in measured.items():
+        content = studies[page.studies[0]]
         if len(measured) > 1:
             yield f"## {machine_name(content['facts'])}\n"
         yield page.answer_text(content)
@@ -115,9 +115,9 @@ def page_parts(name: str, machines: Machines) -> Iterator[str]:
         for title, cells in [*page.shown(content), *(settings_of(content) if page.heading else [])]:
             yield f"{page.heading} {title}".strip() + f"\n\n{markdown(cells)}"
         yield "All figures, with what they were measured on:\n"
-        for study in [study for study in page.studies if study in found]:
-            links = [f"[{table}]({csv_of(machine, study, table)})" for table in tables(study, found[study])]
-            yield f"- {pages.provenance(found[study]['facts'], f'{study}.json')} CSV: {', '.join(links) or 'none'}."
+        for study in [study for study in page.studies if study in studies]:
+            links = [f"[{table}]({csv_of(machine, study, table)})" for table in tables(study, studies[study])]
+            yield f"- {pages.provenance(studies[study]['facts'], f'{study}.json')} CSV: {', '.join(links) or 'none'}."
     if not measured:
         yield NOTHING
 
@@ -132,12 +132,12 @@ def settings_of(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def overview(machines: Machines) -> Iterator[str]:
     """Yield each question with its answer, from the first machine that has the study."""
-    found = ChainMap(*machines.values())
+    studies = ChainMap(*machines.values())
     for name in QUESTIONS:
         page, study = PAGES[name], PAGES[name].studies[0]
         yield f"## [{page.question}]({FOLDER}/{name}.md)\n"
-        if study in found:
-            yield f"{page.answer_text(found[study])}\n`{study}.json`, {short_facts(found[study]['facts'])}.\n"
+        if study in studies:
+            yield f"{page.answer_text(studies[study])}\n`{study}.json`, {short_facts(studies[study]['facts'])}.\n"
         else:
             yield NOTHING
 
@@ -238,8 +238,8 @@ def wanted_texts(machines: Machines, docs: Path) -> Iterator[tuple[Path, str]]:
         text = BLOCK.sub(block, path.read_text(encoding="utf-8"))
         yield path, QUOTE.sub(partial(quoted, machines=machines), text)
     for study in {study for page in PAGES.values() for study in page.studies}:
-        for machine, found in machines.items():
-            for name, cells in tables(study, found[study]).items() if study in found else ():
+        for machine, studies in machines.items():
+            for name, cells in tables(study, studies[study]).items() if study in studies else ():
                 yield docs / csv_of(machine, study, name), cells.to_csv(index=False, lineterminator="\n")
 
 
@@ -250,8 +250,8 @@ def outdated(machines: Machines, docs: Path) -> Iterator[tuple[Path, Callable[[]
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             yield path, partial(path.write_text, text, encoding="utf-8")
     yield from ((path, path.unlink) for path in list((docs / FOLDER).glob("*.csv")) if path not in wanted)
-    for (machine, found), page in product(machines.items(), PAGES.values()):
-        content, at = found.get(page.studies[0], {}), docs / pages.PICTURES / machine
+    for (machine, studies), page in product(machines.items(), PAGES.values()):
+        content, at = studies.get(page.studies[0], {}), docs / pages.PICTURES / machine
         for name, (_, draw) in page.drawn.items() if content and page.has_pictures(content) else ():
             if pictures.stale(name, content, at):
                 yield pictures.path(name, pictures.THEMES[0], at), partial(pictures.write, name, content, at, draw)

@@ -82,8 +82,8 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         # On SIGTERM this process ends its own processes too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        found = Run(machine, folder, end).stages(names)
-    raise typer.Exit(int(any(section["status"] == "failed" for section in found.values())))
+        sections = Run(machine, folder, end).stages(names)
+    raise typer.Exit(int(any(section["status"] == "failed" for section in sections.values())))
 
 
 class Run:
@@ -108,25 +108,25 @@ class Run:
             else:
                 self._stage(name, start + seconds)
             frame.write(self.path, name, "seconds", time.monotonic() - start)
-            found = self.report()
-            console.print(frame.section(name, found[name], self.dry))
-        console.print(frame.verdict(self.machine, found))
+            sections = self.report()
+            console.print(frame.section(name, sections[name], self.dry))
+        console.print(frame.verdict(self.machine, sections))
         console.print(f"written: {STUDY}.json, {STUDY}.txt and {STUDY}.jsonl in {self.folder}", soft_wrap=True)
-        return found
+        return sections
 
     def report(self) -> dict[str, dict[str, Any]]:
-        found = frame.sections(self.path)
-        unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
+        sections = frame.sections(self.path)
+        unfinished = {name: each["status"] for name, each in sections.items() if each["status"] != "done"}
         # The page reads ops and ceilings from the same tables as those of the roofline study.
         stages = {"rows": "ops", "ceilings": "ceilings"}
-        tables = {name: found.get(stage, {}).get("tables", {}).get(name, []) for name, stage in stages.items()}
-        facts = self.machine | {"interrupted": unfinished or False}
-        results.write(STUDY, facts, {"sections": found, **tables}, self.folder)
-        text, parts = StringIO(), [frame.section(name, found[name], self.dry) for name in found]
-        whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
+        tables = {name: sections.get(stage, {}).get("tables", {}).get(name, []) for name, stage in stages.items()}
+        facts = self.machine | {"interrupted": ", ".join(map(": ".join, unfinished.items())) or False}
+        results.write(STUDY, facts, {"sections": sections, **tables}, self.folder)
+        text, parts = StringIO(), [frame.section(name, sections[name], self.dry) for name in sections]
+        whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, sections))
         Console(width=frame.WIDTH, file=text, highlight=False).print(*whole, sep="\n")
         (self.folder / f"{STUDY}.txt").write_text(text.getvalue(), encoding="utf-8")
-        return found
+        return sections
 
     def _stage(self, name: str, end: float) -> None:
         """Run the processes of a stage. If one dies, another goes on after the case that it died in."""

@@ -1,4 +1,4 @@
-"""Accuracy of the two forms of Brand's update, for ``docs/updates.md``: ``make study-forms``, three minutes on one thread."""
+"""Accuracy of the two forms of Brand's update, for ``docs/updates.md``. ``make study-forms`` takes three minutes."""
 
 from collections.abc import Iterator
 from itertools import product
