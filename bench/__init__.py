@@ -1,1 +1,1 @@
-"""Benchmarks and studies: what they measure goes to ``results/``, and from there to ``docs/measurements``."""
+"""Benchmarks and studies. Their measurements go to ``results/``, and from there to ``docs/measurements``."""

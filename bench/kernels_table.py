@@ -1,13 +1,13 @@
-"""What every kernel compiles to on every target, as a table: ``python -m bench.kernels_table``. No GPU is needed.
+"""The compiled kernels on every target, as a table: ``python -m bench.kernels_table``. No GPU is needed.
 
-Registers, spills and shared memory are those of the worst of the layouts that a row stands for; occupancy is the share
-of warps that are resident where nothing but these three limits it. Exits with 1 if any specialisation has a fault.
+Each row stands for several layouts; its registers, spills and shared memory are those of the worst one. Occupancy is
+the share of warps that are resident if only these three limit it. The exit code is 1 if any specialisation has a fault.
 
-A second table estimates times at the sizes of the roofline study, at the published ceilings of GPUs. A launch takes as
-long as its bytes at the memory's bandwidth, or as its products at the rate of their type, whichever is more, and
-`LAUNCH` on top. Where it has fewer programs than the GPU has multiprocessors, the others add no flops. What follows one
-after another inside a program is not counted, nor are torch's own products between the kernels. A third table has one
-update of the factors of a whole network beside the time of its bytes, also with the serial steps of a core.
+A second table estimates times at the sizes of the roofline study, at the published ceilings of GPUs. A launch takes
+`LAUNCH`, and in addition the time of its bytes at the memory's bandwidth or of its products at the rate of their type,
+whichever is longer. If it has fewer programs than the GPU has multiprocessors, the idle ones add no flops. Serial steps
+inside a program, and torch's own products between the kernels, are not counted. A third table compares one update of
+the factors of a whole network with the time of its bytes, with and without the serial steps of a core.
 """
 
 import json
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 import brandla
-from bench.frame.figures import spelled
+from bench.frame.figures import Row, formatted
 from bench.frame.pages import on_terminal
 from bench.gpu import cases
 from bench.gpu.device import Stub
@@ -39,22 +39,20 @@ from brandla_kernels._kernels.ahead import TARGETS, compile_for, faults, target_
 from brandla_kernels._kernels.launch import Launch, recording
 from brandla_kernels._kernels.shipped import specializations
 
-Facts = dict[str, Any]
 COUNTED = ("registers", "spills", "shared_bytes", "tensor_memory", "occupancy")
-# What differs only in ops and layouts is one row.
-ROW = ["kernel", "dtype", "tiles", "warps"]
+ROW = ["kernel", "dtype", "tiles", "warps"]  # specialisations that differ only in ops and layouts share a row
 COLUMNS = ["ops", *ROW, "registers", "spills", "shared", "products", "matrix instructions", "occupancy", "faults"]
-# What the names of all matrix instructions share.
+# Parts that the names of all matrix instructions share.
 SHARED = {"sync", "aligned", "row", "col", "cta_group::1", "mma_async"}
 
 
-def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
-    """Compile every ``parts``-th specialisation for a target and say what came out."""
+def compiled_facts(target: str, part: int, parts: int) -> list[Row]:
+    """Compile every ``parts``-th specialisation for a target, and return the facts of each."""
     torch.set_num_threads(1)
     found = []
     for case in specializations(target)[part::parts]:
         config, dtype = case.launch.config, str(case.dtype).removeprefix("torch.")
-        facts: Facts = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
+        facts: Row = {"target": target, "kernel": case.launch.name, "dtype": dtype, "tile": dict(config.blocks)}
         facts |= {"warps": config.num_warps, "stages": config.num_stages, "layout": case.layout.name}
         facts |= {"ops": sorted(case.ops), "products": [], "matrix_instructions": []}
         try:
@@ -69,7 +67,7 @@ def compiled_facts(target: str, part: int, parts: int) -> list[Facts]:
     return found
 
 
-def tables(found: list[Facts]) -> Iterator[Table]:
+def tables(found: list[Row]) -> Iterator[Table]:
     short = lambda name: ".".join(part for part in name.split(".") if part not in SHARED)
     joined = lambda names: ", ".join(sorted(set(names.sum())))
     every = pd.DataFrame(found)
@@ -77,34 +75,31 @@ def tables(found: list[Facts]) -> Iterator[Table]:
     every["matrix instructions"] = [list(map(short, names)) for names in every["matrix_instructions"]]
     lists = dict.fromkeys(("ops", "products", "matrix instructions", "faults"), joined)
     worst = {"registers": "max", "spills": "max", "shared_bytes": "max", "occupancy": "min"}
-    for target, own in every.groupby("target", sort=False):
-        cells = own.groupby(ROW).agg(lists | worst).reset_index()
+    for target, of_target in every.groupby("target", sort=False):
+        cells = of_target.groupby(ROW).agg(lists | worst).reset_index()
         none = cells["products"].map(lambda products: "fused multiply-add" if products else "none")
         cells["matrix instructions"] = cells["matrix instructions"].mask(cells["matrix instructions"] == "", none)
         cells["products"] = cells["products"].replace("", "none")
         cells["shared"] = (cells["shared_bytes"] / 1024).map("{:.0f} KB".format)
         cells["occupancy"] = cells["occupancy"].map("{:.0%}".format)
-        yield on_terminal(cells[COLUMNS], f"{target}: {len(own)} specialisations", list(cells["faults"] != ""))
+        yield on_terminal(cells[COLUMNS], f"{target}: {len(of_target)} specialisations", list(cells["faults"] != ""))
 
 
 # --- Estimates
 
 BITS = (16, 32, 64)
-# Seconds between the starts of two kernels, an assumption: 2 in a graph, up to 8 from the host.
-LAUNCH = 4e-6
+LAUNCH = 4e-6  # seconds between the starts of two kernels, an assumption: 2 in a graph, up to 8 from the host
 CAPTION = (
     "Estimated, not measured: µs at the published ceilings (docs/references.md), without sparsity, and"
     f" {LAUNCH * 1e6:.0f} µs a launch, beside what takes longest. Float32 products count as three in TF32 on NVIDIA, as"
     " float32 matrix products on AMD. Bytes and flops are those on the first GPU."
 )
-
-
-# The factors of a network, their rank and their new columns; and seconds of a serial step of a core, 400 cycles.
+# The factors of a network, their rank and their new columns; and the seconds of a serial step of a core, 400 cycles.
 NETWORK, RANK, NEW, STEP = [int(n) for n in np.linspace(512, 8192, 64)], 128, 64, 400 / 1.7e9
 
 
 class Gpu(NamedTuple):
-    """What a vendor publishes of a GPU, and the target that its kernels are compiled for."""
+    """The published figures of a GPU, and the target that its kernels are compiled for."""
 
     target: str
     bytes: float  # a second
@@ -120,7 +115,7 @@ GPUS = {
 
 
 class _Published(Stub):
-    """A GPU that launches are recorded for, on operands that nothing reads."""
+    """A GPU for which launches are recorded, with uninitialised operands: nothing reads them."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.target = lambda: target_named(gpu.target)
@@ -130,7 +125,7 @@ class _Published(Stub):
 
 
 def seconds(launch: Launch, gpu: Gpu) -> dict[str, float]:
-    """Return the parts of the estimate, and the time: that of the launch and the longer of the two others."""
+    """Return the parts of the estimate, and the whole time: the launch, and the longer of bytes and flops."""
     busy = min(1.0, math.prod(launch.grid) / gpu.multiprocessors)
     products = sum(flops / gpu.flops[bits] for bits, flops in launch.work.flops.items()) / busy
     moved = launch.work.bytes / gpu.bytes
@@ -138,7 +133,7 @@ def seconds(launch: Launch, gpu: Gpu) -> dict[str, float]:
 
 
 def estimates(sizes: cases.Sizes) -> pd.DataFrame:
-    """Return a row for each kernel of an op at a size; kernels that an op starts again are added up."""
+    """Return a row for each kernel of an op at a size; repeated launches of a kernel are added up."""
     rows = [
         {"op": case.op, "case": case.name, "kernel": launch.name, "GPU": name, "launches": 1}
         | {"MB": launch.work.bytes / 1e6, **launch.work.flops, **seconds(launch, gpu)}
@@ -147,23 +142,23 @@ def estimates(sizes: cases.Sizes) -> pd.DataFrame:
         for launch in cases.launches(case, _Published(gpu))
     ]
     summed = pd.DataFrame(rows).groupby(["op", "case", "kernel", "GPU"], sort=False).sum()
-    times = (1e6 * summed["time"]).map(spelled) + " " + summed[["launch", "bytes", "flops"]].idxmax(axis=1)
+    times = (1e6 * summed["time"]).map(formatted) + " " + summed[["launch", "bytes", "flops"]].idxmax(axis=1)
     first = summed.xs(next(iter(GPUS)), level="GPU")
     products = [
-        ", ".join(f"{spelled(row[bits] / 1e9)} of {bits} bits" for bits in BITS if row.get(bits))
+        ", ".join(f"{formatted(row[bits] / 1e9)} of {bits} bits" for bits in BITS if row.get(bits))
         for row in first.to_dict("records")
     ]
-    cells = first[["launches"]].assign(MB=first["MB"].map(spelled), Gflop=products).replace("", "–")
+    cells = first[["launches"]].assign(MB=first["MB"].map(formatted), Gflop=products).replace("", "–")
     return cells.join(times.unstack()[list(GPUS)].add_suffix(", µs")).reset_index()
 
 
 def updates() -> pd.DataFrame:
-    """Return, for each GPU, the time of one update without `eigh` of a network's factors beside that of its bytes."""
+    """Return, for each GPU, the time of one update of a network's factors without `eigh`, beside that of its bytes."""
     roots = [LowRankRoot(torch.empty(n, RANK), torch.empty(RANK, RANK)) for n in NETWORK]
     columns = [torch.empty(n, NEW) for n in NETWORK]
-    # Both are read twice, and the new roots are written.
+    # Roots and columns are read twice, and the new roots are written.
     moved = 4 * sum(NETWORK) * (2 * (RANK + NEW) + RANK)
-    # Of two factorisations, and of three rounds that make columns orthonormal.
+    # Two factorisations, and three rounds that make columns orthonormal.
     steps = (2 * (RANK + NEW) + 3 * RANK) * STEP
     rows = []
     for name, gpu in GPUS.items():
@@ -181,7 +176,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Target = StrEnum("Target", {name: name for name in TARGETS})
 
 
-# Options take one value, so that further targets are arguments: ``--targets sm_90 gfx942``.
+# An option takes one value, so further targets are arguments: ``--targets sm_90 gfx942``.
 @app.command()
 def main(
     more: Annotated[list[Target] | None, typer.Argument(hidden=True)] = None,

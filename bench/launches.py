@@ -1,23 +1,22 @@
 """Kernels of every public function and of a K-FAC step, beside their budgets: ``python -m bench.launches``.
 
-Counted on a CPU, with no GPU: a launch takes some microseconds of the host, and its kernel as much of the device
-however small it is, so for small matrices the count is the time. Every op of the library records what its Triton
-launch would start on a target, and takes its values from its torch form; no branch looks at a value unless a GPU's
-would too. A dispatch mode counts what torch is asked for. A view, an allocation, and a result without entries are
-free. One function of ``torch.linalg``, and one ``torch._foreach_`` over a list, counts as one kernel; cuSOLVER, or a
-long list, takes several.
+The kernels are counted on a CPU. A launch takes some microseconds of the host, and its kernel as much of the device
+however small it is, so for small matrices the count is the time. Every op of the library records the launches that it
+would start on a target, and takes its values from its torch form. No branch looks at a value unless a GPU's branch
+would too. A dispatch mode counts the calls of torch. Views, allocations and results without entries are free. One
+function of ``torch.linalg``, or one ``torch._foreach_`` over a list, counts as one kernel; cuSOLVER, or a long list,
+takes several.
 
-The host's own time is shown for some calls and for a step of K-FAC: launches replaced by their record, one thread.
-Triton's own part of a launch comes on top on a GPU. Times depend on what else the machine does, and the number of
-Python's calls does not.
+For some calls and for a step of K-FAC, the host's own time is shown, with launches recorded and one thread. On a GPU,
+Triton's own part of a launch is added. The time depends on the machine's other work; the number of Python calls does
+not.
 """
 
 import cProfile
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice, pairwise, product
+from itertools import islice, product
 from time import perf_counter
 from timeit import repeat, timeit
 from typing import Annotated, Any, NamedTuple
@@ -29,14 +28,16 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import brandla
 import brandla_kernels
 from bench.frame import results
 from bench.frame.facts import facts
-from bench.frame.pages import on_terminal
+from bench.frame.pages import show
+from bench.gpu.device import tensors_in
 from brandla import LowRankEigh, LowRankRoot, LowRankSVD, Tracked, grouped
+from brandla.demo import data
 from brandla.kfac import (
     EKFAC,
     KBFGS,
@@ -65,7 +66,7 @@ ALLOCATIONS = {
 }
 READS_ALONE = {aten._local_scalar_dense, aten.is_nonzero, aten._linalg_check_errors}
 FREE = ALLOCATIONS | READS_ALONE | {aten.promote_types}
-# What makes the host wait for the device: results that it reads, or whose sizes it needs.
+# Calls that make the host wait for the device, for a result that it reads or whose size it needs.
 WAITS = READS_ALONE | {
     *(aten.equal, aten.nonzero, aten._linalg_eigh, aten._linalg_svd, aten.linalg_qr),
     *(aten.geqrf, aten.linalg_eig),
@@ -84,7 +85,7 @@ class Counts(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Count what is asked for inside the ``with`` block."""
+    """Counts the kernels that are asked for inside the ``with`` block."""
 
     def __init__(self, target: str = TARGET) -> None:
         super().__init__()
@@ -113,26 +114,24 @@ class Counter(TorchDispatchMode):
             with self:
                 return form(*args)
         self.ops.append((op, args))
-        # What a launch leaves unwritten must not reach what the op overwrites.
-        spared = tree_map_only(Tensor, Tensor.clone, args)
+        # A recorded launch leaves its results unwritten. They must not reach the tensors that the op overwrites.
+        copies = tree_map_only(Tensor, Tensor.clone, args)
         with self, recording(self.target) as launches:
-            op.launch(*(spared if op.signature.writes else args))
+            op.launch(*(copies if op.signature.writes else args))
         self._add(triton=len(launches))
         with brandla.backend("torch"):
             return form(*args)
 
 
 def _is_empty(func: Any, args: Any, result: Any) -> bool:
-    """Say whether nothing is written, since all that would be has no entries."""
-    written = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
-    if not written and func._schema.is_mutable:
-        written = [part for part in tree_leaves(args[0]) if isinstance(part, Tensor)]
+    """Return whether a call writes nothing, as its results have no entries."""
+    written = tensors_in(result) or (tensors_in(args[0]) if func._schema.is_mutable else [])
     return bool(written) and all(part.numel() == 0 for part in written)
 
 
 @contextmanager
 def on_gpu() -> Iterator[list[Launch]]:
-    """Have functions take the way of a GPU, and yield the record of their launches."""
+    """Let functions take the path of a GPU, and yield the record of their launches."""
     with recording(target_named(TARGET)) as launches, brandla.backend("triton"), torch.no_grad():
         yield launches
 
@@ -149,7 +148,7 @@ def counts_of(call: Callable[[], Any]) -> Counts:
 
 # --- The host
 
-# The most microseconds of the host that a call may take on one core, for one factor; and a step of K-FAC.
+# The most microseconds of the host for a call with one factor, and for a step of K-FAC, on one core.
 HOST_BUDGETS = {
     ("project", "single"): 40,
     ("damped_solve, root", "single"): 120,
@@ -161,22 +160,22 @@ HOST_PARTS = ["host µs", "checks", "dispatch", "tables", "launching", "Python c
 
 
 def host_times(call: Callable[[], Any]) -> dict[str, float]:
-    """Return microseconds of a call whose launches are recorded, in all and of its parts, and Python's calls in it.
+    """Return the microseconds of a call with recorded launches, in all and by part, and its number of Python calls.
 
-    Its parts are what the function does before and between its ops, checks above all; the dispatcher and the checks of
+    The parts are the function's own code before and between its ops, mostly checks; the dispatcher and the checks of
     the ops; the tables of lists; and the rest of the launches.
     """
-    asked = counted(call).ops
+    calls_of_ops = counted(call).ops
     with on_gpu() as launches:
         whole = _microseconds(call, launches)
-        ops = sum(_microseconds(partial(op, *args), launches) for op, args in asked)
+        ops = sum(_microseconds(partial(op, *args), launches) for op, args in calls_of_ops)
         launching, tables = (_microseconds_in(function, call, launches) for function in ("call", "filled_table"))
     parts = (whole, whole - ops, ops - launching, tables, launching - tables, python_calls(call))
     return {name: round(part, 1) for name, part in zip(HOST_PARTS, parts, strict=True)}
 
 
 def python_calls(call: Callable[[], Any]) -> int:
-    """Count the calls of Python functions in a call whose launches are recorded, once it has been made before."""
+    """Count the calls of Python functions in a second call with recorded launches."""
     with on_gpu():
         call()
         return _python_calls(call)
@@ -189,24 +188,24 @@ def _python_calls(call: Callable[[], Any]) -> int:
 
 
 def _microseconds(call: Callable[[], Any], launches: list[Launch]) -> float:
-    """Return the time of a call, at the best of some rounds."""
+    """Return the time of a call in the best of some rounds."""
 
     def once() -> None:
         call()
-        # They hold the memory of every call, which then takes new pages of the host: twice the time.
+        # Kept launches would hold the memory of each call: new pages for the next call double its time.
         launches.clear()
 
     return 1e6 * min(repeat(once, number=20, repeat=100)) / 20
 
 
 def _microseconds_in(function: str, call: Callable[[], Any], launches: list[Launch]) -> float:
-    """Return the time that a call spends in a function of `plan`, in the mean of some."""
-    own, spent = getattr(plan, function), []
+    """Return the mean time that a call spends in a function of `plan`."""
+    original, spent = getattr(plan, function), []
 
     def timed(*arguments: Any) -> Any:
-        began = perf_counter()
-        result = own(*arguments)
-        spent.append(perf_counter() - began)
+        start = perf_counter()
+        result = original(*arguments)
+        spent.append(perf_counter() - start)
         return result
 
     with mock.patch.object(plan, function, timed):
@@ -221,14 +220,14 @@ def _microseconds_in(function: str, call: Callable[[], Any], launches: list[Laun
 N, R, K = 1000, 32, 16
 BATCH, LISTED = 4, 8
 FORMS = ("single", "batched", "grouped")
-# Arguments for n and a batch shape; numbers are the same for all.
+# An argument is a number, or a function of n and a batch shape that makes it.
 Argument = Callable[[int, tuple[int, ...]], Any] | float
 columns = lambda n, batch, k=K: torch.randn(*batch, n, k)
 orthonormal = lambda n, batch: torch.linalg.qr(columns(n, batch, R)).Q
 values = lambda batch: (1 / torch.arange(1, R + 1)).expand(*batch, R).contiguous()
 eigh = lambda n, batch: LowRankEigh(values(batch), orthonormal(n, batch))
 tracked = lambda n, batch: Tracked(root(n, batch), torch.zeros(batch), torch.ones(batch))
-# The other side of an n × n/2 matrix; such a decomposition, a full matrix, and P and Q of P Qᵀ.
+# Of an n × n/2 matrix: an argument of the other side, a decomposition, the matrix itself, and P and Q of P Qᵀ.
 half = lambda make: lambda n, batch: make(n // 2, batch)
 svd = lambda n, batch: LowRankSVD(orthonormal(n, batch), values(batch), orthonormal(n // 2, batch).mT)
 wide = lambda n, batch: columns(n, batch, n // 2)
@@ -243,7 +242,7 @@ def root(n: int, batch: tuple[int, ...]) -> LowRankRoot:
 
 AVERAGE = {"decay": 0.95, "weight": 0.05}
 NO_EIGH = AVERAGE | {"compress": "cholesky"}
-# Arguments and options by the call in words, which begin with the function's name.
+# Arguments and options by the words for the call, which begin with the function's name.
 FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
     "root_update, cholesky": ((root, columns), NO_EIGH),
     "root_update, cholesky, tracked": ((tracked, columns), NO_EIGH),
@@ -278,7 +277,8 @@ FUNCTIONS: dict[str, tuple[tuple[Argument, ...], dict[str, Any]]] = {
 
 
 def call_of(name: str, form: str) -> Callable[[], Any] | None:
-    makers, options = FUNCTIONS[name]
+    """Return a call of a function in one of the `FORMS`; None if it has no such form."""
+    arguments, options = FUNCTIONS[name]
     function = name.partition(",")[0]
     if form == "grouped":
         owner, sizes = grouped, [N + 100 * index for index in range(LISTED)]
@@ -288,16 +288,16 @@ def call_of(name: str, form: str) -> Callable[[], Any] | None:
         make = lambda maker: maker(N, (BATCH,) if form == "batched" else ())
     if not hasattr(owner, function):
         return None
-    made = lambda maker: make(maker) if callable(maker) else maker
-    own = {option: made(maker) for option, maker in options.items()}
-    return partial(getattr(owner, function), *map(made, makers), **own)
+    value_of = lambda argument: make(argument) if callable(argument) else argument
+    options = {option: value_of(argument) for option, argument in options.items()}
+    return partial(getattr(owner, function), *map(value_of, arguments), **options)
 
 
 # --- A step of K-FAC
 
 
 class Block(nn.Module):
-    """A transformer's block: one head, and two layers after it."""
+    """A transformer's block: attention with one head, then two layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -313,9 +313,8 @@ class Block(nn.Module):
 
 
 def mlp(layers: int) -> nn.Module:
-    """Return so many linear layers of different widths."""
-    widths = [48, *(64 + 8 * (index % 3) for index in range(layers - 1)), 40]
-    return nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())))
+    """Return an MLP of so many linear layers of different widths."""
+    return data.mlp(48, *(64 + 8 * (index % 3) for index in range(layers - 1)), 40)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -325,7 +324,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "transformer": lambda: nn.Sequential(nn.Linear(48, 64), Block(64), Block(64), nn.Linear(64, 40)),
     "MLP, 48 layers": lambda: mlp(48),
 }
-# Periods are such that all of them renew at the step that is counted.
+# With these periods, all strategies renew at the step that is counted.
 STRATEGIES = {
     "Brand": Brand(8),
     "Brand, by eigh": Brand(8, compress="eigh"),
@@ -345,12 +344,12 @@ STRATEGIES = {
 
 
 def steps(network: nn.Module, strategy: Any) -> Iterator[Callable[[], None]]:
-    """Yield the steps of a training run, each after its backward pass, for the caller to take."""
+    """Yield the step function of a training run after each backward pass, for the caller to call."""
     preconditioner = KFAC(network, inverse=strategy)
-    data = torch.randn(16, 5, 48) if any(isinstance(part, Block) for part in network) else torch.randn(16, 48)
+    inputs = torch.randn(16, 5, 48) if any(isinstance(part, Block) for part in network) else torch.randn(16, 48)
     while True:
         network.zero_grad()
-        network(data).square().mean().backward()
+        network(inputs).square().mean().backward()
         yield preconditioner.step
 
 
@@ -363,7 +362,7 @@ def step_counts(network: nn.Module, strategy: Any) -> Counts:
 
 
 def step_times(network: nn.Module, strategy: Any, *, rounds: int = 200) -> dict[str, float]:
-    """Return microseconds of a step whose launches are recorded, at the best of some, and Python's calls in it."""
+    """Return the microseconds of the fastest step with recorded launches, and its number of Python calls."""
     run, times = steps(network, strategy), []
     with recording(target_named(TARGET)) as launches, brandla.backend("triton"):
         for step in islice(run, 3):
@@ -376,12 +375,12 @@ def step_times(network: nn.Module, strategy: Any, *, rounds: int = 200) -> dict[
 
 # --- The table
 
-# The most launches of this library's kernels and of other ones, for one factor, for a batch and for a list.
+# The most launches of this library's kernels and of others, whether for one factor, a batch or a list.
 BUDGETS: dict[str, tuple[int, int]] = {
     "root_update, cholesky": (4, 2),
     "root_update_, cholesky": (4, 2),
     "root_update, cholesky, tracked": (4, 2),
-    # One of torch's is the eigendecomposition.
+    # One of torch's kernels is the eigendecomposition.
     "eigh_update": (8, 7),
     "damped_solve, root": (3, 1),
     "damped_solve, eigh": (3, 1),
@@ -395,17 +394,17 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
         if (call := call_of(name, form)) is not None:
             counts, limit = counts_of(call), BUDGETS.get(name)
             within = limit is None or (counts.triton <= limit[0] and counts.torch <= limit[1])
-            own = {"call": name, "form": form, **counts._asdict(), "within": within}
-            host = host_times(call) if (name, "single") in HOST_BUDGETS else {}
-            yield own | {"budget": "" if limit is None else "{} + {}".format(*limit)} | host
+            row = {"call": name, "form": form, **counts._asdict(), "within": within}
+            row |= {"budget": "" if limit is None else "{} + {}".format(*limit)}
+            yield row | (host_times(call) if (name, "single") in HOST_BUDGETS else {})
     for (strategy_name, strategy), (form, make) in product({} if quick else STRATEGIES.items(), NETWORKS.items()):
         name, network = f"KFAC.step, {strategy_name}", make()
         layers, counts = sum(isinstance(part, nn.Linear) for part in network.modules()), step_counts(network, strategy)
-        # The most kernels of all kinds that a step of `Brand` may take.
+        # Only a step of `Brand` has a budget, for kernels of all kinds.
         most = 30 + 8 * layers if strategy_name == "Brand" else None
-        own = {"call": name, "form": form, "layers": layers, **counts._asdict()}
-        own |= {"within": most is None or counts.kernels <= most, "budget": "" if most is None else f"{most} in all"}
-        yield own | (step_times(network, strategy) if (name, form) in HOST_BUDGETS else {})
+        row = {"call": name, "form": form, "layers": layers, **counts._asdict()}
+        row |= {"within": most is None or counts.kernels <= most, "budget": "" if most is None else f"{most} in all"}
+        yield row | (step_times(network, strategy) if (name, form) in HOST_BUDGETS else {})
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -418,21 +417,19 @@ def main(
     """Count, print the table beside the budgets, and write the result file."""
     torch.manual_seed(0)
     found = list(rows(quick=quick))
-    every, console = pd.DataFrame(found), Console(width=None if sys.stdout.isatty() else 120)
-    cells = every[["call", "form", "triton", "torch", "budget", "uploads", "waits"]].rename(
-        columns={"triton": "Triton"}
-    )
-    console.print(on_terminal(cells, f"Kernels of a call on {TARGET}", list(~every["within"])))
+    every, console = pd.DataFrame(found), Console(highlight=False)
+    cells = every.rename(columns={"triton": "Triton"})
+    cells = cells[["call", "form", "Triton", "torch", "budget", "uploads", "waits"]]
+    show(console, cells, f"Kernels of a call on {TARGET}", list(~every["within"]))
     timed = every[every["host µs"].notna()]
     limits = [HOST_BUDGETS.get(case) for case in zip(timed["call"], timed["form"], strict=True)]
     over = [most is not None and time > most for time, most in zip(timed["host µs"], limits, strict=True)]
-    hosts = timed[["call", "form", *HOST_PARTS]].assign(
-        budget=["" if most is None else f"{most} µs" for most in limits]
-    )
-    console.print(on_terminal(hosts, "Time of the host, launches recorded", over))
+    budgets = ["" if most is None else f"{most} µs" for most in limits]
+    hosts = timed[["call", "form", *HOST_PARTS]].assign(budget=budgets)
+    show(console, hosts, "Time of the host, launches recorded", over)
     measured = [{key: row[key] for key in row if key != "within"} for row in found]
     path = results.write("launches", facts(quick), {"target": TARGET, "rows": measured})
-    console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+    console.print(f"Written: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

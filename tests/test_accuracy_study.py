@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import brandla
-from bench.studies.accuracy import QUICK, Decomposed, Kept, Tracker, observations, step_errors, trackers
+from bench.studies.accuracy import QUICK, Decomposed, TrackedFactor, Tracker, observations, step_errors, trackers
 from builders import make_columns
 
 TINY = replace(QUICK, widths=(96,), steps=8, measure_every=2, warmup=3, batch=24, rank=6)
@@ -72,7 +72,7 @@ def test_trackers_do_what_their_names_say():
     about = ("B", "brand", None, 0), ("B-R", "brand", "svd", 2), ("RS", None, "svd", 2), ("SRE", None, "eigh", 3)
     chosen = [Tracker(*one) for one in about]
     assert [step for step in range(1, 8) if chosen[3].due(step)] == [1, 4, 7]
-    kept, batches = Kept(settings, 40, 0, chosen), [columns(40, 3, seed=seed) for seed in range(2)]
+    kept, batches = TrackedFactor(settings, 40, 0, chosen), [columns(40, 3, seed=seed) for seed in range(2)]
     kept.absorb(1, batches[0])
     first = dict(kept.factors)
     kept.absorb(2, batches[1])

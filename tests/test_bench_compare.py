@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bench import compare
 from bench.benches import peers, timing
-from bench.benches.bench_functions import row_of
+from bench.benches.bench_functions import timing_row
 from bench.gpu.device import Cpu, Floor
 
 
@@ -66,7 +66,7 @@ def test_a_peer_has_the_number_of_threads_that_it_is_quicker_with(quicker, monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(peers, "threadpool_limits", limited)
     monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=wait))
-    with peers.at_best(lambda: wait(0.001 if pool[-1] == quicker else 0.1)) as chosen:
+    with peers.best_threads(lambda: wait(0.001 if pool[-1] == quicker else 0.1)) as chosen:
         assert chosen == pool[-1] == quicker
     assert pool == [8]
 
@@ -138,7 +138,7 @@ def test_equal_runs_are_not_told_apart_and_twice_the_noise_is_a_regression(scatt
 
     def run(factor):
         counts = [8 * (case % 12 + 1) for case in range(500)]
-        rows = [row_of(measured(count, factor), measured(8, 1.0), Floor(1.0, "copy")) for count in counts]
+        rows = [timing_row(measured(count, factor), measured(8, 1.0), Floor(1.0, "copy")) for count in counts]
         return {"rows": [{"group": str(case), "by": "brandla", **row} for case, row in enumerate(rows)]}
 
     first = run(1.0)

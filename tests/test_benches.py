@@ -99,7 +99,7 @@ def test_every_function_that_is_not_in_place_has_a_task():
 
 @pytest.mark.parametrize("name", tasks.GROUPED)
 def test_a_group_is_as_right_as_its_members(name):
-    group = tasks.together(name, [SHAPE, SHAPE._replace(n=64)], Stub())
+    group = tasks.group_of(name, [SHAPE, SHAPE._replace(n=64)], Stub())
     tasks.check(tasks.ONE_BY_ONE, group.call(tasks.ONE_BY_ONE))
     tasks.check(BRANDLA, group.call(BRANDLA))
     assert_refused(group.call(BRANDLA), spoiled)

@@ -59,7 +59,7 @@ def test_every_stage_runs_dry_and_is_written_and_answers_on_the_page_of_a_gpu(tm
     name = {"name": "Some GPU", "architecture": "sm_90", "driver_version": "1", "cuda": "13.0", "hip": None}
     study["facts"]["gpu"] = name
     (folder / "gpu.json").write_text(json.dumps(study), encoding="utf-8")
-    page = "\n".join(report.of_page("gpu", report.machines_of(tmp_path)))
+    page = "\n".join(report.page_parts("gpu", report.machines_of(tmp_path)))
     assert "ops reach at least half of the ceiling that binds them" in page
     assert "`gpu.json`: Some GPU" in page
     assert re.search(r"\| `\w+` \| .*, float32 \|", page)
@@ -91,8 +91,8 @@ def test_stages_that_start_programs_run_dry(name, tmp_path):
 
 def test_outcomes_of_tests_are_counted_as_far_as_they_came():
     output = "[gw1] [ 10%] PASSED tests/a.py::one[x] \n[gw0] [ 20%] FAILED tests/a.py::two \ntests/a.py::three "
-    assert programs.counts(output) == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
-    assert programs.counts("tests/a.py::one PASSED  [50%]\n")["passed"] == 1
+    assert programs.count_outcomes(output) == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+    assert programs.count_outcomes("tests/a.py::one PASSED  [50%]\n")["passed"] == 1
 
 
 # --- Faults
@@ -205,7 +205,7 @@ def test_every_op_has_a_cost_and_a_wrong_result_is_not_timed(name):
     cases.check(case, Stub())
 
     def slightly_off(*arguments):
-        found = cases.results(OPS[name], arguments)
+        found = cases.results_of(OPS[name], arguments)
         for part in found:
             part.copy_(part * 1.001 if part.is_floating_point() else part)
         return found

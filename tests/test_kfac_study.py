@@ -43,7 +43,7 @@ def idx(array):
 def test_the_files_are_read_as_they_were_written(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     (tmp_path / "one.gz").write_bytes(idx(array))
-    np.testing.assert_array_equal(samples.read(tmp_path / "one.gz"), array)
+    np.testing.assert_array_equal(samples.read_idx(tmp_path / "one.gz"), array)
 
 
 def test_images_are_standardised_and_validation_is_apart(fashion):
@@ -209,7 +209,7 @@ def test_the_fewest_steps_are_chosen_and_then_the_best_score():
     trials = [trial(None, 0.7, 1.0), trial(None, 0.9, 2.0, failure="step 2: so it was"), trial(None, 0.72, 3.0)]
 
     def chosen(task):
-        return kfac_images.chosen(task, METHODS[0], TINY, {"trials": trials})["numbers"]["rate"]
+        return kfac_images.best_numbers(task, METHODS[0], TINY, {"trials": trials})["numbers"]["rate"]
 
     assert chosen(TASK) == 3
     trials += [trial(9, 0.75, 4.0), trial(8, 0.75, 5.0)]
@@ -223,7 +223,7 @@ def test_a_trial_takes_no_more_steps_than_the_best_before_it(fashion):
     samples = TASK.data(fashion, "cpu", None)
 
     def call(task, point, tables):
-        return kfac_images.tried(task, METHODS[0], point, TINY, lambda task: samples, tables)[0]
+        return kfac_images.trial(task, METHODS[0], point, TINY, lambda task: samples, tables)[0]
 
     hopeless = replace(TASK, target=2.0)
     assert call(hopeless, 0, {})["steps"] == 6

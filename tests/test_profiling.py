@@ -14,7 +14,7 @@ from bench import profiling
 from bench.benches.timing import Interval
 from bench.gpu.cases import Case
 from bench.gpu.device import Ceilings, Stub
-from bench.profiling import NAMES, app, deeper, prepare, table_of, timed
+from bench.profiling import NAMES, app, calls_of, nsight_commands, profiled_times, table_of
 
 SIZES = (96, 8, 8, 24, 2)
 SMALL = [
@@ -25,7 +25,7 @@ CEILINGS = Ceilings(*(Interval(rate, rate, rate) for rate in (1e12, 5e13, 3e14, 
 
 @pytest.fixture(autouse=True)
 def _known_ceilings_and_few_calls(monkeypatch):
-    monkeypatch.setattr(profiling, "measure", lambda device, sizes: CEILINGS)
+    monkeypatch.setattr(profiling, "measure_ceilings", lambda device, sizes: CEILINGS)
     monkeypatch.setattr(profiling, "FEWEST", 2)
 
 
@@ -71,7 +71,7 @@ def test_cases_that_cannot_be_profiled_are_refused(arguments, rule):
 @pytest.mark.parametrize("op", ["cross_gram", "root_update, cholesky"])
 def test_the_lines_of_other_profilers_run_the_same_calls_bare(op):
     pytest.importorskip("triton")
-    ncu, nsys = deeper(Case(op, *SIZES), Stub())
+    ncu, nsys = nsight_commands(Case(op, *SIZES), Stub())
     assert ("regex:cross_gram_kernel|sum_parts_kernel" in ncu) == (op == "cross_gram")
     for line in (ncu, nsys):
         words = shlex.split(line)
@@ -82,12 +82,12 @@ def test_the_lines_of_other_profilers_run_the_same_calls_bare(op):
 
 def test_float64_products_are_told_apart():
     double = Case("project", *SIZES, torch.float64, torch.float64)
-    assert any(row["float64"] for row in timed(prepare(double, Stub()), Stub(), 64))
+    assert any(row["float64"] for row in profiled_times(calls_of(double, Stub()), Stub(), 64))
 
 
 def test_half_precision_is_that_of_the_data(monkeypatch):
     asked = []
-    monkeypatch.setattr(profiling, "prepare", lambda case, device: asked.append(case) or [])
+    monkeypatch.setattr(profiling, "calls_of", lambda case, device: asked.append(case) or [])
     for dtype in ("bfloat16", "float64"):
         CliRunner().invoke(app, ["--op", "project", *SMALL, "--dtype", dtype, "--bare"])
     assert [(case.dtype, case.data) for case in asked] == [(torch.float32, torch.bfloat16), 2 * (torch.float64,)]
@@ -108,7 +108,7 @@ def test_kernels_of_a_gpu_have_its_time_and_the_work_that_launches_tell(monkeypa
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: profiler)
     monkeypatch.setattr(Stub, "dry", False)
     launch = [partial(hook, SimpleNamespace(get=lambda each=each: each)) for each in told]
-    monkeypatch.setattr(profiling, "prepare", lambda case, device: [lambda: [start() for start in launch]])
+    monkeypatch.setattr(profiling, "calls_of", lambda case, device: [lambda: [start() for start in launch]])
     every, *kernels = table_of(Case("root_update", *SIZES), Stub(), CEILINGS)
     assert (every["launches"], every["µs"]) == (6, pytest.approx(22))
     assert [(row["kernel"], row["launches"], row["µs"]) for row in kernels] == [

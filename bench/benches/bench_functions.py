@@ -1,8 +1,8 @@
-"""Every public function and every op over sizes and dtypes, beside what else gives the same result.
+"""Every public function and every op over sizes and dtypes, beside other ways to the same result.
 
-Of a function these are other libraries; of an op, on a GPU, its torch form. Each case checks its result against float64
-first and does not time a wrong one: where that is a peer's, or what ``torch.compile`` made, the run goes on and the
-result file says so. ``--full`` takes larger sizes, and lets what is slow there take part in all of them.
+A function has other libraries beside it; an op, on a GPU, its torch form. Each case first checks its result against
+float64, and does not time a wrong one. If a peer's or ``torch.compile``'s result is wrong, the run goes on and the
+result file says so. ``--full`` takes larger sizes, and times slow peers at all of them.
 """
 
 import itertools
@@ -16,18 +16,18 @@ import pandas as pd
 import pytest
 import torch
 
-from bench.benches.peers import REST, at_best
+from bench.benches.peers import REST, best_threads
 from bench.benches.problems import Judgement
-from bench.benches.tasks import BRANDLA, GROUPED, ONE_BY_ONE, OURS, OWN, TASKS, TORCH_FORM, Shape, Task, check, together
-from bench.benches.timing import TIMER, Interval, of_median
-from bench.frame.figures import Study, duration, spelled
-from bench.frame.pages import listed
+from bench.benches.tasks import BRANDLA, GROUPED, ONE_BY_ONE, OURS, OWN, TASKS, TORCH_FORM, Shape, Task, check, group_of
+from bench.benches.timing import TIMER, Interval, median_interval
+from bench.frame.figures import Study, duration, formatted
+from bench.frame.pages import in_sentence
 from bench.frame.pictures import Bars
 from bench.gpu import cases
-from bench.gpu.cases import fresh
-from bench.gpu.device import Ceilings, Device, Floor, Work, device_of, measure, size_of
+from bench.gpu.cases import cloned
+from bench.gpu.device import Ceilings, Device, Floor, Work, device_of, measure_ceilings, size_of
 from bench.studies import roofline
-from brandla.demo.frame import jsonable
+from brandla.demo.frame import Row, jsonable
 from brandla_kernels import OPS
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
@@ -37,19 +37,15 @@ SMALL = Shape(1024, 64, 32)
 USUAL = (SMALL, SMALL._replace(dtype=FLOAT64), SMALL._replace(data=BFLOAT16), Shape(4096, 128, 64))
 FULL = (*USUAL, *(Shape(n, 256, 256) for n in (4096, 8192, 16384)))
 TOY = (Shape(96, 8, 4), Shape(96, 8, 4, FLOAT64), Shape(96, 8, 4, data=BFLOAT16))
-# The largest n at which what decomposes a whole matrix, or iterates to full precision, has a part.
-MOST_SLOW = 1024
-# Factors of a group, by their part of the largest n.
-PARTS = (1, 2, 4, 4)
+MOST_SLOW = 1024  # the largest n for slow peers, which decompose a whole matrix or iterate to full precision
+PARTS = (1, 2, 4, 4)  # the factors of a group have the largest n over these numbers
 COMPILED = "torch.compile of the torch form"
-# Seconds that a case is timed for, and how often it is called at least and at most.
-SECONDS, FEWEST, MOST = 0.25, 3, 100
-# Order of the product that is timed before and after each case, and the seconds it may take: what two runs have in
-# common. Before it there is a rest, as threads of one BLAS library spin for a while after a call.
+SECONDS, FEWEST, MOST = 0.25, 3, 100  # seconds of timing for each case, and the fewest and the most calls
+# Order of the product that is timed before and after each case, and seconds for it: two runs are compared by it. A rest
+# comes before it, as threads of one BLAS library spin for a while after a call.
 REFERENCE, REFERENCE_SECONDS = 512, 0.01
-Row = dict[str, Any]
-# Calls on copies of the inputs, so that no cache holds them, whose result was checked; and whether NumPy computes it.
-Right = tuple[list[Callable[[], Any]], Work, Judgement, bool | None]
+# Calls whose result was checked, on copies of the inputs that no cache holds; and whether NumPy computes the result.
+Checked = tuple[list[Callable[[], Any]], Work, Judgement, bool | None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,58 +55,58 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         by = [BRANDLA, TORCH_FORM, COMPILED] if kind == "cuda" else [BRANDLA]
         sizes = cases.TOY if quick else cases.FULL if full else roofline.USUAL
         ops = list(itertools.product(cases.cases(sizes), by))
-        return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{one}-{op.name}" for op, one in ops])
-    found = []
+        return metafunc.parametrize(("op_case", "by"), ops, ids=[f"{op.op}-{who}-{op.name}" for op, who in ops])
+    functions = []
     for group, names in (("", TASKS), ("grouped.", filter(TASKS.__contains__, GROUPED))):
         for name, shape in itertools.product(names, TOY if quick else FULL if full else USUAL):
             if shape.data is None or TASKS[name].takes_half:
-                those = TASKS[name].implementations(shape, kind, shape.n if full else MOST_SLOW)
-                those = [*(one for one in those if one in OWN), ONE_BY_ONE] if group else those
-                found.extend((group + name, by, shape) for by in those)
-    return metafunc.parametrize(("name", "by", "shape"), found, ids=str)
+                by = TASKS[name].implementations(shape, kind, shape.n if full else MOST_SLOW)
+                by = [*(who for who in by if who in OWN), ONE_BY_ONE] if group else by
+                functions.extend((group + name, who, shape) for who in by)
+    return metafunc.parametrize(("name", "by", "shape"), functions, ids=str)
 
 
 @lru_cache(maxsize=1)
 def task_of(name: str, shape: Shape, device: Device) -> Task:
-    """Return a task; of a grouped function one over factors of several n."""
+    """Return the task of a function; a grouped function has factors of several n."""
     if name in TASKS:
         return TASKS[name].task(shape, device)
-    # Half as many columns as rows have to hold the rank and what is new.
+    # Some tasks have n / 2 columns, which have to hold the rank and the new columns.
     least = 2 * (shape.r + shape.k)
     shapes = [shape._replace(n=max(shape.n // part, least)) for part in PARTS]
-    return together(name.removeprefix("grouped."), shapes, device)
+    return group_of(name.removeprefix("grouped."), shapes, device)
 
 
 def test_function(name, by, shape, device, timed) -> None:
-    def right() -> Right:
+    def checked() -> Checked:
         task = task_of(name, shape, device)
         call = task.call(by)
         judged = check(f"{by}, {name} {shape}", call)
         count = device.sets(size_of(call.arguments)) if device.tensors.type == "cuda" else 1
-        return [partial(call.function, *fresh(call.arguments)) for _ in range(count)], task.work, judged, call.on_numpy
+        return [partial(call.function, *cloned(call.arguments)) for _ in range(count)], task.work, judged, call.on_numpy
 
-    timed(name, by, shape, right)
+    timed(name, by, shape, checked)
 
 
 def test_op(op_case, by, device, timed) -> None:
-    def right() -> Right:
+    def checked() -> Checked:
         op = OPS[op_case.op]
-        call = {BRANDLA: op, TORCH_FORM: cases.forced(op)}.get(by) or torch.compile(op.torch_form, dynamic=False)
+        call = {BRANDLA: op, TORCH_FORM: cases.torch_form_of(op)}.get(by) or torch.compile(op.torch_form, dynamic=False)
         error, _ = cases.check(op_case, device, call)
         on_gpu = device.tensors.type == "cuda"
         inputs = cases.inputs(op_case, device) if on_gpu else [cases.operands(op_case, device)]
-        judged = Judgement(error, cases.allowed(op_case))
-        return [partial(call, *one) for one in inputs], cases.work(op_case), judged, None
+        judged = Judgement(error, cases.error_allowed(op_case))
+        return [partial(call, *arguments) for arguments in inputs], cases.work(op_case), judged, None
 
     data = None if op_case.data == op_case.dtype else op_case.data
-    timed(op_case.op, by, Shape(op_case.n, op_case.r, op_case.k, op_case.dtype, data), right)
+    timed(op_case.op, by, Shape(op_case.n, op_case.r, op_case.k, op_case.dtype, data), checked)
 
 
 # The name of its result file.
 test_op.study = "ops"
 
 
-# --- How a case is timed, and what is kept of it
+# --- How a case is timed and recorded
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +117,12 @@ def device(quick) -> Device:
 @pytest.fixture(scope="module")
 def ceilings(device) -> Ceilings:
     sizes = cases.TOY if device.dry else cases.FULL if device.tensors.type == "cuda" else roofline.USUAL
-    return measure(device, sizes)
+    return measure_ceilings(device, sizes)
 
 
 @pytest.fixture(scope="module")
 def reference(device) -> Callable[[], list[float]]:
-    """Return what times a square product after a rest, by the device: pytest-benchmark has one function a case."""
+    """Return a function that times a square product after a rest: pytest-benchmark times one function a case."""
     left, right = (device.normal(REFERENCE, REFERENCE) for _ in range(2))
 
     def times() -> list[float]:
@@ -137,19 +133,19 @@ def reference(device) -> Callable[[], list[float]]:
 
 
 @pytest.fixture
-def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, Shape, Callable[[], Right]], None]:
-    """Return a function that times what another one returns, and keeps the row.
+def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, Shape, Callable[[], Checked]], None]:
+    """Return a function that times the calls that another function returns, and keeps the row.
 
-    With more than one copy a round is a call on each, queued one after the other, between two looks at the timer.
+    With several copies of the inputs, a round is one call on each copy, queued between two readings of the timer.
     """
 
-    def kept(function: str, by: str, shape: Shape, right: Callable[[], Right]) -> None:
+    def time_case(function: str, by: str, shape: Shape, checked: Callable[[], Checked]) -> None:
         benchmark.group = f"{function} {shape}"
         sizes = {"n": shape.n, "r": shape.r, "k": shape.k, "dtype": str(shape.dtype).removeprefix("torch.")}
         about = {"group": benchmark.group, "by": by, "function": function, "shape": str(shape), **sizes}
         with tolerated(study, about):
-            calls, work, judged, on_numpy = right()
-            with at_best(calls[0]) if on_numpy else nullcontext() as threads:
+            calls, work, judged, on_numpy = checked()
+            with best_threads(calls[0]) if on_numpy else nullcontext() as threads:
                 start = time.perf_counter()
                 calls[0]()
                 wanted = SECONDS / len(calls) / (time.perf_counter() - start)
@@ -165,30 +161,30 @@ def timed(benchmark, quick, study, ceilings, reference) -> Callable[[str, str, S
             row |= {"flops": flops, "bytes": work.bytes, "bound_by": floor.bound_by}
             benchmark.extra_info.update(jsonable(row))
             if benchmark.stats:
-                study.cases.append(row | row_of(benchmark.stats.stats.data, around, floor))
+                study.cases.append(row | timing_row(benchmark.stats.stats.data, around, floor))
                 benchmark.extra_info["of_ceiling"] = study.cases[-1]["of_ceiling"].value
 
-    return kept
+    return time_case
 
 
 @contextmanager
 def tolerated(study: Study, about: Row) -> Iterator[None]:
-    """Keep whatever goes wrong with a peer, with its reason, and go on; what is ours fails."""
+    """Record the error of a peer and go on; an error of ours is raised."""
     try:
         yield
     except Exception as error:
         if about["by"] in OURS:
             raise
-        said = str(error).strip().partition("\n")[0].replace("|", "/")
-        reason = f"{type(error).__name__}: {said}"[:160]
+        first_line = str(error).strip().partition("\n")[0].replace("|", "/")
+        reason = f"{type(error).__name__}: {first_line}"[:160]
         study.refused.append(about | {"reason": reason})
         pytest.skip(f"not timed: {reason}")
 
 
-def row_of(times: list[float], around: list[float], floor: Floor) -> Row:
-    """Return the median of times in seconds, the part that the floor is of it, and it over the product's median."""
-    seconds, reference = of_median(times), of_median(around)
-    over = Interval(*(each / reference.value for each in seconds))
+def timing_row(times: list[float], around: list[float], floor: Floor) -> Row:
+    """Return the median time in seconds, the floor's part of it, and its ratio to the reference product's median."""
+    seconds, reference = median_interval(times), median_interval(around)
+    over = Interval(*(bound / reference.value for bound in seconds))
     row = {"seconds": seconds, "of_ceiling": floor.part_of(seconds), "over_reference": over, "rounds": len(times)}
     return row | {"reference": reference, "reference_rounds": len(around)}
 
@@ -200,26 +196,26 @@ COLUMNS = ["function", "shape", "by", "n", "seconds", "error"]
 
 
 class Functions(NamedTuple):
-    """The page of functions whose names begin so."""
+    """The page of the functions whose names begin with one of ``names``."""
 
     names: tuple[str, ...]
 
     def beside(self, content: Row) -> pd.DataFrame:
-        """Return the float32 cases of functions whose names begin so: brandla's, then the quickest of the others.
+        """Return the float32 cases of the functions: brandla's, then the quickest of the others.
 
-        Each is at its largest size that others have too. Of ten rows every function has its part, and two at least.
+        Each function is at the largest size that others were timed at too. All share ten rows; each has two at least.
         """
         rows = pd.DataFrame(content.get("rows", []), columns=None if content.get("rows") else COLUMNS)
         rows = rows[rows["function"].str.startswith(self.names) & rows["shape"].str.endswith("fp32")]
         rows = rows.assign(time=rows["seconds"].str[0], other=rows["by"] != BRANDLA, over=float("nan"))
-        found = []
-        for _, every in rows.groupby("function", sort=False):
-            shared = every["shape"].duplicated(keep=False)
-            largest = every[shared | ~shared.any()].sort_values("n", kind="stable")["shape"].iloc[-1]
-            own = every[every["shape"] == largest].sort_values(["other", "time"], kind="stable")
-            if not own["other"].iloc[0]:
-                found.append(own.assign(over=own["time"] / own["time"].iloc[0]))
-        return pd.concat([own.head(max(2, ROWS // len(found))) for own in found] or [rows.head(0)])
+        functions = []
+        for _, cases_of in rows.groupby("function", sort=False):
+            shared = cases_of["shape"].duplicated(keep=False)
+            largest = cases_of[shared | ~shared.any()].sort_values("n", kind="stable")["shape"].iloc[-1]
+            at_largest = cases_of[cases_of["shape"] == largest].sort_values(["other", "time"], kind="stable")
+            if not at_largest["other"].iloc[0]:
+                functions.append(at_largest.assign(over=at_largest["time"] / at_largest["time"].iloc[0]))
+        return pd.concat([table.head(max(2, ROWS // len(functions))) for table in functions] or [rows.head(0)])
 
     def answer(self, content: Row) -> str:
         rows = self.beside(content)
@@ -228,11 +224,13 @@ class Functions(NamedTuple):
             return ""
         first, rest = quickest.iloc[0], quickest.iloc[1:]
         took = duration(rows[~rows["other"]].set_index("function").loc[first.name, "time"])
-        others = listed([f"`{name}`" for name in rest.index])
-        beyond = f"For {others}, the fastest other takes {listed(rest['over'].map(spelled).tolist())} times as long."
+        others = in_sentence([f"`{name}`" for name in rest.index])
+        beyond = (
+            f"For {others}, the fastest other takes {in_sentence(rest['over'].map(formatted).tolist())} times as long."
+        )
         return (
             f"`{first.name}` takes {took} at {first['shape']}, and the fastest other, {first['by']}, takes"
-            f" {spelled(first['over'])} times as long. {beyond if len(rest) else 'Nothing else was compared.'}"
+            f" {formatted(first['over'])} times as long. {beyond if len(rest) else 'Nothing else was compared.'}"
         )
 
     def table(self, content: Row) -> pd.DataFrame:
@@ -240,8 +238,8 @@ class Functions(NamedTuple):
         columns = {
             "function": "`" + rows["function"] + "`",
             "by": rows["by"],
-            "ms": (1e3 * rows["time"]).map(spelled),
-            "× brandla": rows["over"].map(spelled),
+            "ms": (1e3 * rows["time"]).map(formatted),
+            "× brandla": rows["over"].map(formatted),
             "error": rows["error"].map("{:.2g}".format),
             "case": rows["shape"],
         }
@@ -251,5 +249,5 @@ class Functions(NamedTuple):
         rows = self.beside(content)
         labels = rows["function"].where(~rows["other"], rows["function"] + ": " + rows["by"])
         values = pd.Series((1e3 * rows["time"]).to_numpy(float), labels).head(ROWS)
-        below, others = listed(list(rows["shape"].unique())), set(labels[rows["other"]])
+        below, others = in_sentence(list(rows["shape"].unique())), set(labels[rows["other"]])
         return Bars("Time beside the quickest others", below, values, others, " ms")

@@ -1,6 +1,6 @@
-"""Speed and memory of the updates and of the damped application, as ratios within one run.
+"""Speed and memory of the updates and of the damped application, as ratios within one run, in float32 on two threads.
 
-Each case checks its result against float64 first and does not time a wrong one. float32, two threads.
+Each case first checks its result against float64, and does not time a wrong one.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from torch import Tensor
 
 import brandla
 from bench.benches import problems, written_out
-from bench.benches.peers import INCREMENTAL, POWERS, REST, at_best, svd_lowrank
+from bench.benches.peers import INCREMENTAL, POWERS, REST, best_threads, svd_lowrank
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, require
-from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Call, Shape, Task, check, symmetric_update, together
+from bench.benches.tasks import BRANDLA, ONE_BY_ONE, TASKS, Call, Shape, Task, check, group_of, symmetric_update
 from bench.benches.timing import Interval, peak_extra_bytes, ratio, torch_calls
 from bench.benches.written_out import update_floor
-from bench.gpu.cases import fresh
+from bench.gpu.cases import cloned
 from bench.gpu.device import Stub
 from brandla.orthonormal import polish
 from brandla.root import Update, check_update
@@ -28,8 +28,8 @@ from brandla_kernels import cross_gram
 
 AVERAGE = {"decay": DECAY, "weight": WEIGHT}
 SHAPES = [(4096, 128, 64), (4096, 256, 256)]
-# What root_update is to take of the GEMMs of Brand's form at most, and what eigh_update took of them at commit 061dd6e,
-# before it rested on the square-root form: same machine and tasks as the committed results.
+# The most that root_update may take over the GEMMs of Brand's form, and what eigh_update took at commit 061dd6e, before
+# it used the square-root form: on the machine and the tasks of the committed results.
 LIMITS = {
     (4096, 128, 64): (1.2, 2.02),
     (4096, 256, 256): (1.3, 1.74),
@@ -51,8 +51,8 @@ def in_words(n: int, r: int, k: int) -> str:
     return f"n {n}, r {r}, k {k}"
 
 
-def right(task: Task, by: str = BRANDLA) -> Call:
-    """Return a call whose result is right."""
+def checked(task: Task, by: str = BRANDLA) -> Call:
+    """Return a call after a check of its result."""
     call = task.call(by)
     check(by, call)
     return call
@@ -64,14 +64,14 @@ def task_of(name: str, n: int, r: int, k: int, exponent: float = 0.5) -> Task:
     return symmetric_update(name, shape, device, exponent) if name in UPDATES else TASKS[name].task(shape, device)
 
 
-# --- Against the products an update needs
+# --- Beside the products that an update needs
 
 
 @pytest.mark.benchmark(group=OVER_GEMMS)
 @pytest.mark.parametrize("size", LIMITS, ids=str)
 @every_update
 def test_update_over_its_gemms(name, size, over, figures) -> None:
-    update, words = right(task_of(name, *size)), f"{name}, {in_words(*size)}"
+    update, words = checked(task_of(name, *size)), f"{name}, {in_words(*size)}"
     count = 1500 if size[0] <= 1024 else 100 if size[2] > 64 else 250
     limit, before = LIMITS[size]
     quotient = over(words, update.again, update_floor(update.arguments), count, at_most=limit if name == ROOT else None)
@@ -83,7 +83,7 @@ def test_update_over_its_gemms(name, size, over, figures) -> None:
 @pytest.mark.parametrize(("n", "r", "k"), SHAPES, ids=str)
 @every_update
 def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
-    case = problems.steady(name, n, r, k)
+    case = problems.steady_state(name, n, r, k)
     stages = stages_of(name, case)
     seconds = in_turn(stages | {"gemms": update_floor(case)}, 60)
     for stage in stages:
@@ -91,7 +91,7 @@ def test_profile_of_an_update(name, n, r, k, in_turn, figures) -> None:
 
 
 def stages_of(name: str, case: tuple[Any, Tensor]) -> dict[str, Callable[[], object]]:
-    """Return an update in the parts that it is made of, each on the results of the ones before it."""
+    """Return the stages of an update, each on the results of the stages before it."""
     compress = "cholesky" if name == CHOLESKY else "eigh"
     update = check_update(name, *case, DECAY, WEIGHT, None, compress, kind=UPDATES[name][1])
     products = cross_gram(update.tall, update.columns)
@@ -113,8 +113,8 @@ def stages_of(name: str, case: tuple[Any, Tensor]) -> dict[str, Callable[[], obj
 @pytest.mark.benchmark(group=OVER_GEMMS)
 @every_update
 def test_update_of_a_steep_stream(name, over) -> None:
-    # Rounding leaves the vectors of small values far from orthonormal there: eigh_update polishes them.
-    update = right(task_of(name, *SHAPES[0], exponent=1.5))
+    # There rounding leaves the vectors of small values far from orthonormal, and eigh_update polishes them.
+    update = checked(task_of(name, *SHAPES[0], exponent=1.5))
     over(f"{name}, {in_words(*SHAPES[0])}, i^−1.5 stream", update.again, update_floor(update.arguments), 150)
 
 
@@ -122,8 +122,8 @@ def test_update_of_a_steep_stream(name, over) -> None:
 @pytest.mark.parametrize("name", [ROOT, EIGH])
 def test_list_over_one_call_each(name, in_turn, figures) -> None:
     shape = Shape(1024, 64, 32)
-    task = together(name, [shape] * FACTORS, Stub())
-    seconds = in_turn({by: right(task, by).again for by in (BRANDLA, ONE_BY_ONE)}, 150)
+    task = group_of(name, [shape] * FACTORS, Stub())
+    seconds = in_turn({by: checked(task, by).again for by in (BRANDLA, ONE_BY_ONE)}, 150)
     figures(f"{name}, {in_words(*shape[:3])}", ratio(seconds[ONE_BY_ONE], seconds[BRANDLA]), at_least=1.25)
 
 
@@ -147,13 +147,13 @@ def test_orthogonality_of_a_tall_factor(n, name, benchmark, figures, quick) -> N
     benchmark.pedantic(update, (factor, columns), AVERAGE, rounds=3)
 
 
-# --- Against other decompositions
+# --- Beside other decompositions
 
 
 @pytest.mark.benchmark(group="a decomposition of the dense factor / eigh_update")
 def test_svd_lowrank_over_update(over) -> None:
-    # ρ M̂ + w A Aᵀ as a dense matrix, which is handed to the peer for nothing.
-    update, r = right(task_of(EIGH, *SHAPES[0])), SHAPES[0][1]
+    # The peer gets the dense matrix ρ M̂ + w A Aᵀ for nothing.
+    update, r = checked(task_of(EIGH, *SHAPES[0])), SHAPES[0][1]
     factor, columns = update.arguments
     matrix = DECAY * factor.dense() + WEIGHT * columns @ columns.mT
     peer = lambda: torch.svd_lowrank(matrix, q=r, niter=2)
@@ -167,32 +167,32 @@ def test_randomized_eigh(exponent, in_turn, figures, quick) -> None:
     spectrum = np.arange(1, n + 1) ** -exponent
     truth = problems.matrix_of_spectrum(n, spectrum)
     matrix = truth.float()
-    # svd_lowrank's iteration multiplies by M twice, so equal counts are not equal powers of M: three counts are shown.
-    own = lambda powers: partial(brandla.randomized_eigh, matrix, r, power_iterations=powers)
-    calls = {f"power_iterations {powers}": own(powers) for powers in (POWERS, POWERS + 1, 2 * POWERS)}
+    # An iteration of svd_lowrank multiplies by M twice, so equal counts are not equal powers of M: three are shown.
+    ours = lambda powers: partial(brandla.randomized_eigh, matrix, r, power_iterations=powers)
+    calls = {f"power_iterations {powers}": ours(powers) for powers in (POWERS, POWERS + 1, 2 * POWERS)}
     same, theirs = next(iter(calls)), "svd_lowrank"
     calls[theirs] = partial(svd_lowrank, matrix, r)
     errors = {words: relative_errors(call, truth, spectrum, r) for words, call in calls.items()}
-    said = {words: "{:.3f} and {:.3f}".format(*each) for words, each in errors.items()}
-    for words, each in errors.items():
-        require(words == theirs or max(each) < 2, f"randomized_eigh, {words}: {max(each):.2f} times the best error")
+    texts = {words: "{:.3f} and {:.3f}".format(*pair) for words, pair in errors.items()}
+    for words, pair in errors.items():
+        require(words == theirs or max(pair) < 2, f"randomized_eigh, {words}: {max(pair):.2f} times the best error")
     seconds = in_turn(calls, 15)
     for words in (words for words in calls if words != theirs):
         case = f"i^−{exponent:g}, n {n}, r {r}: {words} against niter {POWERS}"
         speedup, worse = ratio(seconds[theirs], seconds[words]), max(errors[words] / errors[theirs])
         figures(f"{case}, times faster", speedup, at_least=2.0 if words == same else None)
-        note = f"error over the best, Frobenius and spectral: {said[words]}; {theirs} {said[theirs]}"
+        note = f"error over the best, Frobenius and spectral: {texts[words]}; {theirs} {texts[theirs]}"
         figures(f"{case}, error over its error", worse, at_most=1.0 if words == same else None, note=note)
 
 
 def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray, r: int) -> np.ndarray:
-    """Return the median errors of three draws over the best ones of this rank, in the Frobenius and spectral norms."""
+    """Return the median errors of three draws over the best of this rank, in the Frobenius and spectral norms."""
     draws = []
     for seed in range(3):
         torch.manual_seed(seed)
-        left, right = problems.halves(call())
+        left, right = problems.two_factors(call())
         error = (truth - left @ right.mT).numpy()
-        # By Lanczos, to a thousandth.
+        # Lanczos' iteration, to a thousandth.
         (largest,) = svds(error, k=1, tol=1e-3, return_singular_vectors=False, v0=np.ones(len(error)))
         draws.append((np.linalg.norm(error) / np.linalg.norm(spectrum[r:]), largest / spectrum[r]))
     return np.median(draws, axis=0)
@@ -202,8 +202,8 @@ def relative_errors(call: Callable[[], Any], truth: Tensor, spectrum: np.ndarray
 def test_incremental_pca_over_append(in_turn, figures) -> None:
     shape = Shape(4096, 64, 64)
     task = TASKS["svd_append, centred"].task(shape, Stub())
-    calls = {by: right(task, by).again for by in (BRANDLA, INCREMENTAL)}
-    with at_best(calls[INCREMENTAL]) as threads:
+    calls = {by: checked(task, by).again for by in (BRANDLA, INCREMENTAL)}
+    with best_threads(calls[INCREMENTAL]) as threads:
         seconds = in_turn(calls, 50, rest=REST)
     words = f"{shape.n} features, rank {shape.r}, batches of {shape.k}, centred"
     note = "1 BLAS thread" if threads == 1 else f"{threads} BLAS threads"
@@ -215,7 +215,7 @@ def test_incremental_pca_over_append(in_turn, figures) -> None:
 
 @pytest.mark.benchmark(group="damped_solve / its GEMMs")
 def test_solve_over_its_gemms(over) -> None:
-    solve = right(task_of("damped_solve", *SHAPES[0]))
+    solve = checked(task_of("damped_solve", *SHAPES[0]))
     factor, rhs, _ = solve.arguments
     basis = factor.eigenvectors
     words = f"n {factor.n}, r {factor.rank}, {rhs.shape[1]} right-hand sides"
@@ -226,12 +226,12 @@ def test_solve_over_its_gemms(over) -> None:
 @pytest.mark.parametrize(("n", "r", "k"), SMALL, ids=str)
 @pytest.mark.parametrize("name", [ROOT, EIGH, "damped_solve"])
 def test_overhead_of_a_small_call(name, n, r, k, over) -> None:
-    checked = right(task_of(name, n, r, k))
+    update = checked(task_of(name, n, r, k))
     numbers = AVERAGE if name in UPDATES else {}
-    call, hand = checked.again, partial(getattr(written_out, name), *checked.arguments, **numbers)
-    one, other = (found if isinstance(found, Tensor) else found.dense() for found in (call(), hand()))
-    error = float(torch.linalg.matrix_norm(one - other) / torch.linalg.matrix_norm(other))
-    require(error < 1e-5, f"by hand and by the library differ by {error:.1e}")
+    call, hand = update.again, partial(getattr(written_out, name), *update.arguments, **numbers)
+    found, by_hand = (result if isinstance(result, Tensor) else result.dense() for result in (call(), hand()))
+    error = float(torch.linalg.matrix_norm(found - by_hand) / torch.linalg.matrix_norm(by_hand))
+    require(error < 1e-5, f"the results by hand and by the library differ by {error:.1e}")
     note = f"{torch_calls(call)} and {torch_calls(hand)} torch calls"
     over(f"{name}, {in_words(n, r, k)}", call, hand, 1500, at_most=1.25, note=note)
 
@@ -241,12 +241,12 @@ def test_overhead_of_a_small_call(name, n, r, k, over) -> None:
 @every_update
 def test_peak_memory(name, r, k, in_turn, figures) -> None:
     n = 16384
-    update = right(task_of(name, n, r, k))
-    own, columns = fresh(update.arguments)
+    update = checked(task_of(name, n, r, k))
+    factor, columns = cloned(update.arguments)
     options = AVERAGE | getattr(UPDATES[name][0], "keywords", {})
-    in_place = partial(getattr(brandla, name.partition(",")[0] + "_"), own, columns, **options)
+    in_place = partial(getattr(brandla, name.partition(",")[0] + "_"), factor, columns, **options)
     in_place()
-    update.judge(own).accept(name)
+    update.judge(factor).accept(name)
     size = 4 * n * (r + k)
     figures(f"{name}, {in_words(n, r, k)}", peak_extra_bytes(update.again) / size, at_most=2.0)
     figures(f"{name}_, {in_words(n, r, k)}", peak_extra_bytes(in_place) / size, at_most=1.0)

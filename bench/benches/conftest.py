@@ -1,4 +1,4 @@
-"""Settings of the benchmarks, the figures they collect, the tables at the end and the result files."""
+"""Settings of the benchmarks, the figures that they collect, the tables at the end and the result files."""
 
 import time
 from collections import Counter
@@ -13,8 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from bench.benches import timing
 from bench.frame import pages, results
-from bench.frame.facts import facts, in_words
-from bench.frame.figures import Figure, Study, judged
+from bench.frame.facts import facts, facts_text
+from bench.frame.figures import Figure, Study, figure_table
 from bench.frame.study import INTERRUPTED, THREADS, machine_of
 from bench.gpu.device import device_of
 
@@ -29,36 +29,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STUDIES] = {}
-    # A short run leaves room for what else the machine does.
+    # A short run leaves the other cores to other programs.
     torch.set_num_threads(1 if config.getoption("quick") else THREADS)
-    # A collection in one call of many would be its outlier.
+    # A garbage collection would make one call of many an outlier.
     config.option.benchmark_disable_gc = True
-    # Times of calls in turn are handed over, what is refused is told by its own words, and whole runs time no call.
+    # The fixture itself times nothing where calls take turns, a case is refused, or a whole training run is timed.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    # Nothing that differs from run to run, as --benchmark-compare would tell it; date and commit are there.
-    found = machine_of(device_of(config.getoption("quick")))
-    machine_info["measured on"] = {name: found.get(name) for name in ("cpu", "cores", "threads", "versions", "gpu")}
+    # --benchmark-compare reports every difference, so nothing here differs from run to run. Date and commit are there.
+    machine = machine_of(device_of(config.getoption("quick")))
+    machine_info["measured on"] = {name: machine.get(name) for name in ("cpu", "cores", "threads", "versions", "gpu")}
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    # Before the first case it is a collection that failed.
+    # Without a case yet, the collection has failed.
     if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[STUDIES]:
         session.exitstatus = INTERRUPTED
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _same_threads_for_all() -> Iterator[None]:
-    # NumPy's BLAS, under scikit-learn, has a thread pool of its own.
+    # NumPy's BLAS, which scikit-learn uses, has a thread pool of its own.
     with threadpool_limits(torch.get_num_threads()):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _same_draws_for_each() -> None:
-    # Some peers draw from these; a case is then the same whatever ran before it.
+    # Some peers draw from these generators. A case is then the same whatever ran before it.
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 (the one that fbpca draws from)
 
@@ -69,7 +69,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 def name_of(node: Any) -> str:
-    """Return the name of the study that a case belongs to: that of its function, or of its file."""
+    """Return the study that a case belongs to: its function may name one, else the file does."""
     return getattr(node.function, "study", node.module.__name__.rpartition("bench_")[2])
 
 
@@ -80,14 +80,14 @@ def study(request: pytest.FixtureRequest) -> Study:
 
 @pytest.fixture
 def in_turn(benchmark: Any, quick: bool) -> Callable[..., dict[str, list[float]]]:
-    """Return `timing.in_turn` of this case; a short run takes few turns."""
+    """Return `timing.in_turn` for this case. A short run takes few turns."""
     most = 3 if quick else float("inf")
     return lambda calls, rounds, **options: timing.in_turn(benchmark, calls, min(rounds, most), **options)
 
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Iterator[Callable[..., None]]:
-    """Return what keeps a figure: in the study of this file, and in pytest-benchmark's own record."""
+    """Return a function that keeps a figure in the study of this file and in pytest-benchmark's record."""
 
     def keep(case: str, value: Any, *, group: str | None = None, **about: Any) -> None:
         study.figures.append(Figure.of(group or benchmark.group, case, value, **about))
@@ -95,15 +95,15 @@ def figures(request: pytest.FixtureRequest, benchmark: Any, study: Study) -> Ite
 
     yield keep
     if benchmark.stats:
-        found = benchmark.stats.stats
-        milliseconds = {f"{part}_ms": 1e3 * getattr(found, part) for part in ("median", "q1", "q3")}
+        stats = benchmark.stats.stats
+        milliseconds = {f"{part}_ms": 1e3 * getattr(stats, part) for part in ("median", "q1", "q3")}
         about = {"group": benchmark.group, "name": request.node.name}
-        study.timings.append(about | milliseconds | {"rounds": found.rounds})
+        study.timings.append(about | milliseconds | {"rounds": stats.rounds})
 
 
 @pytest.fixture
 def over(in_turn: Any, figures: Any) -> Callable[..., timing.Interval]:
-    """Return a function that keeps, and returns, the ratio of the times of two calls in turn."""
+    """Return a function that times two calls in turn, and keeps and returns the ratio."""
 
     def keep(case, call, other, rounds, *, ratio=timing.ratio, warm_up=timing.WARM_UP, **about):
         quotient = ratio(*in_turn({"call": call, "other": other}, rounds, warm_up=warm_up).values())
@@ -114,13 +114,13 @@ def over(in_turn: Any, figures: Any) -> Callable[..., timing.Interval]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    # Times of cases are in pytest-benchmark's own tables.
+    # The times of the cases are in pytest-benchmark's own tables.
     console, reporter, studies = Console(highlight=False), terminalreporter, config.stash[STUDIES]
     for name, study in studies.items():
-        for group, shown in judged(study.figures).groupby("what", sort=False):
+        for group, shown in figure_table(study.figures).groupby("what", sort=False):
             red = list(shown["met"] == "**no**")
-            pages.show(pages.on_terminal(shown.drop(columns="what"), f"bench_{name}: {group}", red), console)
-    console.print(in_words(facts(config.getoption("quick"))))
+            pages.show(console, shown.drop(columns="what"), f"bench_{name}: {group}", red)
+    console.print(facts_text(facts(config.getoption("quick"))))
     refused = sum(len(study.refused) for study in studies.values())
     if reporter._session.testsfailed or len(reporter.stats.get("skipped", [])) > refused:
         console.print("no result file: the run was not right")
@@ -134,9 +134,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _written(name: str, study: Study, missing: int, config: pytest.Config) -> str:
-    """Write the result file of a run that was right, and say so.
+    """Write the result file of a run without failures, and return a line that says so.
 
-    Of what Ctrl-C stopped rows are kept, and the file says that some are missing; of figures a part makes no file.
+    After Ctrl-C, a file of rows keeps those that were measured and says that some are missing. Figures make no file.
     """
     if missing and not study.cases:
         return f"not written: {name} was interrupted"

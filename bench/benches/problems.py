@@ -1,6 +1,6 @@
-"""What is timed, and when a result is right.
+"""The problems that are timed, and the float64 check of every kind of result.
 
-Factors in the steady state of a stream and matrices of known spectrum; the float64 check of every kind of result.
+Problems are factors in the steady state of a stream, and matrices of known spectrum.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,19 +24,19 @@ UPDATES: dict[str, tuple[Update, type[Symmetric]]] = {
     "root_update, cholesky": (partial(brandla.root_update, compress="cholesky"), LowRankRoot),
     "eigh_update": (brandla.eigh_update, LowRankEigh),
 }
-# What an update may lose against the best truncation of its own target: nothing. Without an eigendecomposition, one
-# step of slow streams lost at most 1.05 times as much trace (flat, k = r/4), and 1.00 from k = r on.
+# The error of an update over that of the best truncation of its target. Only rounding is allowed. Without an
+# eigendecomposition, one step of slow streams lost up to 1.05 times the trace (flat, k = r/4), and 1.00 from k = r on.
 LOSS_ALLOWED = {"root_update": 1.001, "root_update, cholesky": 1.1, "eigh_update": 1.001}
-# Of ε: what orthonormal columns, S beside FᵀF, or the residual of a solve may be off. Peers decompose a dense matrix in
-# whatever way they like; theirs are only to be a decomposition.
+# The errors allowed, in units of ε: of orthonormal columns, of S beside FᵀF, of a solve. Peers may decompose a dense
+# matrix in any way; their columns only have to be orthonormal enough to be a decomposition.
 DEFECT_ALLOWED, PEER_DEFECT_ALLOWED = 200, 20_000
 
 
 def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-    """Yield n × k normal columns with deviations i^−exponent in an orthonormal basis that is dense, scaled by 1/√k."""
+    """Yield n × k normal columns with deviations i^−exponent in a dense orthonormal basis, scaled by 1/√k."""
     source = np.random.default_rng(seed)
     deviations = np.arange(1, n + 1) ** -exponent
-    # The basis is a cosine transform with random signs, so that it takes no n × n matrix.
+    # The basis is a cosine transform with random signs, which needs no n × n matrix.
     signs = source.choice([-1.0, 1.0], size=(n, 1))
     while True:
         columns = deviations[:, None] * source.standard_normal((n, k)) / np.sqrt(k)
@@ -44,30 +44,30 @@ def columns_of(n: int, k: int, exponent: float, seed: int, dtype: torch.dtype = 
 
 
 @cache
-def steady(
+def steady_state(
     name: str, n: int, r: int, k: int, exponent=0.5, dtype=torch.float32, device="cpu"
 ) -> tuple[Symmetric, Tensor]:
-    """Return the factor that a stream of deviations i^−exponent settles to, by torch forms, and the next columns."""
+    """Return the factor that a stream with deviations i^−exponent settles to, by torch forms, and the next columns."""
     update, kind = UPDATES[name]
     stream = (columns.to(device) for columns in columns_of(n, k, exponent, n + r + k, dtype))
     factor = kind.zeros(n, r, dtype=dtype, device=device)
     with brandla.backend("torch"):
-        # Half as many steps again as the time constant of the decay, 1/(1 − 0.95).
+        # 1.5 times the time constant of the decay, 1/(1 − 0.95).
         for _ in range(30):
             factor = update(factor, next(stream), decay=DECAY, weight=WEIGHT)
     return factor, next(stream)
 
 
 def matrix_of_spectrum(n: int, values: np.ndarray) -> Tensor:
-    """Return a dense float64 matrix of n rows with these singular values, and as eigenvalues where there are n."""
+    """Return a dense float64 matrix of n rows with these singular values. Of n values, they are its eigenvalues too."""
     m = len(values)
-    # The cosine transform of their diagonal along either side, with random signs.
+    # Transforms the diagonal matrix of the values by cosines along either side, and gives it random signs.
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=n)
     return torch.from_numpy(signs[:, None] * scipy.fft.dctn(np.eye(n, m) * values, norm="ortho") * signs[:m])
 
 
 class WrongResultError(AssertionError):
-    """A result is not what float64 says: it is not timed."""
+    """A result differs from the float64 reference, so it is not timed."""
 
 
 def require(holds: bool, what: str) -> None:
@@ -76,28 +76,28 @@ def require(holds: bool, what: str) -> None:
 
 
 class Judgement(NamedTuple):
-    """How far a result is from the float64 one, how far from its form in units of ε, and what is allowed."""
+    """The error of a result beside float64, its distance from its form in units of ε, and what is allowed of both."""
 
     error: float
     allowed: float
-    orthogonality: float | None = None  # of columns; of a root how far S is from FᵀF
+    orthogonality: float | None = None  # of columns; for a root the distance of S from FᵀF
     orthogonality_allowed: float = DEFECT_ALLOWED
 
     @property
     def used(self) -> float:
-        """The part that is used of what is allowed; above 1 for a wrong result."""
+        """The part of the allowed errors that is used; above 1 for a wrong result."""
         return max(self.error / self.allowed, (self.orthogonality or 0.0) / self.orthogonality_allowed)
 
     def accept(self, name: str) -> "Judgement":
-        # Each by itself, and not by `used`: a NaN is no small error.
+        # Not by `used`, whose max may drop a NaN.
         require(self.error <= self.allowed, f"{name}: error {self.error:.1e}, allowed {self.allowed:.1e}")
         off, most = self.orthogonality, self.orthogonality_allowed
         require(off is None or off <= most, f"{name}: {off or 0:.0f} ε off its form, allowed {most:g}")
         return self
 
 
-def in_small(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return Σ F Gᵀ in orthonormal bases of all F and of all G: a small matrix of the same singular values."""
+def small_core(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return Σ F Gᵀ in orthonormal bases of all F and of all G: a small matrix with the same singular values."""
     left, right = (torch.linalg.qr(torch.cat(parts, dim=1), mode="r").R for parts in zip(*terms, strict=True))
     return left @ right.mT
 
@@ -105,30 +105,30 @@ def in_small(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def approximation(
     target: Sequence[tuple[Tensor, Tensor]] | Tensor, rank: int, eps: float, slack: float, most: float = DEFECT_ALLOWED
 ) -> Callable[[Any], Judgement]:
-    """Return the check that a result is the best approximation of a rank, but for ``slack`` and rounding.
+    """Return the check that a result is the best approximation of X of a rank, up to ``slack`` and rounding.
 
-    The target is pairs F, G with X = Σ F Gᵀ, or X itself, with singular values 1/i, in float64.
+    The target is pairs F, G with X = Σ F Gᵀ, or X itself in float64, with singular values 1/i.
     """
     if isinstance(target, Tensor):
         spectrum = 1 / torch.arange(1, min(target.shape) + 1, dtype=torch.float64)
         left_out = lambda left, right: target - left @ right.mT
     else:
-        spectrum = torch.linalg.svdvals(in_small(target))
-        left_out = lambda left, right: in_small([*target, (left, -right)])
+        spectrum = torch.linalg.svdvals(small_core(target))
+        left_out = lambda left, right: small_core([*target, (left, -right)])
     norm, best = (float(spectrum[start:].norm()) for start in (0, rank))
-    # Each of the directions that matter may be off by a few ε‖X‖.
+    # Each direction may be off by a few ε‖X‖.
     rounding = 8 * len(spectrum) ** 0.5 * eps * float(spectrum[0])
 
     def judge(result: Any) -> Judgement:
-        lost = float(torch.linalg.matrix_norm(left_out(*halves(result))))
+        lost = float(torch.linalg.matrix_norm(left_out(*two_factors(result))))
         off = orthonormality(result.U) if isinstance(result, LowRankSVD) else defect(result)
         return Judgement(lost / norm, (slack * best + rounding) / norm, off / eps, most)
 
     return judge
 
 
-def halves(result: Symmetric | LowRankSVD) -> tuple[Tensor, Tensor]:
-    """Return F, G with F Gᵀ the result, in float64."""
+def two_factors(result: Symmetric | LowRankSVD) -> tuple[Tensor, Tensor]:
+    """Return F and G in float64, where F Gᵀ is the result."""
     first, second, *rest = (part.double() for part in result)
     if isinstance(result, LowRankSVD):
         return first * second, rest[0].mT
@@ -153,5 +153,5 @@ def defect(factor: Symmetric) -> float:
 
 
 def spectral_norm(symmetric: Tensor) -> float:
-    """Return ‖M‖₂, infinite where an entry is."""
+    """Return ‖M‖₂; infinity if an entry is not finite."""
     return float(torch.linalg.eigvalsh(symmetric).abs().max()) if symmetric.isfinite().all() else float("inf")

@@ -16,20 +16,22 @@ import brandla
 from bench.benches import problems
 from bench.benches.peers import EXACT, GENERAL, INCREMENTAL, OVERSAMPLE, POWERS, SKETCHED, SYMMETRIC, Peer
 from bench.benches.problems import DECAY, DEFECT_ALLOWED, PEER_DEFECT_ALLOWED, UPDATES, WEIGHT, Judgement
-from bench.gpu.cases import eigh, error_of, forced, on_cpu
+from bench.gpu import cases
+from bench.gpu.cases import Case, eigh, on_cpu, relative_error, torch_form_of
 from bench.gpu.device import Device, Work, tensors_in
 from brandla import LowRankEigh, LowRankSVD
+from brandla_kernels import OPS
 
 DAMPING, EXPONENT = 0.1, -0.5
 BRANDLA, TORCH_FORM, ONE_BY_ONE = "brandla", "brandla, torch form", "one call each"
 OWN = (BRANDLA, TORCH_FORM)
-# Where these fail the run fails; where others do, that is a finding.
+# A failure of one of these fails the run. A failure of another is a finding.
 OURS = (*OWN, ONE_BY_ONE)
 SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
 
 
 class Shape(NamedTuple):
-    """n rows, rank r, k new columns or right-hand sides, the dtype of the factor and that of the data."""
+    """n rows, rank r, k new columns or right-hand sides, the factor's dtype, and the data's if it differs."""
 
     n: int
     r: int
@@ -46,7 +48,7 @@ class Shape(NamedTuple):
         return torch.finfo(self.dtype).eps
 
     def work(self, flops: int, entries: int, data: int = 0) -> Work:
-        """Return the work of products in the factor's dtype, with its entries and those of the data moved."""
+        """Return the work of products in the factor's dtype that moves so many entries of it and of the data."""
         moved = entries * self.dtype.itemsize + data * (self.data or self.dtype).itemsize
         return Work(bytes=moved, **{"float64" if self.dtype == torch.float64 else "float32": flops})
 
@@ -55,7 +57,7 @@ Judge = Callable[[Any], Judgement]
 
 
 class Call(NamedTuple):
-    """A function, its arguments, the check of what it returns, and whether NumPy computes it."""
+    """A function, its arguments, the check of its result, and whether NumPy computes it."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -70,19 +72,19 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What a public function is asked, the same asked of others, and the least work that the function's method has."""
+    """A call of a public function, the same task for others, and the least work of the function's method."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     judge: Judge
     work: Work
-    given: Callable[[], tuple[Any, ...]] = tuple  # what others are given
-    judge_of: Callable[[Peer], Judge] | None = None  # the check of another's result, where it is another one
+    given: Callable[[], tuple[Any, ...]] = tuple  # the arguments of others
+    judge_of: Callable[[Peer], Judge] | None = None  # the check of others' results, if it differs
     others: Mapping[str, Peer] = field(default_factory=dict)
 
     def call(self, implementation: str) -> Call:
         if implementation in OWN:
-            function = forced(self.function) if implementation == TORCH_FORM else self.function
+            function = torch_form_of(self.function) if implementation == TORCH_FORM else self.function
             return Call(function, self.arguments, self.judge)
         peer, given = self.others[implementation], self.given()
         given = tuple(tree_map_only(Tensor, Tensor.numpy, list(given))) if peer.on_numpy else given
@@ -93,8 +95,14 @@ def check(name: str, call: Call) -> Judgement:
     return call.judge(on_cpu(call.function(*call.arguments))).accept(name)
 
 
+def op_task(case: Case, device: Device, function: Callable[..., Any] | None = None) -> Task:
+    """Return the task of an op, or of a ``function`` in its place."""
+    judge = lambda _: Judgement(cases.check(case, device)[0], cases.error_allowed(case))
+    return Task(function or OPS[case.op], cases.operands(case, device), judge, cases.work(case))
+
+
 def approximating(function, arguments, target, slack, shape, device, work) -> Task:
-    """Return a task whose result is the best approximation of a target; peers get the dense matrix for nothing."""
+    """Return a task to find the best approximation of a target; peers get the dense matrix for nothing."""
     allowed = partial(problems.approximation, target, shape.r, shape.eps)
 
     @cache
@@ -112,75 +120,76 @@ def svd_factor(shape: Shape, device: Device, columns: int) -> LowRankSVD:
     return LowRankSVD(left, values, right.mT.contiguous())
 
 
-def a_row(r: int, k: int) -> int:
-    """Return the flops of an update for each row: a pass for the core, of AᵀA one triangle, and a rotation."""
+def row_flops(r: int, k: int) -> int:
+    """Return the flops of an update per row: a pass for the core with one triangle of AᵀA, and a rotation."""
     return 2 * r * k + k**2 + 2 * (r + k) * r
 
 
 def symmetric_update(name: str, shape: Shape, device: Device, exponent: float = 0.5) -> Task:
-    """Return an update of the factor that a stream settles to, for which `LOSS_ALLOWED` is."""
+    """Return an update of the factor that a stream settles to; `LOSS_ALLOWED` holds for it."""
     n, r, k = shape[:3]
-    factor, columns = problems.steady(name, n, r, k, exponent, shape.dtype, device=device.tensors)
+    factor, columns = problems.steady_state(name, n, r, k, exponent, shape.dtype, device=device.tensors)
     columns = columns.to(shape.data or shape.dtype)
-    (left, right), added = problems.halves(on_cpu(factor)), columns.double().cpu()
+    (left, right), added = problems.two_factors(on_cpu(factor)), columns.double().cpu()
     target = [(DECAY * left, right), (WEIGHT * added, added)]
     function = partial(UPDATES[name][0], decay=DECAY, weight=WEIGHT)
-    work = shape.work(n * a_row(r, k), 2 * n * r, n * k)
+    work = shape.work(n * row_flops(r, k), 2 * n * r, n * k)
     return approximating(function, (factor, columns), target, problems.LOSS_ALLOWED[name], shape, device, work)
 
 
 def svd_update(shape: Shape, device: Device) -> Task:
-    """Return an update of a singular value decomposition of n rows and n / 2 columns."""
+    """Return an update of a singular value decomposition with n rows and n / 2 columns."""
     n, r, k = shape[:3]
     m = n // 2
     svd = svd_factor(shape, device, m)
     sides = [device.normal(rows, k, dtype=shape.dtype) / (rows * k) ** 0.5 for rows in (n, m)]
-    left, right = problems.halves(on_cpu(svd))
+    left, right = problems.two_factors(on_cpu(svd))
     target = [(DECAY * left, right), tuple(side.double().cpu() for side in sides)]
-    work, function = shape.work((n + m) * a_row(r, k), (n + m) * (2 * r + k)), partial(brandla.svd_update, decay=DECAY)
+    work = shape.work((n + m) * row_flops(r, k), (n + m) * (2 * r + k))
+    function = partial(brandla.svd_update, decay=DECAY)
     return approximating(function, (svd, *sides), target, EXACT, shape, device, work)
 
 
 def svd_append(shape: Shape, device: Device) -> Task:
-    """Return k columns of deviations i^−½ appended to a decomposition of max(2 r, 4 k) columns."""
+    """Return the task to append k columns with deviations i^−½ to a decomposition of max(2 r, 4 k) columns."""
     n, r, k = shape[:3]
     m = max(2 * r, 4 * k)
     svd = svd_factor(shape, device, m)
     columns = next(problems.columns_of(n, k, 0.5, 0, torch.float64)).to(shape.data or shape.dtype)
-    left, right = problems.halves(on_cpu(svd))
+    left, right = problems.two_factors(on_cpu(svd))
     unit = torch.eye(m + k, dtype=torch.float64)
     target = [(DECAY * left, unit[:, :m] @ right), (columns.double(), unit[:, m:])]
-    work = shape.work(n * a_row(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
+    work = shape.work(n * row_flops(r, k) + 2 * m * r**2, (n + m) * 2 * r, n * k)
     function, arguments = partial(brandla.svd_append, decay=DECAY), (svd, columns.to(device.tensors))
     return approximating(function, arguments, target, EXACT, shape, device, work)
 
 
 def downdate(shape: Shape, device: Device) -> Task:
-    """Return k columns taken back that lie in the span of the factor: of what is left the vectors are the same."""
+    """Return the task to take back k columns in the span of the factor, which leaves the vectors as they are."""
     n, r, k = shape[:3]
     factor = eigh(device, n, r, shape.dtype)
     values, vectors = on_cpu(factor)
-    # Half of each of the last k values goes.
+    # The columns take half of each of the last k values.
     columns = vectors[:, r - k :].double() * (values[r - k :].double() / 2).sqrt()
-    target = [problems.halves(LowRankEigh(values[: r - k], vectors[:, : r - k])), (columns, columns)]
+    target = [problems.two_factors(LowRankEigh(values[: r - k], vectors[:, : r - k])), (columns, columns)]
     arguments = (factor, columns.to(device.tensors, shape.dtype))
     work = shape.work(2 * n * r * k + 2 * n * r**2, 2 * n * r + n * k)
     return approximating(brandla.eigh_downdate, arguments, target, EXACT, shape, device, work)
 
 
 def refresh(shape: Shape, device: Device) -> Task:
-    """Return a step with an n × 2n matrix whose leading singular vectors are those of the factor."""
+    """Return a refresh by an n × 2n matrix whose leading singular vectors are those of the factor."""
     n, r, _ = shape[:3]
     old, right = (eigh(device, rows, r, shape.dtype) for rows in (n, 2 * n))
     matrix = (old.eigenvectors * old.eigenvalues.sqrt()) @ right.eigenvectors.mT
-    # As decay and weight sum to 1, the factor is what is to be found.
-    judge = problems.approximation([problems.halves(on_cpu(old))], r, shape.eps, EXACT)
+    # As decay and weight sum to 1, the result is the factor itself.
+    judge = problems.approximation([problems.two_factors(on_cpu(old))], r, shape.eps, EXACT)
     function, work = partial(brandla.eigh_refresh, decay=DECAY, weight=WEIGHT), shape.work(12 * n * n * r, 6 * n * n)
     return Task(function, (old, matrix), lambda found: judge(found[0]), work)
 
 
 def centred_append(shape: Shape, device: Device) -> Task:
-    """Return k columns appended to a centred decomposition; scikit-learn's IncrementalPCA keeps the same."""
+    """Return the task to append k columns to a centred decomposition, as scikit-learn's IncrementalPCA does."""
     n, r, k = shape[:3]
     source = problems.columns_of(n, max(r, k), 0.5, 0, torch.float64)
     *before, last = (next(source) + 0.1 for _ in range(6))
@@ -193,20 +202,20 @@ def centred_append(shape: Shape, device: Device) -> Task:
         peer.partial_fit(columns.mT.to(shape.dtype).numpy())
     exact.partial_fit(last.mT.numpy())
     truth = torch.from_numpy(exact.singular_values_)
-    # Rounding of every batch adds up; a truncation differs by the order in which it is taken.
+    # The rounding of all batches adds up, and truncations depend on their order.
     allowed = 8 * (len(before) + 1) * (r + k) ** 0.5 * shape.eps * float(truth[0] / truth[-1])
 
     def judge(found: Any) -> Judgement:
-        own = found.svd.S if hasattr(found, "svd") else torch.from_numpy(found.singular_values_)
-        return Judgement(float(((own.double() - truth).abs() / truth).max()), allowed)
+        values = found.svd.S if hasattr(found, "svd") else torch.from_numpy(found.singular_values_)
+        return Judgement(float(((values.double() - truth).abs() / truth).max()), allowed)
 
-    arguments, work = (state, last.to(device.tensors, shape.dtype)), shape.work(n * a_row(r, k), n * (2 * r + k))
+    arguments, work = (state, last.to(device.tensors, shape.dtype)), shape.work(n * row_flops(r, k), n * (2 * r + k))
     given = lambda: (peer, last.mT.to(shape.dtype).contiguous())
     return Task(brandla.svd_append, arguments, judge, work, given=given)
 
 
 def randomized(name: str, shape: Shape, device: Device) -> Task:
-    """Return a randomized decomposition of a dense matrix with singular values 1/i, symmetric or n × n/2."""
+    """Return a randomized decomposition of a dense matrix with singular values 1/i, symmetric or n × n / 2."""
     n, r, _ = shape[:3]
     m, products = (n, POWERS + 1) if name == "randomized_eigh" else (n // 2, 2 * POWERS + 2)
     truth = problems.matrix_of_spectrum(n, 1 / np.arange(1, m + 1))
@@ -217,7 +226,7 @@ def randomized(name: str, shape: Shape, device: Device) -> Task:
 
 
 def orthonormal(shape: Shape, device: Device, batch: tuple[int, ...] = ()) -> Task:
-    """Return Q and R of an n × r panel, or of a batch, whose columns lean on one another."""
+    """Return Q and R of an n × r panel, or of a batch, whose columns are far from orthogonal."""
     n, r, _ = shape[:3]
     lengths = 1 / torch.arange(1, r + 1, dtype=shape.dtype, device=device.tensors)
     panel = (device.normal(*batch, n, r, dtype=shape.dtype) + 1) * lengths
@@ -233,23 +242,24 @@ def orthonormal(shape: Shape, device: Device, batch: tuple[int, ...] = ()) -> Ta
     return Task(brandla.orthonormalize, (panel,), judge, work, given=lambda: (panel,))
 
 
-def equal_to(expected: Any, shape: Shape) -> Judge:
+def close_to(expected: Any, shape: Shape) -> Judge:
     """Return the check of a result against the float64 one."""
     parts = tensors_in(expected)
-    return lambda found: Judgement(error_of(tensors_in(found), parts), DEFECT_ALLOWED * shape.eps)
+    return lambda found: Judgement(relative_error(tensors_in(found), parts), DEFECT_ALLOWED * shape.eps)
 
 
 def damped(name: str, shape: Shape, device: Device) -> Task:
     """Return a solve, a power or a determinant: of a factor with k right-hand sides, or of a Kronecker product.
 
-    That has one damping, and is applied to an n × n / 2 matrix. Others get what is dense, of one factor with λI.
+    The Kronecker product has one damping, and is applied to an n × n / 2 matrix. Others get dense matrices; that of a
+    single factor includes λI.
     """
     n, r, k = shape[:3]
     joint, logdet, options = name.startswith("kron"), name.endswith("logdet"), (EXPONENT,) * name.endswith("power")
     m = n // 2 if joint else 1 if logdet else k
     sides = [eigh(device, rows, r, shape.dtype) for rows in ((n, m) if joint else (n,))]
     data = () if logdet else (device.normal(n, m, dtype=shape.dtype),)
-    # For a single factor the other side is the identity.
+    # The other side of a single factor is the identity.
     (d, u), (e, v) = on_cpu([*sides, (torch.ones(m), torch.eye(m))])[:2]
     levels, u, v = _joint_levels(d.double(), e.double()), u.double(), v.double()
     if logdet:
@@ -262,17 +272,17 @@ def damped(name: str, shape: Shape, device: Device) -> Task:
         work = shape.work(4 * n * m * r * len(sides), 3 * n * m if joint else n * (r + 2 * k))
     given = lambda: (*(_dense(side, 0.0 if joint else DAMPING) for side in sides), *data)
     arguments = (*sides, *data, DAMPING, *options)
-    return Task(getattr(brandla, name), arguments, equal_to(expected, shape), work, given=given)
+    return Task(getattr(brandla, name), arguments, close_to(expected, shape), work, given=given)
 
 
 def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> Task:
-    """Return a two-sided solve of an n × n / 2 matrix, or n × n, or of a pair of k columns."""
+    """Return a two-sided solve of an n × n / 2 or n × n matrix, or of a pair with k columns."""
     n, r, k = shape[:3]
     m = n if square else n // 2
     sides = [eigh(device, rows, r, shape.dtype) for rows in (n, m)]
 
     def solved(side: LowRankEigh, rhs: Tensor) -> Tensor:
-        (levels, directions), rhs = (part.double() for part in on_cpu(side)), rhs.double().cpu()
+        (levels, directions), rhs = side.to("cpu", torch.float64), rhs.double().cpu()
         inside = (levels / (levels + DAMPING))[:, None] * (directions.mT @ rhs)
         return (rhs - directions @ inside) / DAMPING
 
@@ -284,7 +294,7 @@ def kron(shape: Shape, device: Device, *, pair: bool, square: bool = False) -> T
         data = device.normal(n, m, dtype=shape.dtype)
         expected, work = solved(sides[1], solved(sides[0], data).mT).mT, shape.work(8 * n * m * r, 3 * n * m)
     given, arguments = lambda: (*(_dense(side, DAMPING) for side in sides), data), (*sides, data, DAMPING, DAMPING)
-    return Task(brandla.kron_damped_solve, arguments, equal_to(expected, shape), work, given=given)
+    return Task(brandla.kron_damped_solve, arguments, close_to(expected, shape), work, given=given)
 
 
 def _dense(factor: LowRankEigh, shift: float) -> Tensor:
@@ -293,14 +303,12 @@ def _dense(factor: LowRankEigh, shift: float) -> Tensor:
     return matrix
 
 
-# --- Others' ways, of dense matrices
+# --- Other ways, with dense matrices
 
 _cholesky_solve = lambda matrix, rhs: torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
 _joint_levels = lambda left, right: left[:, None] * right + DAMPING
 _joint_logdet = lambda *sides: _joint_levels(*map(torch.linalg.eigvalsh, sides)).log().sum()
-_EACH = Peer(lambda panels: [list(parts) for parts in zip(*map(torch.linalg.qr, panels), strict=True)])
-
-
+_qr_each = lambda panels: [list(parts) for parts in zip(*map(torch.linalg.qr, panels), strict=True)]
 _solve_pair = lambda left, right, data: tuple(map(torch.linalg.solve, (left, right), data))
 _solve_both = lambda left, right, data: torch.linalg.solve(right, torch.linalg.solve(left, data).mT).mT
 
@@ -319,7 +327,7 @@ def _joint_power(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
 
 
 class Entry(NamedTuple):
-    """What makes a task, and the peers that take part in it."""
+    """A function that makes a task, and its peers."""
 
     make: Callable[[Shape, Device], Task]
     peers: Mapping[str, Peer]
@@ -329,19 +337,20 @@ class Entry(NamedTuple):
         return replace(self.make(shape, device), others=self.peers)
 
     def implementations(self, shape: Shape, device_type: str, most: int) -> list[str]:
-        """Return who is timed; what is slow, up to n = ``most`` only, and nobody else at data in half precision."""
-        own = list(OWN) if device_type == "cuda" else [BRANDLA]
+        """Return the implementations to time: slow peers up to n = ``most``, and none for data in half precision."""
+        ours = list(OWN) if device_type == "cuda" else [BRANDLA]
         fits = lambda peer: peer.runs_on(device_type) and (shape.n <= most or not peer.slow)
-        return own + [name for name, peer in self.peers.items() if shape.data is None and fits(peer)]
+        return ours + [name for name, peer in self.peers.items() if shape.data is None and fits(peer)]
 
 
 SOLVE, CHOLESKY, DENSE_EIGH = (f"torch.linalg.{name}, dense" for name in ("solve", "cholesky", "eigh"))
 _QR = {"torch.linalg.qr": Peer(torch.linalg.qr)}
-# Of what is damped by one number.
+_BATCHED_QR = _QR | {"torch.linalg.qr, one call each": Peer(_qr_each)}
+# The peers of functions with one damping.
 _DAMPED = {
     "damped_solve": {SOLVE: Peer(torch.linalg.solve, slow=True), CHOLESKY: Peer(_cholesky_solve, slow=True)},
     "damped_power": {DENSE_EIGH: Peer(_power, slow=True)},
-    "damped_logdet": {"torch.linalg.slogdet, dense": Peer(lambda one: torch.linalg.slogdet(one)[1], slow=True)},
+    "damped_logdet": {"torch.linalg.slogdet, dense": Peer(lambda dense: torch.linalg.slogdet(dense)[1], slow=True)},
     "kron_damped_power": {DENSE_EIGH: Peer(_joint_power, slow=True)},
     "kron_damped_logdet": {DENSE_EIGH: Peer(_joint_logdet, slow=True)},
 }
@@ -355,23 +364,24 @@ TASKS: dict[str, Entry] = {
     "randomized_eigh": Entry(partial(randomized, "randomized_eigh"), SYMMETRIC),
     "randomized_svd": Entry(partial(randomized, "randomized_svd"), GENERAL),
     "orthonormalize": Entry(orthonormal, _QR),
-    "orthonormalize, batched": Entry(partial(orthonormal, batch=(4,)), _QR | {"torch.linalg.qr, one call each": _EACH}),
+    "orthonormalize, batched": Entry(partial(orthonormal, batch=(4,)), _BATCHED_QR),
     **{name: Entry(partial(damped, name), peers) for name, peers in _DAMPED.items()},
     "kron_damped_solve": Entry(partial(kron, pair=False), {SOLVE: Peer(_solve_both, slow=True)}),
     "kron_damped_solve, pair": Entry(partial(kron, pair=True), {SOLVE: Peer(_solve_pair, slow=True)}),
 }
-# The tasks that `brandla.grouped` has too.
+# The tasks whose functions `brandla.grouped` has too.
 GROUPED = [name for name in TASKS if name.partition(",")[0] in brandla.grouped.__all__ and "centred" not in name]
 
 
-def together(name: str, shapes: Sequence[Shape], device: Device) -> Task:
-    """Return the grouped function over factors of several shapes, beside one call for each."""
+def group_of(name: str, shapes: Sequence[Shape], device: Device) -> Task:
+    """Return the task of the grouped function over factors of several shapes, beside one call for each factor."""
     tasks = [TASKS[name].make(shape, device) for shape in shapes]
     lists = tuple(map(list, zip(*(task.arguments for task in tasks), strict=True)))
-    judged = lambda results: [task.judge(one) for task, one in zip(tasks, results, strict=True)]
-    judge = lambda results: max(judged(results), key=lambda one: one.used)
+
+    judge_all = lambda results: [task.judge(result) for task, result in zip(tasks, results, strict=True)]
+    worst = lambda results: max(judge_all(results), key=lambda judgement: judgement.used)
     single = tasks[0].function
-    each = Peer(lambda *parts: [single(*own) for own in zip(*parts, strict=True)])
+    each = Peer(lambda *parts: [single(*arguments) for arguments in zip(*parts, strict=True)])
     work = Work(*(sum(amounts) for amounts in zip(*(task.work for task in tasks), strict=True)))
     function = partial(getattr(brandla.grouped, name.partition(",")[0]), **getattr(single, "keywords", {}))
-    return Task(function, lists, judge, work, lambda: lists, others={ONE_BY_ONE: each})
+    return Task(function, lists, worst, work, lambda: lists, others={ONE_BY_ONE: each})

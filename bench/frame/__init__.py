@@ -1,1 +1,1 @@
-"""What every study and bench shares: facts, records, figures, tables, pictures, pages, and the run of a study."""
+"""The common parts of studies and benches: facts, records, figures, tables, pictures, pages, and the run of a study."""

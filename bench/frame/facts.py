@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine, the versions and the commit that a result was measured with."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,20 @@ from brandla.demo import machine
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "fbpca")
-# What a figure depends on; the results themselves and the pages made of them are left out.
+# The sources that a figure depends on: not the results themselves, nor the pages made of them.
 SOURCES = ("brandla", "kernels", "bench", "tests/oracles.py", "constraints.txt", ":(exclude)bench/results")
 STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 
 def facts(quick: bool, *, gpu: bool = False) -> dict[str, Any]:
-    """Return machine, GPU where it is measured, versions, threads, date, the commit and whether the sources differ."""
+    """Return machine, versions, threads, date, commit, whether the sources differ from it, and a measured GPU."""
     return machine.facts(PACKAGES, SOURCES) | ({"gpu": gpu_facts()} if gpu else {}) | {"quick": quick}
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Return the GPU, with its state as nvidia-smi says it; None where it does not."""
+    """Return the GPU's properties and its state; the state is None where nvidia-smi does not answer."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    said = machine.output_of("nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0")
+    state = machine.output_of("nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", "--id=0")
     return {
         "name": properties.name,
         "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),
@@ -31,29 +31,28 @@ def gpu_facts() -> dict[str, Any]:
         "cache_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        **(dict(zip(STATE, said.splitlines()[0].split(", "), strict=False)) if said else dict.fromkeys(STATE)),
+        **(dict(zip(STATE, state.splitlines()[0].split(", "), strict=False)) if state else dict.fromkeys(STATE)),
     }
 
 
-def place(found: dict[str, Any]) -> str:
-    return found["gpu"]["name"] if found.get("gpu") else f"{found['cpu']}, {found['cores']} cores"
+def machine_name(about: dict[str, Any]) -> str:
+    return about["gpu"]["name"] if about.get("gpu") else f"{about['cpu']}, {about['cores']} cores"
 
 
-def shortly(found: dict[str, Any]) -> str:
-    return f"{place(found)}, {found['threads']} threads, torch {found['versions']['torch']}, {commit_of(found)}"
+def short_facts(about: dict[str, Any]) -> str:
+    return f"{machine_name(about)}, {about['threads']} threads, torch {about['versions']['torch']}, {commit_of(about)}"
 
 
-def in_words(found: dict[str, Any]) -> str:
-    gpu, words = found.get("gpu"), []
-    if gpu:
+def facts_text(about: dict[str, Any]) -> str:
+    words = [f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads"]
+    if gpu := about.get("gpu"):
         driver = f"driver {gpu['driver_version']}, CUDA {gpu['cuda'] or gpu['hip']}"
-        words = [f"{gpu['name']} ({gpu['architecture']}), {driver}"]
-    about = f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    return "; ".join([*words, about, versions, commit_of(found), found["date"]])
+        words.insert(0, f"{gpu['name']} ({gpu['architecture']}), {driver}")
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    return "; ".join([*words, versions, commit_of(about), about["date"]])
 
 
-def commit_of(found: dict[str, Any]) -> str:
-    if not found.get("commit"):
+def commit_of(about: dict[str, Any]) -> str:
+    if not about.get("commit"):
         return "no commit"
-    return f"commit {found['commit'][:12]}" + (" with uncommitted changes" if found["modified"] else "")
+    return f"commit {about['commit'][:12]}" + (" with uncommitted changes" if about["modified"] else "")

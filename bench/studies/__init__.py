@@ -1,1 +1,1 @@
-"""The studies, a file each: what it varies, measures and draws; beside them networks and other people's optimizers."""
+"""The studies, a file each with its settings, measurements and pictures; and the networks and optimizers for them."""

@@ -1,6 +1,6 @@
-"""What bounds a step: K-FAC clipped by RMS, KL and spectral norm, untuned and tuned, and AdamW, on ten small tasks.
+"""Clips of a step on ten small tasks: K-FAC clipped by RMS, KL and spectral norm, and AdamW, untuned and tuned.
 
-Figures are losses after so many steps: how busy the machine is makes no difference.
+Figures are losses after so many steps, so the machine's other work makes no difference.
 """
 
 import math
@@ -15,20 +15,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.frame.samples import shuffled, table, text
-from bench.frame.study import Piece, Row, Study, Tables, command, each
+from bench.frame.study import Piece, Row, Study, Tables, command, sweep
 from bench.gpu.device import Device
 from bench.studies.networks import Graph, Transformer, letters_mlp, strided, two_hidden
 from brandla.demo.data import Split, mlp
 from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC
 
-# Of the samples that validate, the first so many do.
-JUDGED = 300
+JUDGED = 300  # only the first so many validation samples are judged
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Steps of a run, the largest batch, seeds, what widths are divided by, and whether rates are tried."""
+    """Steps of a run, the largest batch, seeds, the divisor of all widths, and whether rates are tried."""
 
     steps: int = 100
     batch: int = 128
@@ -37,9 +36,8 @@ class Settings:
     tuned: bool = True
 
 
-# What counts as reached: this share of what the best run of all takes off the loss.
-SHARE = 0.95
-# Of each method the rate that is taken untuned, then the others, and the options of KFAC; None for AdamW.
+SHARE = 0.95  # a run is good enough if it reduces the loss by this share of the best run's reduction
+# The untuned rate of each method, then its other rates, and the options of KFAC; None for AdamW.
 METHODS: dict[str, tuple[tuple[float, ...], dict[str, Any] | None]] = {
     "AdamW": ((1e-3, 3e-3, 1e-2), None),
     "RMS .07": ((0.03, 0.1, 0.3, 1.0), {"clip_by": "rms", "clip": 0.07}),
@@ -49,7 +47,7 @@ METHODS: dict[str, tuple[tuple[float, ...], dict[str, Any] | None]] = {
 
 
 digits = partial(table, "digits")
-# The one letter after each window.
+# Each window with the one letter after it.
 after_letters = lambda: shuffled(text()[0].images, text()[0].labels[:, -1])
 # Data, network, its width, and the batch.
 TASKS: dict[str, tuple[Callable[[], tuple[Split, Split]], Callable[[int, int], nn.Module], int, int]] = {
@@ -70,12 +68,12 @@ def pieces(settings: Settings, device: Device, _: Tables) -> Iterator[Piece]:
     """Return the runs of all tasks, seed by seed."""
     most = None if settings.tuned else 1
     tried = [(method, rate) for method, (rates, _) in METHODS.items() for rate in rates[:most]]
-    values = [(task, *own, seed) for seed in settings.seeds for task in TASKS for own in tried]
-    return each("runs", ("task", "method", "rate", "seed"), values, run, settings, str(device.tensors))
+    values = [(task, method, rate, seed) for seed in settings.seeds for task in TASKS for method, rate in tried]
+    return sweep("runs", ("task", "method", "rate", "seed"), values, run, settings, str(device.tensors))
 
 
 def run(task: str, method: str, rate: float, seed: int, settings: Settings, device: str) -> Iterator[Row]:
-    """Yield the validation loss before a run and the least in it (none if it diverged); rates fall along a cosine."""
+    """Yield the validation loss before a run and its least in the run (none if it diverged); rates fall by a cosine."""
     data, make, width, batch = TASKS[task]
     training, judged = (Split(*(part.to(device) for part in split)) for split in data())
     torch.manual_seed(seed)
@@ -97,27 +95,27 @@ def run(task: str, method: str, rate: float, seed: int, settings: Settings, devi
         trainer.step(Split(training.images[chosen], training.labels[chosen]))
         schedule.step()
         if step % max(settings.steps // 10, 1) == 0:
-            # Beside NaN the least so far stays.
+            # The minimum with NaN is the least loss so far.
             best = min(best, validated())
     yield {"before": before, "loss": best}
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield how often a rate for all tasks was enough, and the mean losses: untuned, and at the best of the rates."""
+    """Yield how often one rate for all tasks was good enough, and the mean losses: untuned, and at the best rate."""
     if not content.get("runs"):
         return
-    # Mean losses over the seeds, infinite where one diverged: a row a task, a column a method and rate.
+    # Mean losses over the seeds, infinite if one diverged: a row for each task, a column for each method and rate.
     runs = pd.DataFrame(content["runs"]).fillna({"loss": math.inf})
     means = runs.pivot_table("loss", "task", ["method", "rate"], sort=False)
     before = runs.groupby("task")["before"].mean()
-    # The share of what the best run of a task takes off its loss.
+    # Reductions of the loss over the best run's.
     shares = means.rsub(before, axis=0).div(before - means.min(axis=1), axis=0)
     percent = pd.DataFrame({"median share": shares.median(), "least share": shares.min()}).clip(lower=0)
     percent = percent.map("{:.1%}".format)
     percent.insert(0, f"tasks at {100 * SHARE:g} %", shares.ge(SHARE).sum())
     yield f"One rate for all {len(shares)} tasks", percent.reset_index()
-    # Untuned is the first of a method's rates.
-    losses = means.T.groupby(level="method", sort=False).agg([lambda tried: tried.iloc[0], "min"]).T
+    # The first rate of a method is the untuned one.
+    losses = means.T.groupby(level="method", sort=False).agg([lambda rates: rates.iloc[0], "min"]).T
     cells = losses.map(lambda loss: f"{loss:.3f}" if math.isfinite(loss) else "–").groupby(level=0, sort=False)
     yield "Validation loss, untuned / best rate", cells.agg(" / ".join).reset_index()
 

@@ -1,6 +1,6 @@
 """Steps to a target with K-FAC, expand and reduce, beside AdamW, Muon and SOAP: vision transformers and graph networks.
 
-Run by ``make study-expand-reduce``. Figures are steps and losses: how busy the machine is makes no difference.
+Run by ``make study-expand-reduce``. Figures are steps and losses, so the machine's other work makes no difference.
 """
 
 import math
@@ -19,11 +19,11 @@ from torch import nn
 from bench.frame import pictures
 from bench.frame.pictures import Theme
 from bench.frame.samples import FOLDER, fashion, standardised
-from bench.frame.study import Piece, Row, Study, Tables, command, each
+from bench.frame.study import Piece, Row, Study, Tables, command, sweep
 from bench.gpu.device import Device
 from bench.studies import kfac_page
-from bench.studies.kfac_methods import OPTIMIZERS, points, spread
-from bench.studies.kfac_page import BASE, by_method, ranged, ratio
+from bench.studies.kfac_methods import numbers_at, optimizer, points
+from bench.studies.kfac_page import BASE, by_method, ratio_text, with_range
 from bench.studies.networks import Graphs, Nodes, ViT
 from brandla.demo import data
 from brandla.demo.data import Split, seeded
@@ -31,13 +31,13 @@ from brandla.demo.studies import Trainer, train_and_evaluate
 from brandla.kfac import KFAC, Exact
 
 DIGITS, FASHION = "digits", "fashion-mnist"
-# A target is what every run of AdamW has reached in this share of its steps, in whole per cent.
+# A target is the accuracy that every run of AdamW has reached in this share of its steps, in whole per cent.
 SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Task:
-    """Images, a network that learns them, and how long it may."""
+    """Images, a network that learns them, and the lengths of its runs."""
 
     name: str
     words: str
@@ -55,18 +55,15 @@ NETWORKS = {"vit": ViT, "graphs": Graphs, "nodes": Nodes}
 
 @dataclass(frozen=True)
 class Settings:
-    """One study. Every method has ``trials`` trials a task, at the same points of its two ranges."""
+    """The settings of the study. Every method has ``trials`` trials a task, at the same points of its two ranges."""
 
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     trials: int = 8
-    # Of the trials' points, networks and batches: none of the seeds that are measured.
-    search_seed: int = 1000
-    # Steps between renewals of K-FAC's and SOAP's decompositions.
-    renew_every: int = 5
+    search_seed: int = 1000  # the seed of the trials' points, networks and batches, which no measured run has
+    renew_every: int = 5  # steps between renewals of K-FAC's and SOAP's decompositions
     weight_decay: float = 0.01
-    # Of the images of each part, the first so many judge.
-    most_judged: int = 1000
+    most_judged: int = 1000  # only the first so many images of a part are judged
 
 
 USUAL = Settings(
@@ -84,7 +81,7 @@ QUICK = Settings(tuple(replace(task, **SMALL) for task in USUAL.tasks), seeds=(0
 
 FIRST_ORDER = ("AdamW", "Muon", "SOAP")
 EXPAND, REDUCE = "K-FAC, expand", "K-FAC, reduce"
-# Ranges of the two numbers that are searched, each evenly in the logarithm.
+# The ranges of the two numbers that are searched, both evenly in the logarithm.
 ADAM_RANGES = {"rate": (3e-4, 0.03), "1 − β₁": (0.03, 0.3)}
 KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1)}
 METHODS = dict.fromkeys(FIRST_ORDER, ADAM_RANGES) | dict.fromkeys((EXPAND, REDUCE), KFAC_RANGES)
@@ -95,42 +92,42 @@ COLOURS = kfac_page.COLOURS | {EXPAND: pictures.PALETTE[4], REDUCE: pictures.PAL
 
 
 def pieces(settings: Settings, device: Device, tables: Tables) -> Iterator[Piece]:
-    """Yield the search of each task, and its runs."""
+    """Yield the search of each task, then its runs."""
     load = lambda images: data.load("cpu") if images == DIGITS else fashion(FOLDER)
     samples = cache(lambda images: standardised(load(images), str(device.tensors)))
 
-    def tried(task: Task, method: str, point: int) -> Iterator[Row]:
-        """Yield the score of a trial: its mean accuracy on the images that validate, 0 if it diverged."""
-        numbers, seed = spread(METHODS[method], points(settings)[point][:2]), settings.search_seed
-        looks = looked(task, method, numbers, settings, samples(task.images)[2:], task.search_steps, seed)
+    def trial(task: Task, method: str, point: int) -> Iterator[Row]:
+        """Yield the score of a trial: its mean accuracy on the validation images, 0 if it diverged."""
+        numbers, seed = numbers_at(METHODS[method], points(settings)[point][:2]), settings.search_seed
+        looks = train(task, method, numbers, settings, samples(task.images)[2:], task.search_steps, seed)
         whole = all(math.isfinite(look["loss"]) for look in looks)
         yield {"numbers": numbers, "score": fmean(look["accuracy"] for look in looks) if whole else 0.0}
 
-    def measured(task: Task, method: str, seed: int) -> Iterator[Row]:
+    def run_seed(task: Task, method: str, seed: int) -> Iterator[Row]:
         """Yield a run with the numbers of the best trial."""
-        own = [row for row in tables["trials"] if (row["task"], row["method"]) == (task.name, method)]
-        numbers = max(own, key=lambda row: row["score"])["numbers"]
-        looks = looked(task, method, numbers, settings, samples(task.images)[:2], task.steps, seed)
+        trials = [row for row in tables["trials"] if (row["task"], row["method"]) == (task.name, method)]
+        numbers = max(trials, key=lambda row: row["score"])["numbers"]
+        looks = train(task, method, numbers, settings, samples(task.images)[:2], task.steps, seed)
         yield {"numbers": numbers, "looks": looks}
 
     for task in settings.tasks:
-        # Where each node has a term of the loss, there is nothing to reduce.
+        # There is nothing to reduce if each node has a term of the loss.
         methods = [method for method in METHODS if not (task.network == "nodes" and method == REDUCE)]
         trials = product([task], methods, range(settings.trials))
-        yield from each("trials", ("task", "method", "point"), trials, tried, cost=task.search_steps)
+        yield from sweep("trials", ("task", "method", "point"), trials, trial, cost=task.search_steps)
         runs = [(task, method, seed) for seed in settings.seeds for method in methods]
-        yield from each("runs", ("task", "method", "seed"), runs, measured, cost=task.steps)
+        yield from sweep("runs", ("task", "method", "seed"), runs, run_seed, cost=task.steps)
 
 
-def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, seed) -> list[Row]:
-    """Train on the first part at a constant rate, and return accuracy and loss on the second at every few steps."""
+def train(task, method, numbers, settings, parts: tuple[Split, Split], steps, seed) -> list[Row]:
+    """Train on the first part at a constant rate; return accuracy and loss on the second part at every few steps."""
     training, judging = parts[0], Split(*(part[: settings.most_judged] for part in parts[1]))
     model = seeded(seed, NETWORKS[task.network], training.images.shape[1], task.width).to(training.images.device)
     if method in FIRST_ORDER:
-        given = numbers | {"weight decay": settings.weight_decay}
-        trainer = Trainer(model, OPTIMIZERS[method](model.parameters(), given, settings))
+        numbers = numbers | {"weight decay": settings.weight_decay}
+        trainer = Trainer(model, optimizer(method, model.parameters(), numbers, settings))
     else:
-        # K-FAC stands before SGD without momentum.
+        # K-FAC preconditions SGD without momentum.
         sharing = method.removeprefix("K-FAC, ")
         kfac = KFAC(model, Exact(settings.renew_every), damping=numbers["damping"], sharing=sharing, seed=seed)
         if isinstance(model, Graphs):
@@ -146,7 +143,7 @@ def looked(task, method, numbers, settings, parts: tuple[Split, Split], steps, s
 
 @torch.no_grad()
 def judge(model: nn.Module, split: Split, chunk: int) -> Row:
-    """Return the share of the images that are classified rightly, and the mean loss; ``chunk`` are judged at once."""
+    """Return the share of rightly classified images, and the mean loss; ``chunk`` images are judged at once."""
     outputs = torch.cat([model(images) for images in split.images.split(chunk)])
     right = (outputs.argmax(-1) == split.labels).double().mean()
     return {"accuracy": float(right), "loss": float(nn.functional.cross_entropy(outputs, split.labels))}
@@ -156,7 +153,7 @@ def judge(model: nn.Module, split: Split, chunk: int) -> Row:
 
 
 def courses(content: Row) -> Iterator[tuple[Row, pd.DataFrame, float]]:
-    """Yield tasks with runs, a row a look of them, and the accuracy in % to count steps to, NaN without AdamW."""
+    """Yield each task with its looks, a row each, and its target in %, which is NaN without runs of AdamW."""
     for task in content["settings"]["tasks"]:
         if runs := [row for row in content.get("runs", []) if row["task"] == task["name"]]:
             looks = pd.json_normalize(runs, "looks", ["method", "seed", "numbers"]).astype({"accuracy": float})
@@ -166,7 +163,7 @@ def courses(content: Row) -> Iterator[tuple[Row, pd.DataFrame, float]]:
 
 
 def summary(looks: pd.DataFrame, target: float) -> pd.DataFrame:
-    """Return a row a method: mean, least and largest of the steps to the target, and of the last accuracy and loss."""
+    """Return a row for each method: mean, least and largest steps to the target, last accuracy and last loss."""
     run = ["method", "seed"]
     first = looks[looks["accuracy"] >= target / 100].groupby(run)["step"].min()
     ended = looks.drop_duplicates(run, keep="last").set_index(run).assign(step=first).reset_index()
@@ -176,23 +173,23 @@ def summary(looks: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield a table a task: steps to the target, whoever wins, and what all steps lead to."""
+    """Yield a table for each task: steps to the target, and accuracy and loss after all steps."""
     for task, looks, percent in courses(content):
         found, target = summary(looks, percent), "the target" if math.isnan(percent) else f"{percent}%"
         columns = {
             "method": found.index,
-            f"steps to {target}": ranged(found, "step", "{:.0f}".format),
-            f"× {BASE}": found["step over"].map(ratio),
+            f"steps to {target}": with_range(found, "step", "{:.0f}".format),
+            f"× {BASE}": found["step over"].map(ratio_text),
             "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
-            "accuracy after all steps": ranged(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
-            "loss after all steps": ranged(found, "loss", "{:.3f}".format),
+            "accuracy after all steps": with_range(found, "accuracy", lambda share: f"{100 * share:.1f} %"),
+            "loss after all steps": with_range(found, "loss", "{:.3f}".format),
             "chosen by the search": found["numbers"],
         }
         yield f"{task['name']}, to {target}", pd.DataFrame(columns).reset_index(drop=True)
 
 
 def draw(content: Row, theme: Theme) -> Figure:
-    """Draw a panel a task: mean test accuracy over the seeds against steps, with the range."""
+    """Draw a panel for each task: mean and range of the test accuracy over the seeds against steps."""
     found = list(courses(content))
     words = f"{content['settings']['trials']} trials of each method beforehand; mean and range of the seeds"
     about = [(f"{task['name']}: test accuracy", task["words"], 3.6) for task, *_ in found]

@@ -1,7 +1,6 @@
 """Steps and seconds to a target: every K-FAC beside other optimizers, tuned at an equal budget, on usual networks.
 
-Run by ``make study-kfac``. For each task a search for every method, then the cost of a step by width, then every method
-from every seed.
+Run by ``make study-kfac``. The search of every method comes first, then the cost of a step by width, then all seeds.
 """
 
 import math
@@ -16,12 +15,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from bench.frame.samples import FOLDER, UnusableError, check, garments
-from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, application, conduct, each
-from bench.gpu.device import Device
+from bench.frame.samples import FOLDER, UnusableError, check_files, standardised_fashion
+from bench.frame.study import Full, Out, Piece, Quick, Resume, Row, Study, Tables, new_app, run_study, sweep
+from bench.gpu.device import Device, size_of
 from bench.studies.kfac_methods import EXPONENTS, FULL, KINDS, METHODS, QUICK, USUAL, Method, Settings, Task, points
 from bench.studies.kfac_page import shown
 from brandla.demo import data
@@ -30,37 +27,37 @@ from brandla.demo.studies import Trainer, timed, train_and_evaluate
 
 Samples = Callable[[Task], Parts]
 PIXELS = 784
-# Steps whose cost is measured, at least and at most. The first is left out; of the next two one renews, if any does.
+# The fewest and the most steps whose cost is measured. The first is left out; one of the next two renews, if any does.
 LEAST, MOST = 3, 9
 
 
 def pieces(settings: Settings, device: Device, tables: Tables, folder: Path = FOLDER) -> Iterator[Piece]:
     """Yield the search of each task, the cost of a step by width, and the runs.
 
-    They go seed by seed, so that what slows the machine for a while meets all methods, and an early end has all.
+    The runs go seed by seed. So a slow phase of the machine affects all methods, and an early end has all of them.
     """
     where = str(device.tensors)
     samples = cache(lambda task: task.data(folder, where, settings.most))
-    wanted = lambda task, method: task.kind != method.refuses and (method.usual or task.everyone)
-    pairs = [(task, own) for task in settings.tasks for own in METHODS if own.installed and wanted(task, own)]
+    suits = lambda task, method: method.installed and method.refuses != task.kind and (method.usual or task.everyone)
+    pairs = [pair for pair in product(settings.tasks, METHODS) if suits(*pair)]
     count = lambda task: settings.trials if not task.follows else len(EXPONENTS) if task.rates else 0
     cost, about = lambda task, method, _: method.cost * task.cost, (settings, samples, tables)
     trials = [(task, method, point) for task, method in pairs for point in range(count(task))]
-    yield from each("trials", ("task", "method", "point"), trials, tried, *about, cost=cost)
+    yield from sweep("trials", ("task", "method", "point"), trials, trial, *about, cost=cost)
     steps = product(settings.widths, [method for method in METHODS if method.priced])
-    yield from each("costs", ("width", "method"), steps, cost_of, settings, where, cost=lambda width, _: width / 512)
+    yield from sweep("costs", ("width", "method"), steps, cost_of, settings, where, cost=lambda width, _: width / 512)
     runs = [(*pair, seed) for seed in settings.seeds for pair in pairs if seed in settings.seeds[: pair[0].seeds]]
-    yield from each("runs", ("task", "method", "seed"), runs, measured, *about, cost=cost)
+    yield from sweep("runs", ("task", "method", "seed"), runs, run_seed, *about, cost=cost)
 
 
 # --- The search
 
 
-def tried(task: Task, method: Method, point: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
-    """Return how a trial ended; it does not go on for longer than the best one before it."""
+def trial(task: Task, method: Method, point: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
+    """Return the end of a trial, which takes no more steps than the best one before it."""
     most = min([row["step"] for row in trials_of(tables, task, method) if row["step"]], default=task.steps)
     if task.follows:
-        given = followed(task, method, settings, tables, EXPONENTS[point])
+        given = rescaled(task, method, settings, tables, EXPONENTS[point])
     else:
         given = {"numbers": method.numbers(points(settings)[point]), "exponent": 0.0}
     seed, limited, parts = settings.search_seed, replace(task, steps=most, seconds=task.seconds / 3), samples(task)
@@ -72,41 +69,38 @@ def trials_of(tables: Tables, task: Task, method: Method) -> list[Row]:
     return [row for row in tables.get("trials", []) if (row["task"], row["method"]) == (task.name, method.name)]
 
 
-def followed(task: Task, method: Method, settings: Settings, tables: Tables, exponent: float | None = None) -> Row:
-    """Return the numbers of the task that one follows, the rate times a power of the ratio of the widths.
-
-    The exponent is the one that was best there, unless another is to be tried.
-    """
-    other = next(own for own in settings.tasks if own.name == task.follows)
-    found = chosen(other, method, settings, tables)
-    exponent = found["exponent"] if exponent is None else exponent
-    rate = found["numbers"]["rate"] * (other.width / task.width) ** exponent
-    return {"numbers": found["numbers"] | {"rate": float(f"{rate:.3g}")}, "exponent": exponent}
+def rescaled(task: Task, method: Method, settings: Settings, tables: Tables, exponent: float | None = None) -> Row:
+    """Return the followed task's numbers, with the rate times a power (by default its best) of the ratio of widths."""
+    other = next(other for other in settings.tasks if other.name == task.follows)
+    best = best_numbers(other, method, settings, tables)
+    exponent = best["exponent"] if exponent is None else exponent
+    rate = best["numbers"]["rate"] * (other.width / task.width) ** exponent
+    return {"numbers": best["numbers"] | {"rate": float(f"{rate:.3g}")}, "exponent": exponent}
 
 
-def chosen(task: Task, method: Method, settings: Settings, tables: Tables) -> Row:
-    """Return the numbers of the trial with the fewest steps, else the best score, or those of the task it follows."""
+def best_numbers(task: Task, method: Method, settings: Settings, tables: Tables) -> Row:
+    """Return the numbers of the trial with the fewest steps, else the best score; without trials, rescaled ones."""
     sign = 1 if task.network.by_loss else -1
     failed = lambda row: row["failure"] is not None
     order = lambda row: (failed(row), row["step"] or math.inf, 0 if failed(row) else sign * row["score"])
     trials = trials_of(tables, task, method)
-    return min(trials, key=order) if trials else followed(task, method, settings, tables)
+    return min(trials, key=order) if trials else rescaled(task, method, settings, tables)
 
 
 # --- The runs
 
 
-def measured(task: Task, method: Method, seed: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
-    """Return a run with the numbers of the best trial, and the bytes that it keeps beside weights and gradients."""
-    numbers, parts = chosen(task, method, settings, tables)["numbers"], samples(task)
+def run_seed(task: Task, method: Method, seed: int, settings: Settings, samples: Samples, tables: Tables) -> list[Row]:
+    """Return a run with the numbers of the best trial, and the bytes that it keeps beyond weights and gradients."""
+    numbers, parts = best_numbers(task, method, settings, tables)["numbers"], samples(task)
     trainer = method.trainer(task.model(parts.training.images, seed), numbers, settings, task, seed)
     return [{"numbers": numbers} | train(trainer, task, parts[:2], seed, settings) | kept_bytes(trainer)]
 
 
 def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, settings: Settings) -> Row:
-    """Train on the first part until the second one finds the target reached, or steps or seconds are spent.
+    """Train on the first part until the score on the second reaches the target, or steps or seconds run out.
 
-    ``step`` and ``seconds`` are those that the target took, None where it was not reached.
+    ``step`` and ``seconds`` are those to the target; None if it was not reached.
     """
     looks = [settings.look_after]
     while looks[-1] < task.steps:
@@ -127,17 +121,16 @@ def train(trainer: Any, task: Task, parts: tuple[Split, Split], seed: int, setti
 
 
 def kept_bytes(trainer: Trainer) -> Row:
-    """Return what the factors take, and what the optimizer keeps."""
-    states = tree_leaves([list(state.values()) for state in trainer.optimizer.state.values()])
-    kept = sum(value.nbytes for value in states if isinstance(value, Tensor))
+    """Return the bytes of the factors and of the optimizer's state."""
     factors = 0 if trainer.preconditioner is None else trainer.preconditioner.report().bytes
-    return {"factor_bytes": factors, "optimizer_bytes": kept}
+    states = [list(state.values()) for state in trainer.optimizer.state.values()]
+    return {"factor_bytes": factors, "optimizer_bytes": size_of(states)}
 
 
 def cost_of(width: int, method: Method, settings: Settings, where: str) -> Iterator[Row]:
-    """Yield the milliseconds of a step of an MLP: that of one that renews, of the others, and the mean of a period.
+    """Yield the milliseconds of an MLP's step, as the mean over a period, and those of a step that renews.
 
-    To need few of the dear ones every second step renews; the mean is that of steps at the pace of the settings.
+    Every second step renews here, so that few expensive ones are needed. The mean is for the period of the settings.
     """
     task = Task("", "mlp", width, width // 8, 0, 0, 0)
     period = getattr(settings, method.renews) if method.renews else 1
@@ -145,22 +138,22 @@ def cost_of(width: int, method: Method, settings: Settings, where: str) -> Itera
     images = torch.randn(task.batch, PIXELS, generator=torch.Generator().manual_seed(0)).to(where)
     trainer = method.trainer(task.model(images, 0), method.numbers([0.5] * 3), often, task, 0)
     if method.name == "SOAP":
-        # It begins with eigendecompositions, which are not repeated.
+        # SOAP begins with eigendecompositions, which it does not repeat.
         for weight in (weight for weight in trainer.model.parameters() if weight.ndim == 2):
             bases = [torch.eye(n, device=where) for n in weight.shape]
             trainer.optimizer.state[weight] |= {"bases": bases, "mean": torch.zeros_like(weight)}
     batch, times = Split(images, torch.arange(task.batch).to(where) % 10), []
     while len(times) < LEAST or (len(times) < MOST and sum(times) < 1e3 * settings.cost_seconds):
         times.append(timed(partial(trainer.step, batch), where)[1])
-    # Which of two steps renews depends on the method.
-    plain, dear = sorted(float(np.median(times[first::2])) for first in (1, 2))
-    typical = (dear + (period - 1) * plain) / period if method.renews else float(np.median(times[1:]))
-    yield {"milliseconds": typical, "renewing": dear if method.renews else None}
+    # The method determines which of two steps renews: the longer one.
+    plain, renewing = sorted(float(np.median(times[first::2])) for first in (1, 2))
+    mean = (renewing + (period - 1) * plain) / period if method.renews else float(np.median(times[1:]))
+    yield {"milliseconds": mean, "renewing": renewing if method.renews else None}
 
 
 STUDY = Study("kfac-study", {"quick": QUICK, "usual": USUAL, "full": FULL}, pieces, shown)
 Kinds = Enum("Kinds", {kind: kind for kind in KINDS})
-app = application(__doc__)
+app = new_app(__doc__)
 
 
 @app.command(help=__doc__)
@@ -172,18 +165,18 @@ def main(
     only: Annotated[Kinds | None, typer.Option(help="These networks alone.")] = None,
     folder: Annotated[Path, typer.Option("--data", help="Folder of Fashion-MNIST's four files.")] = FOLDER,
 ) -> None:
-    """Take the tasks that are wanted, with the images that they need."""
+    """Run the tasks that are asked for, after a check of the images that they need."""
     sizes = STUDY.sizes
     if only:
-        of_kind = lambda of: replace(of, tasks=tuple(task for task in of.tasks if task.kind == only.value), widths=())
-        sizes = {name: of_kind(of) for name, of in sizes.items()}
+        tasks_of = lambda settings: tuple(task for task in settings.tasks if task.kind == only.value)
+        sizes = {name: replace(settings, tasks=tasks_of(settings), widths=()) for name, settings in sizes.items()}
     for method in METHODS:
         if not method.installed:
             typer.echo(f"{method.name} is left out: it is not installed")
     try:
-        if any(KINDS[kind.value].load is garments for kind in ([only] if only else Kinds)):
-            check(folder)
-        conduct(replace(STUDY, sizes=sizes, pieces=partial(pieces, folder=folder)), quick, full, resume, out)
+        if any(KINDS[kind.value].load is standardised_fashion for kind in ([only] if only else Kinds)):
+            check_files(folder)
+        run_study(replace(STUDY, sizes=sizes, pieces=partial(pieces, folder=folder)), quick, full, resume, out)
     except UnusableError as error:
         typer.echo(f"study-kfac: {error}", err=True)
         raise typer.Exit(2) from None

@@ -1,11 +1,11 @@
-"""What the study of K-FAC trains and how: tasks with a target, methods with three numbers to be searched, settings."""
+"""The study of K-FAC: its tasks with their targets, its methods with three numbers to search, and its settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.stats.qmc import LatinHypercube
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from bench.frame.samples import friedman, garments, parted, text
+from bench.frame.samples import friedman, standardised_fashion, text, with_validation
 from bench.studies.networks import Graph, Transformer, conv, two_hidden
 from bench.studies.peers import SOAP, Maker, Muon, Shampoo
 from brandla.demo.data import Parts, Split, seeded
@@ -21,65 +21,64 @@ from brandla.demo.studies import Trainer
 from brandla.kfac import KFAC, Brand, BrandCorrected, BrandRandomized, Exact, InverseFree, Randomized, Strategy
 
 Numbers = dict[str, float]
-# A task that follows another of width w₀ tries its rate times (w₀ / width) to these powers.
-EXPONENTS = (0.0, 0.5, 1.0)
+EXPONENTS = (0.0, 0.5, 1.0)  # a task that follows another of width w₀ tries its rate times (w₀ / width) to these powers
 
 
 class Kind(NamedTuple):
-    """A network, and what it learns."""
+    """A network, and the data that it learns."""
 
-    make: Callable[[int, int], nn.Module]  # from the numbers of a sample, and the width
-    load: Callable[[Path], Parts] = garments
-    judged: int = 1000  # of the samples that judge, the first so many do
-    by_loss: bool = False  # the target is a loss that is not exceeded; else an accuracy
+    make: Callable[[int, int], nn.Module]  # from the size of a sample, and the width
+    load: Callable[[Path], Parts] = standardised_fashion
+    judged: int = 1000  # only the first so many test and validation samples are judged
+    by_loss: bool = False  # the target is a loss; else an accuracy
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    sharing: Literal["expand", "reduce"] = "reduce"  # of K-FAC: "expand" where each place has a loss of its own
+    sharing: Literal["expand", "reduce"] = "reduce"  # of K-FAC: "expand" if each position has a loss of its own
 
 
-# ``docs/kfac-study.md`` says what they are.
+# ``docs/kfac-study.md`` explains them.
 KINDS = {
     "mlp": Kind(two_hidden),
     "conv": Kind(conv),
     "graph": Kind(Graph),
-    "transformer": Kind(Transformer, lambda _: parted(*text()), 100, by_loss=True, sharing="expand"),
-    "regression": Kind(partial(two_hidden, outputs=1), lambda _: parted(*friedman()), 2000, True, F.mse_loss),
+    "transformer": Kind(Transformer, lambda _: with_validation(*text()), 100, by_loss=True, sharing="expand"),
+    "regression": Kind(partial(two_hidden, outputs=1), lambda _: with_validation(*friedman()), 2000, True, F.mse_loss),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """A network, its target, and how long it may take to get there."""
+    """A network, its target, and the steps and seconds to get there."""
 
     name: str  # as in the result file
     kind: str  # of ``KINDS``, as in ``--only``
     width: int
     batch: int
-    steps: int  # of a run, and of a trial of the search, at most
-    seconds: float  # of a run, at most; a trial has a third of them
-    target: float  # on the test samples; on those that validate, in the search
-    follows: str = ""  # task whose numbers are taken; "" searches them
-    rates: bool = False  # of a task that follows: whether rates are tried
-    everyone: bool = False  # whether the methods that are elsewhere left out take part
-    seeds: int = 3  # of the runs, the first so many
-    cost: float = 1.0  # of a step, beside those of other tasks, for the progress bar
+    steps: int  # the most of a run, and of a trial of the search
+    seconds: float  # the most of a run; a trial has a third of them
+    target: float  # on the test samples; in the search, on the validation samples
+    follows: str = ""  # the task whose numbers are taken; "" searches them
+    rates: bool = False  # whether a task that follows another tries rates
+    everyone: bool = False  # whether the methods that other tasks leave out take part
+    seeds: int = 3  # the runs have the first so many seeds of the settings
+    cost: float = 1.0  # of a step, over those of other tasks, for the progress bar
 
     @property
     def network(self) -> Kind:
         return KINDS[self.kind]
 
     def data(self, folder: Path, device: str, most: int | None) -> Parts:
-        """Return the samples; of each part that is trained on the first ``most``."""
+        """Return the samples; the parts for training have the first ``most``."""
         judged = self.network.judged
         whole = zip(self.network.load(folder), (most, judged, most, judged), strict=True)
         return Parts(*(Split(*(tensor[:limit].to(device) for tensor in part)) for part, limit in whole))
 
     def model(self, like: Tensor, seed: int) -> nn.Module:
-        """Return the network for such samples, initialised from a seed."""
+        """Return the network for samples like these, initialised from a seed."""
         return seeded(seed, self.network.make, like.shape[1], self.width).to(like.device)
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split) -> float:
-        """Return the loss or the accuracy that the target is set for."""
+        """Return the loss or the accuracy, whichever the target is for."""
         outputs = model(split.images)
         loss = self.network.loss(outputs, split.labels)
         if not loss.isfinite():
@@ -97,28 +96,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Settings:
-    """One study. Every method has ``trials`` trials a task, at the same points of its ranges."""
+    """The settings of the study. Every method has ``trials`` trials a task, at the same points of its ranges."""
 
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (1, 2)
     trials: int = 5
-    # Of the trials' points, networks and batches: none of the seeds that are measured.
-    search_seed: int = 1000
+    search_seed: int = 1000  # the seed of the trials' points, networks and batches, which no measured run has
     rank: int = 64
     clip: float = 0.07
     # Steps between renewals of K-FAC, RS-KFAC, SRE-KFAC, B-KFAC-C, Shampoo and SOAP; between overwrites of B-R-KFAC.
     renew_every: int = 10
     overwrite_every: int = 50
-    # SINGD takes in no data between its updates, and is given more of them.
-    singd_every: int = 5
-    # The first look at a score is after so many steps, and each of the others after a step in so many more.
+    singd_every: int = 5  # SINGD takes in data only at its updates, so it has more of them
+    # Steps before the first look at a score; and the part by which the steps grow until each further look.
     look_after: int = 4
     look_every: float = 1 / 6
-    # Widths at which the cost of a step is measured, with batches of an eighth, and the seconds after which it ends.
+    # Widths at which the cost of a step is measured, with batches of an eighth, and the seconds for each measurement.
     widths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     cost_seconds: float = 1.0
-    # Of what is trained on, the first so many samples are taken; None for all.
-    most: int | None = None
+    most: int | None = None  # the most training samples; None for all
 
 
 USUAL = Settings(
@@ -172,32 +168,31 @@ QUICK = replace(
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train."""
+    """A way to train."""
 
     name: str  # as in tables and pictures
-    words: str  # what it is
-    cost: float  # milliseconds of a step, roughly, for the progress bar
-    # Of each number that is searched, by its name: ends of a range that is covered evenly in the logarithm.
-    ranges: dict[str, tuple[float, float]]
-    renews: str = ""  # the setting that says after how many steps a dear one comes
-    usual: bool = True  # in every task; else in those for everyone
+    words: str  # of the table of methods
+    cost: float  # rough milliseconds of a step, for the progress bar
+    ranges: dict[str, tuple[float, float]]  # the range of each number that is searched, evenly in the logarithm
+    renews: str = ""  # the setting with the steps between expensive ones
+    usual: bool = True  # takes part in every task; else only in those for everyone
     priced: bool = True  # whether the cost of its step is measured by width
     package: str = "torch"  # that it needs
-    refuses: str = ""  # a kind of network that it cannot train
+    refuses: str = ""  # the kind of network that it cannot train
 
     @property
     def installed(self) -> bool:
         return util.find_spec(self.package) is not None
 
     def numbers(self, point: list[float]) -> Numbers:
-        """Return the numbers at a point of the unit cube."""
-        return spread(self.ranges, point)
+        """Return this method's numbers at a point of the unit cube."""
+        return numbers_at(self.ranges, point)
 
     def trainer(self, model: nn.Module, numbers: Numbers, settings: Settings, task: Task, seed: int) -> Trainer | Maker:
         loss = task.network.loss
-        if self.name in OPTIMIZERS:
-            return Trainer(model, OPTIMIZERS[self.name](model.parameters(), numbers, settings), None, loss)
-        # SINGD searches β in the place of ρ.
+        if "weight decay" in numbers:
+            return Trainer(model, optimizer(self.name, model.parameters(), numbers, settings), None, loss)
+        # SINGD searches β in place of ρ.
         rate, damping, weight = numbers["rate"], numbers["damping"], numbers.get("1 − ρ", 0.05)
         if self.name not in STRATEGIES:
             return Maker(model, rate, loss, task.batch, settings.renew_every, damping, weight)
@@ -206,36 +201,42 @@ class Method:
         return Trainer(model, SGD(model.parameters(), rate), kfac, loss)
 
 
-def spread(ranges: dict[str, tuple[float, float]], point: list[float]) -> Numbers:
-    """Return the numbers at a point of the unit cube, each evenly in the logarithm between the ends of its range."""
+def numbers_at(ranges: dict[str, tuple[float, float]], point: list[float]) -> Numbers:
+    """Return the numbers at a point of the unit cube, which covers each range evenly in the logarithm."""
     parts = zip(point, ranges.items(), strict=True)
     return {name: float(f"{low * (high / low) ** part:.3g}") for part, (name, (low, high)) in parts}
 
 
 def points(settings: Settings) -> list[list[float]]:
-    """Return the points of a Latin hypercube at which every method is tried: each number has one in each equal part."""
+    """Return the points at which every method is tried: a Latin hypercube, which covers each range evenly."""
     return LatinHypercube(len(KFAC_RANGES), rng=settings.search_seed).random(settings.trials).tolist()
 
 
-# From weights, the numbers of a trial, and the settings.
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": lambda of, by, _: SGD(of, by["rate"], 1 - by["1 − momentum"], weight_decay=by["weight decay"]),
-    "AdamW": lambda of, by, _: AdamW(of, by["rate"], (1 - by["1 − β₁"], 0.999), weight_decay=by["weight decay"]),
-    "Muon": lambda of, by, _: Muon(of, by["rate"], 1 - by["1 − β₁"], by["weight decay"]),
-    "Shampoo": lambda of, by, to: Shampoo(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], to.renew_every),
-    "SOAP": lambda of, by, to: SOAP(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], to.renew_every),
-    "SOAP, every step": lambda of, by, _: SOAP(of, by["rate"], (1 - by["1 − β₁"], 0.99), by["weight decay"], 1),
-}
-# Of K-FAC, before SGD without momentum.
+def optimizer(name: str, weights: Any, numbers: Numbers, settings: Any) -> torch.optim.Optimizer:
+    """Return an optimizer without K-FAC, with the numbers of a trial."""
+    rate, decay, every = numbers["rate"], numbers["weight decay"], settings.renew_every
+    momentum = 1 - numbers["1 − momentum" if name == "SGD" else "1 − β₁"]
+    optimizers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "SGD": lambda: SGD(weights, rate, momentum, weight_decay=decay),
+        "AdamW": lambda: AdamW(weights, rate, (momentum, 0.999), weight_decay=decay),
+        "Muon": lambda: Muon(weights, rate, momentum, decay),
+        "Shampoo": lambda: Shampoo(weights, rate, (momentum, 0.99), decay, every),
+        "SOAP": lambda: SOAP(weights, rate, (momentum, 0.99), decay, every),
+        "SOAP, every step": lambda: SOAP(weights, rate, (momentum, 0.99), decay, 1),
+    }
+    return optimizers[name]()
+
+
+# The strategies of K-FAC, which preconditions SGD without momentum.
 STRATEGIES: dict[str, Callable[[Settings, Numbers], Strategy]] = {
-    "K-FAC": lambda of, _: Exact(of.renew_every),
-    "RS-KFAC": lambda of, _: Randomized(of.rank, method="svd", inverse_every=of.renew_every),
-    "SRE-KFAC": lambda of, _: Randomized(of.rank, inverse_every=of.renew_every),
-    "B-KFAC": lambda of, _: Brand(of.rank),
-    "B-KFAC, sketched": lambda of, _: Brand(of.rank, sketch=of.rank // 2),
-    "B-R-KFAC": lambda of, _: BrandRandomized(of.rank, overwrite_every=of.overwrite_every),
-    "B-KFAC-C": lambda of, _: BrandCorrected(of.rank, correct_every=of.renew_every),
-    "SINGD": lambda of, by: InverseFree(rate=by["β"], preconditioner_every=of.singd_every),
+    "K-FAC": lambda settings, _: Exact(settings.renew_every),
+    "RS-KFAC": lambda settings, _: Randomized(settings.rank, method="svd", inverse_every=settings.renew_every),
+    "SRE-KFAC": lambda settings, _: Randomized(settings.rank, inverse_every=settings.renew_every),
+    "B-KFAC": lambda settings, _: Brand(settings.rank),
+    "B-KFAC, sketched": lambda settings, _: Brand(settings.rank, sketch=settings.rank // 2),
+    "B-R-KFAC": lambda settings, _: BrandRandomized(settings.rank, overwrite_every=settings.overwrite_every),
+    "B-KFAC-C": lambda settings, _: BrandCorrected(settings.rank, correct_every=settings.renew_every),
+    "SINGD": lambda settings, numbers: InverseFree(rate=numbers["β"], preconditioner_every=settings.singd_every),
 }
 SGD_RANGES = {"rate": (0.01, 0.3), "1 − momentum": (0.03, 0.3), "weight decay": (1e-5, 1e-3)}
 ADAM_RANGES = {"rate": (3e-4, 0.01), "1 − β₁": (0.03, 0.3), "weight decay": (1e-3, 0.1)}
@@ -243,7 +244,7 @@ KFAC_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "1 − ρ": (0.02, 
 SINGD_RANGES = {"rate": (0.01, 0.3), "damping": (0.003, 0.1), "β": (0.05, 0.5)}
 ASDL_RANGES = {"rate": (0.003, 0.1), "damping": (0.003, 0.1), "1 − ρ": (0.02, 0.2)}
 PACE, EXTRA = "renew_every", {"usual": False, "priced": False}
-# It cannot train the Linear layer inside torch's attention.
+# This package cannot train the Linear layer inside torch's attention.
 OF_PACKAGE = "K-FAC of that package, inverses every {renew_every} steps, without a clip"
 METHODS = (
     Method("SGD", "with momentum", 4, SGD_RANGES),

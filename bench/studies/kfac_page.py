@@ -1,4 +1,4 @@
-"""What the study of K-FAC shows of its result file: an answer, tables, and pictures."""
+"""The page of the study of K-FAC, from its result file: an answer, tables, and pictures."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,45 +9,44 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from bench.frame import pictures
-from bench.frame.figures import spelled
+from bench.frame.figures import formatted
 from bench.frame.pictures import Theme
 from bench.frame.study import Row
 from bench.studies.kfac_methods import METHODS, STRATEGIES, Task
 
-# What the others are compared with.
-BASE = "AdamW"
+BASE = "AdamW"  # the method that the others are compared with
 NOTHING = "–"
 OWN = list(STRATEGIES)
-# Those in README.
+# The methods of the table in README.
 IN_README = ["SGD", "AdamW", "Muon", "SOAP", "K-FAC", "B-KFAC", "B-KFAC, sketched"]
 
 
 def by_method(runs: pd.DataFrame, parts: list[str]) -> pd.DataFrame:
-    """Return a row a method: mean, least and largest of each figure, the runs, and those that reached the target.
+    """Return a row for each method: mean, least and largest of each figure, and the runs, and those that arrived.
 
-    Where all did, the mean is there once more as "whole", and "over" that of AdamW.
+    If all runs reached the target, the mean is there once more as "whole", and over that of AdamW as "over".
     """
     by = runs.astype(dict.fromkeys(parts, float)).groupby("method", sort=False)
-    found = by[parts].agg(["mean", "min", "max"])
-    found = found.set_axis(map(" ".join, found), axis=1).assign(runs=by.size(), reached=by["step"].count())
+    summary = by[parts].agg(["mean", "min", "max"])
+    summary = summary.set_axis(map(" ".join, summary), axis=1).assign(runs=by.size(), reached=by["step"].count())
     for part in parts:
-        whole = found[f"{part} mean"].where(found["reached"] == found["runs"])
-        found[f"{part} whole"], found[f"{part} over"] = whole, whole / whole.get(BASE, math.nan)
-    return found
+        whole = summary[f"{part} mean"].where(summary["reached"] == summary["runs"])
+        summary[f"{part} whole"], summary[f"{part} over"] = whole, whole / whole.get(BASE, math.nan)
+    return summary
 
 
 def summaries(content: Row) -> dict[Task, pd.DataFrame]:
-    """Return of each task with runs a row a method, with what it keeps, and in words what it takes to the target."""
+    """Return for each task with runs a row for each method, with its bytes, and its steps and seconds in words."""
     summary = {}
     for task in (Task(**row) for row in content["settings"]["tasks"]):
         runs = pd.DataFrame([row for row in content.get("runs", []) if row["task"] == task.name])
         if len(runs):
             kept = runs.groupby("method")[["factor_bytes", "optimizer_bytes"]].first().sum(axis=1).astype(float)
-            # The package does not tell what its factors take.
+            # This package does not tell the bytes of its factors.
             kept[kept.index == "asdfghjkl"] = math.nan
-            found = in_order(by_method(runs, ["step", "seconds", "milliseconds"]).assign(bytes=kept))
-            taken = found["step whole"].map("{:.0f} steps, ".format) + found["seconds whole"].map(spelled) + " s"
-            summary[task] = found.assign(taken=taken.where(found["step whole"].notna(), NOTHING))
+            rows = in_order(by_method(runs, ["step", "seconds", "milliseconds"]).assign(bytes=kept))
+            taken = rows["step whole"].map("{:.0f} steps, ".format) + rows["seconds whole"].map(formatted) + " s"
+            summary[task] = rows.assign(taken=taken.where(rows["step whole"].notna(), NOTHING))
     return summary
 
 
@@ -55,46 +54,46 @@ def in_order(found: pd.DataFrame) -> pd.DataFrame:
     return found.reindex([method.name for method in METHODS if method.name in found.index])
 
 
-def means(content: Row) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return steps and seconds over AdamW's, where every run of both arrived; and their geometric means by method."""
+def over_base(content: Row) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return steps and seconds over AdamW's if all runs of both arrived, and their geometric means by method."""
     parts = {"step over": "step", "seconds over": "seconds"}
-    own = pd.concat([pd.DataFrame(columns=[*parts], dtype=float), *summaries(content).values()])
-    own = own[[*parts]].rename(columns=parts).dropna()
-    by = np.log(own).groupby(level=0)
-    return own, in_order(np.exp(by.mean()).assign(tasks=by.size()))
+    ratios = pd.concat([pd.DataFrame(columns=[*parts], dtype=float), *summaries(content).values()])
+    ratios = ratios[[*parts]].rename(columns=parts).dropna()
+    by = np.log(ratios).groupby(level=0)
+    return ratios, in_order(np.exp(by.mean()).assign(tasks=by.size()))
 
 
 # --- Tables
 
 
-def ranged(found: pd.DataFrame, part: str, words: Callable[[float], str]) -> pd.Series:
+def with_range(found: pd.DataFrame, part: str, words: Callable[[float], str]) -> pd.Series:
     """Return means with their ranges."""
     mean, low, high = (found[f"{part} {of}"].astype(object).map(words, "ignore") for of in ("mean", "min", "max"))
     return (mean + (" (" + low + " to " + high + ")").where(low != high, "")).fillna(NOTHING)
 
 
-def ratio(value: float) -> str:
+def ratio_text(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{value:.2f}"
 
 
-def cells_of(found: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of a task: those that always arrived by their seconds, then the others."""
+def task_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of a task: the methods that always arrived by their seconds, then the others."""
     found = found.assign(missed=found["runs"] - found["reached"]).sort_values(["missed", "seconds mean"], kind="stable")
     columns = {
         "method": found.index,
-        "steps": ranged(found, "step", "{:.0f}".format),
-        f"steps × {BASE}": found["step over"].map(ratio),
-        "seconds": ranged(found, "seconds", spelled),
-        f"seconds × {BASE}": found["seconds over"].map(ratio),
+        "steps": with_range(found, "step", "{:.0f}".format),
+        f"steps × {BASE}": found["step over"].map(ratio_text),
+        "seconds": with_range(found, "seconds", formatted),
+        f"seconds × {BASE}": found["seconds over"].map(ratio_text),
         "reached by": found["reached"].astype(str) + " of " + found["runs"].astype(str),
-        "ms per step": ranged(found, "milliseconds", spelled),
-        "kept, MB": (found["bytes"] / 1e6).astype(object).map(spelled, "ignore").fillna(NOTHING),
+        "ms per step": with_range(found, "milliseconds", formatted),
+        "kept, MB": (found["bytes"] / 1e6).astype(object).map(formatted, "ignore").fillna(NOTHING),
     }
     return pd.DataFrame(columns).reset_index(drop=True)
 
 
 def winners(content: Row) -> pd.DataFrame:
-    """Return for each task who takes the fewest steps and the fewest seconds, of those that always arrive."""
+    """Return for each task the methods with the fewest steps and seconds, of those that always arrive."""
     rows = []
     for task, found in summaries(content).items():
         if found["step whole"].notna().any():
@@ -107,21 +106,21 @@ def winners(content: Row) -> pd.DataFrame:
 
 
 def costs(content: Row) -> pd.DataFrame:
-    """Return the cost of a step over SGD's: a row a method, a column a width."""
+    """Return the cost of a step over SGD's: a row for each method, a column for each width."""
     rows = pd.DataFrame(content.get("costs", []), columns=["method", "width", "milliseconds"])
-    found = rows.pivot(index="method", columns="width", values="milliseconds").astype(float)
-    return in_order(found / found.loc["SGD"]) if len(found) else found
+    times = rows.pivot(index="method", columns="width", values="milliseconds").astype(float)
+    return in_order(times / times.loc["SGD"]) if len(times) else times
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield who wins, a table for each task, what failed, the cost of a step, and what the methods are."""
+    """Yield the best methods, a table for each task, the failed runs, the cost of a step, and the list of methods."""
     if len(found := winners(content)):
         yield "The fewest steps and seconds, of those that always arrive", found
     for task, found in summaries(content).items():
-        yield f"{task.name}, to {task.goal}", cells_of(found)
+        yield f"{task.name}, to {task.goal}", task_table(found)
     if failed := [row for row in content.get("runs", []) if row["failure"]]:
         yield "Runs that failed", pd.DataFrame(failed)[["task", "method", "seed", "failure"]]
-    if len(found := costs(content).map(ratio)):
+    if len(found := costs(content).map(ratio_text)):
         yield "A step over SGD's, by width", found.rename(columns=str).rename_axis(columns=None).reset_index()
     ranges = lambda method: "; ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in method.ranges.items())
     rows = [(method.name, method.words.format(**content["settings"]), ranges(method)) for method in METHODS]
@@ -129,14 +128,14 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def answer(content: Row) -> str:
-    """Return in two sentences who takes the fewest steps and seconds, and what K-FAC gains on AdamW."""
+    """Return in two sentences the methods with the fewest steps and seconds, and K-FAC beside AdamW."""
     best = winners(content)
     if best.empty:
         return "No method reached a target in every run."
     won = lambda part: ", ".join(f"{who} (on {of})" for who, of in best[part].value_counts().items())
     counts = [f"the {part} are those of {won(part)}" for part in ("fewest steps", "fewest seconds")]
     first = f"On {len(best)} tasks {', and '.join(counts)}."
-    ours = means(content)[1].query("index in @OWN").sort_values(["tasks", "seconds"], ascending=[False, True])
+    ours = over_base(content)[1].query("index in @OWN").sort_values(["tasks", "seconds"], ascending=[False, True])
     if ours.empty:
         return f"{first} No K-FAC can be compared with {BASE}: they never both arrived."
     row = ours.iloc[0]
@@ -153,7 +152,7 @@ def by_width(content: Row) -> dict[Task, pd.DataFrame]:
 
 
 def readme(content: Row) -> pd.DataFrame:
-    """Return what some methods take to the target, by the width of an MLP."""
+    """Return the steps and seconds of some methods to the target, by the width of an MLP."""
     cells = {f"width {task.width}": found["taken"] for task, found in by_width(content).items()}
     return pd.DataFrame(cells, IN_README).fillna(NOTHING).reset_index(names="method")
 
@@ -168,17 +167,17 @@ COLOURS = dict(zip(COLOURED, pictures.PALETTE, strict=True))
 
 
 def draw(content: Row, theme: Theme) -> Figure:
-    """Draw seconds over steps to the target, as multiples of AdamW's: small dots are tasks, large ones their mean."""
+    """Draw seconds against steps to the target, as multiples of AdamW's: small dots are tasks, large ones are means."""
     words = "geometric means over the tasks where both always arrive"
     below = "large: mean of the tasks, in brackets how many; small: each task"
     figure, (axis,) = pictures.panels(content, words, theme, ("To the target, as multiples of AdamW's", below, 6.0))
-    own, middle = means(content)
-    for name, row in middle.iterrows():
-        colour, tasks = COLOURS[str(name)][theme.dark], own.loc[[name]]
+    ratios, means = over_base(content)
+    for name, row in means.iterrows():
+        colour, tasks = COLOURS[str(name)][theme.dark], ratios.loc[[name]]
         axis.plot(tasks["step"], tasks["seconds"], "o", color=colour, markersize=3.5, alpha=0.45)
         label = f"{name} ({row['tasks']:.0f})"
         axis.plot(row["step"], row["seconds"], "o", color=colour, markersize=10, label=label)
-    # They also give the axes a range where nothing arrived.
+    # These lines also give the axes a range if no run arrived.
     axis.axhline(1, color=theme.text, linewidth=1, linestyle=":")
     axis.axvline(1, color=theme.text, linewidth=1, linestyle=":")
     for side, words in ((axis.xaxis, "steps × AdamW"), (axis.yaxis, "seconds × AdamW")):
@@ -189,23 +188,23 @@ def draw(content: Row, theme: Theme) -> Figure:
 
 
 def draw_costs(content: Row, theme: Theme) -> Figure:
-    """Draw the cost of a step over SGD's against the width of the network, with batches in proportion."""
+    """Draw the cost of a step over SGD's against the width of the network; batches grow with the width."""
     words = "MLP 784-w-w-10, batches of w / 8; medians of steps"
     return _against_width(content, words, theme, ("Cost of a step over SGD's", 5.0, costs(content), "× SGD"))
 
 
 def draw_widths(content: Row, theme: Theme) -> Figure:
-    """Draw steps and seconds of MLPs to their target against the width, of the methods that always arrive."""
+    """Draw steps and seconds of MLPs to their target against the width, for the methods that always arrive."""
     found = by_width(content)
     goal = next(iter(found)).goal if found else ""
-    by = lambda part: pd.DataFrame({task.width: own[f"{part} whole"] for task, own in found.items()}).reindex(IN_README)
-    steps, seconds = by("step"), by("seconds")
+    by_task = lambda part: {task.width: rows[f"{part} whole"] for task, rows in found.items()}
+    steps, seconds = (pd.DataFrame(by_task(part)).reindex(IN_README) for part in ("step", "seconds"))
     panels = (f"Steps to {goal}", 3.6, steps, "steps"), (f"Seconds to {goal}", 4.2, seconds, "seconds")
     return _against_width(content, f"MLP on Fashion-MNIST to {goal}; means of the seeds", theme, *panels)
 
 
 def _against_width(content: Row, words: str, theme: Theme, *drawn: tuple[str, float, pd.DataFrame, str]) -> Figure:
-    """Draw panels, each with a title, its inches, a line a row of a table against the widths of the columns, a unit."""
+    """Draw a panel for each title, height, table and unit: a line for each row against the widths of the columns."""
     about = [(title, "against the width of the hidden layers", inches) for title, inches, _, _ in drawn]
     figure, axes = pictures.panels(content, words, theme, *about)
     for axis, (_, _, table, unit) in zip(axes, drawn, strict=True):

@@ -1,4 +1,4 @@
-"""Networks that studies train, each made for samples of so many numbers, and of a width."""
+"""The networks that studies train, each made from the size of a sample and a width."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from bench.frame.samples import CLASSES, CONTEXT, LETTERS
 from brandla.demo.data import mlp
 
-# Units of the convolutional network's hidden layer.
-HIDDEN = 128
+HIDDEN = 128  # units of the convolutional network's hidden layer
 PATCHES, HEADS, LAYERS = 4, 4, 2  # patches along a side
 NEIGHBOURS = 8
 
@@ -61,7 +60,7 @@ class Transformer(nn.Module):
 
 
 class Graph(nn.Module):
-    """Two graph convolutions: means over the nearest neighbours in a batch, each before a Linear layer."""
+    """Two graph convolutions: each is a mean over the nearest neighbours in the batch, then a Linear layer."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class Graph(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer over 4 × 4 patches, each with its place as one-hot entries, whose outputs are averaged."""
+    """A vision transformer over 4 × 4 patches with one-hot positions, whose outputs are averaged."""
 
     def __init__(self, pixels: int, width: int) -> None:
         super().__init__()
@@ -103,9 +102,9 @@ class Sage(nn.Module):
 
 
 class Graphs(nn.Module):
-    """A network for graphs: an image is the graph of its bright pixels, and a class is told by the mean over them."""
+    """A network for graphs: an image is the graph of its bright pixels, and the mean over them tells its class."""
 
-    # Says which graph each node is of; K-FAC has one of its own for "reduce".
+    # A context that tells which graph each node belongs to; K-FAC has one of its own for "reduce".
     around: Callable[[Tensor, int], AbstractContextManager[None]] = staticmethod(lambda index, count: nullcontext())
 
     def __init__(self, pixels: int, width: int) -> None:
@@ -127,12 +126,12 @@ class Graphs(nn.Module):
         nodes = torch.cat([images[bright][:, None], self.places[place]], 1)
         with self.around(graph, len(images)):
             for layer in self.layers:
-                nodes = layer(nodes, lambda features: mean_by(target, features[source], len(graph)))
-        return self.head(mean_by(graph, nodes, len(images)))
+                nodes = layer(nodes, lambda features: mean_by_index(target, features[source], len(graph)))
+        return self.head(mean_by_index(graph, nodes, len(images)))
 
 
 class Nodes(nn.Module):
-    """A network for nodes: images, at half their resolution, are those of one graph with edges from the nearest."""
+    """A network for nodes: images, at half their resolution, are the nodes of a graph with edges from the nearest."""
 
     def __init__(self, pixels: int, width: int) -> None:
         super().__init__()
@@ -149,7 +148,7 @@ class Nodes(nn.Module):
         return self.head(nodes)
 
 
-def mean_by(index: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the mean of the rows of each index below ``count``; 0 where there is none."""
+def mean_by_index(index: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the mean of the rows with each index below ``count``; 0 without such rows."""
     sums = rows.new_zeros(count, rows.shape[1]).index_add(0, index, rows)
     return sums / rows.new_zeros(count).index_add(0, index, rows.new_ones(len(rows))).clamp_min(1)[:, None]

@@ -1,6 +1,6 @@
-"""What K-FAC is compared with: Muon, Shampoo and SOAP from their papers, and the K-FAC of the package asdfghjkl.
+"""Optimizers beside K-FAC: Muon, Shampoo and SOAP from their papers, and the K-FAC of the package asdfghjkl.
 
-A weight is a matrix, of convolutions with its windows as columns; vectors are trained by Adam.
+A weight is a matrix, that of a convolution with its windows as columns. Adam trains vectors.
 """
 
 import warnings
@@ -20,14 +20,14 @@ State = dict[str, Any]
 
 
 class Matrices(torch.optim.Optimizer):
-    """Steps of matrices by their two sides, with decoupled weight decay; ``betas`` of the means and of the factors.
+    """Steps of matrices, with decoupled weight decay; ``betas`` are those of the mean gradient and of the factors.
 
-    ``of_matrix`` returns the step of a matrix, at rate 1, from its state, its gradient and the options.
+    ``matrix_step`` returns the step of a matrix at rate 1, from its state, its gradient and the options.
     """
 
-    def __init__(self, of_matrix: Callable[[State, Tensor, State], Tensor], weights, rate, betas, decay, every=1):
+    def __init__(self, matrix_step: Callable[[State, Tensor, State], Tensor], weights, rate, betas, decay, every=1):
         super().__init__(weights, {"lr": rate, "betas": betas, "weight_decay": decay, "every": every})
-        self.of_matrix = of_matrix
+        self.matrix_step = matrix_step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -39,41 +39,40 @@ class Matrices(torch.optim.Optimizer):
                 if weight.ndim < 2:
                     step = adam(state, weight.grad, group["betas"])
                 else:
-                    step = self.of_matrix(state, weight.grad.flatten(1), group).reshape(weight.shape)
+                    step = self.matrix_step(state, weight.grad.flatten(1), group).reshape(weight.shape)
                 weight.sub_(step, alpha=group["lr"])
 
 
 def shampoo(state: State, gradient: Tensor, group: State) -> Tensor:
-    """Return L^(−1/4) M R^(−1/4) of averages L and R and the mean gradient M, as long as Adam's step."""
-    usual = adam(state, gradient, group["betas"])
-    take_in(state, gradient, group["betas"][1])
+    """Return L^(−1/4) M R^(−1/4) of averages L and R and the mean gradient M, scaled to the length of Adam's step."""
+    of_adam = adam(state, gradient, group["betas"])
+    update_averages(state, gradient, group["betas"][1])
     if (state["count"] - 1) % group["every"] == 0:
-        state["roots"] = [root(state[side]) for side in ("left", "right")]
+        state["roots"] = [inverse_fourth_root(state[side]) for side in ("left", "right")]
     left, right = state["roots"]
     step = left @ state["mean"] @ right
-    return step * (usual.norm() / step.norm().clamp_min(EPS))
+    return step * (of_adam.norm() / step.norm().clamp_min(EPS))
 
 
 def soap(state: State, gradient: Tensor, group: State) -> Tensor:
-    """Return Adam's step in the eigenbasis of Shampoo's factors, renewed by one product and QR now and then."""
-    take_in(state, gradient, group["betas"][1])
+    """Return Adam's step in the eigenbases of Shampoo's factors, which one product and a QR renew now and then."""
+    update_averages(state, gradient, group["betas"][1])
     if "bases" not in state:
         state["bases"] = [torch.linalg.eigh(state[side]).eigenvectors.flip(-1) for side in ("left", "right")]
     elif (state["count"] - 1) % group["every"] == 0:
-        known = state["bases"]
-        renewed = [torch.linalg.qr(state[side] @ own).Q for side, own in zip(("left", "right"), known, strict=True)]
-        # The mean gradient is that of the weights: it turns along. Second moments stay, as in the paper.
-        turn = [new.mT @ old for new, old in zip(renewed, known, strict=True)]
-        state["mean"] = turn[0] @ state["mean"] @ turn[1].mT
-        state["bases"] = renewed
+        old = state["bases"]
+        new = [torch.linalg.qr(state[side] @ basis).Q for side, basis in zip(("left", "right"), old, strict=True)]
+        # The mean gradient turns with the bases. Second moments stay as they are, as in the paper.
+        left, right = (after.mT @ before for after, before in zip(new, old, strict=True))
+        state |= {"mean": left @ state["mean"] @ right.mT, "bases": new}
     left, right = state["bases"]
     return left @ adam(state, left.mT @ gradient @ right, group["betas"]) @ right.mT
 
 
 def muon(state: State, gradient: Tensor, group: State) -> Tensor:
-    """Return U Vᵀ of the SVD of Nesterov's mean gradient, roughly, by five steps of Newton and Schulz.
+    """Return roughly U Vᵀ of the SVD of Nesterov's mean gradient, by five Newton–Schulz steps.
 
-    Products are in bfloat16 on a GPU, as in torch, and in float32 on a CPU: many multiply bfloat16 very slowly.
+    Products are in bfloat16 on a GPU, as in torch, and in float32 on a CPU: many CPUs multiply bfloat16 very slowly.
     """
     beta = group["betas"][0]
     state["mean"] = mean = state.get("mean", torch.zeros_like(gradient)).lerp(gradient, 1 - beta)
@@ -87,13 +86,13 @@ def muon(state: State, gradient: Tensor, group: State) -> Tensor:
     return 0.2 * max(gradient.shape) ** 0.5 * (step.mT if tall else step)
 
 
-# From their papers, arXiv 1802.09568 and 2409.11321; and ``torch.optim.Muon`` at the length of AdamW's steps.
+# By the papers, arXiv 1802.09568 and 2409.11321; and ``torch.optim.Muon``, with steps as long as AdamW's.
 Shampoo, SOAP = partial(Matrices, shampoo), partial(Matrices, soap)
 Muon = lambda weights, rate, momentum, decay: Matrices(muon, weights, rate, (momentum, 0.999), decay)
 
 
 class Maker:
-    """A model whose gradients are preconditioned as they are taken, by K-FAC with the empirical Fisher of asdfghjkl."""
+    """A trainer with asdfghjkl's K-FAC, which preconditions gradients as it computes them, by the empirical Fisher."""
 
     preconditioner = None
 
@@ -103,7 +102,7 @@ class Maker:
             from asdl.precondition import natural_gradient
 
         if not torch.backends.cuda.is_built():
-            # Its named ranges ask for a CUDA build of torch.
+            # The package's named ranges need a CUDA build of torch.
             natural_gradient.nvtx = SimpleNamespace(range=lambda *_: nullcontext())
         every = {"curvature_upd_interval": 1, "preconditioner_upd_interval": period}
         config = asdl.PreconditioningConfig(data_size=batch, damping=damping, ema_decay=weight, **every)
@@ -120,7 +119,7 @@ class Maker:
 
 
 def adam(state: State, gradient: Tensor, betas: tuple[float, float]) -> Tensor:
-    """Return Adam's step of rate 1."""
+    """Return Adam's step at rate 1."""
     mean, square = state.get("mean", torch.zeros_like(gradient)), state.get("square", torch.zeros_like(gradient))
     state["mean"] = mean = mean.lerp(gradient, 1 - betas[0])
     state["square"] = square = square.lerp(gradient.square(), 1 - betas[1])
@@ -128,13 +127,13 @@ def adam(state: State, gradient: Tensor, betas: tuple[float, float]) -> Tensor:
     return mean / (1 - betas[0] ** count) / ((square / (1 - betas[1] ** count)).sqrt() + EPS)
 
 
-def take_in(state: State, gradient: Tensor, decay: float) -> None:
-    """Take a gradient into the averages of G Gᵀ and Gᵀ G."""
+def update_averages(state: State, gradient: Tensor, decay: float) -> None:
+    """Add a gradient to the averages of G Gᵀ and Gᵀ G."""
     for side, gram in (("left", gradient @ gradient.mT), ("right", gradient.mT @ gradient)):
         state[side] = state[side].lerp(gram, 1 - decay) if side in state else (1 - decay) * gram
 
 
-def root(factor: Tensor) -> Tensor:
+def inverse_fourth_root(factor: Tensor) -> Tensor:
     """Return M^(−1/4)."""
     values, vectors = torch.linalg.eigh(factor)
     values = values.clamp_min(EPS * values[-1]).clamp_min(torch.finfo(values.dtype).tiny)

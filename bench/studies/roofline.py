@@ -1,7 +1,7 @@
-"""What part of the machine's measured ceilings each op reaches: large copies and products, in the same run.
+"""The part of the machine's ceilings that each op reaches. Ceilings are large copies and products in the same run.
 
-Run by ``make study-roofline``. Every op is checked against float64 before it is timed. On a GPU it runs as a graph, and
-everywhere on inputs that are no longer in the cache when their turn comes.
+Run by ``make study-roofline``. Every op is checked against float64 before it is timed. On a GPU it runs as a graph.
+Inputs take turns, so that they are no longer in the cache.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ import pandas as pd
 
 from bench.benches import timing
 from bench.frame import pictures
-from bench.frame.figures import spelled
+from bench.frame.figures import formatted
 from bench.frame.study import Piece, Row, Study, Tables, command
 from bench.gpu import cases
 from bench.gpu.cases import FULL, TOY, Case, Sizes
-from bench.gpu.device import MOST_SETS, Ceilings, Device, measure, replayed
+from bench.gpu.device import MOST_SETS, Ceilings, Device, graph_times, measure_ceilings
 from brandla_kernels import OPS
 
 USUAL = Sizes(2**28, 2048, (16384, 4096), (256, 64, 8), FULL.uneven, (4096, 64), 4096, width=1024, cores=8, seconds=0.3)
@@ -23,31 +23,31 @@ USUAL = Sizes(2**28, 2048, (16384, 4096), (256, 64, 8), FULL.uneven, (4096, 64),
 
 def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
     """Yield the ceilings, every op at every size, and the ceilings once more."""
-    ceilings = cache(lambda: measure(device, sizes))
-    yield Piece("ceilings", {"when": "before"}, lambda: levels(ceilings(), sizes), 2.0)
+    ceilings = cache(lambda: measure_ceilings(device, sizes))
+    yield Piece("ceilings", {"when": "before"}, lambda: ceiling_rows(ceilings(), sizes), 2.0)
     for case in cases.cases(sizes):
-        call = lambda case=case: [measured(case, sizes, device, ceilings())]
+        call = lambda case=case: [measure_op(case, sizes, device, ceilings())]
         yield Piece("rows", {"op": case.op, "case": case.name}, call)
-    yield Piece("ceilings", {"when": "after"}, lambda: levels(measure(device, sizes), sizes), 2.0)
+    yield Piece("ceilings", {"when": "after"}, lambda: ceiling_rows(measure_ceilings(device, sizes), sizes), 2.0)
 
 
-def levels(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
+def ceiling_rows(ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
     """Yield the ceilings, in bytes or flops per second."""
     for name, rate in ceilings._asdict().items():
         yield {"ceiling": name, "per_second": rate, "size": sizes.copy if name == "copy" else sizes.product}
 
 
-def measured(
+def measure_op(
     case: Case, sizes: Sizes, device: Device, ceilings: Ceilings, *, beside_torch: bool = False, most: int = MOST_SETS
 ) -> Row:
-    """Return the time of an op, the least time that its work takes at the ceilings, and their ratio.
+    """Return the time of an op, and the part of it that its least work takes at the ceilings.
 
-    It is timed in turn with its torch form if that is wanted, on so many sets of inputs at most.
+    The inputs are at most ``most`` sets. With ``beside_torch`` the op takes turns with its torch form.
     """
     op, (error, torch_error), sets = OPS[case.op], cases.check(case, device), cases.inputs(case, device, most)
-    calls = {"op": op} | ({"torch": cases.forced(op)} if beside_torch else {})
-    times, how = replayed(device, calls, sets, sizes.seconds)
-    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), timing.of_median(times["op"])
+    calls = {"op": op} | ({"torch": cases.torch_form_of(op)} if beside_torch else {})
+    times, how = graph_times(device, calls, sets, sizes.seconds)
+    floor, cost, seconds = ceilings.floor(cases.work(case)), cases.cost(case), timing.median_interval(times["op"])
     row = {
         "n": case.n,
         "r": case.r,
@@ -71,7 +71,7 @@ def measured(
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     if len(levels := pd.DataFrame(content.get("ceilings", []))):
-        in_words = lambda rates: "{} ({} to {})".format(*(spelled(rate / 1e9) for rate in rates))
+        in_words = lambda rates: "{} ({} to {})".format(*(formatted(rate / 1e9) for rate in rates))
         cells = levels.assign(**{"10⁹ a second": levels["per_second"].map(in_words)}).drop(columns="per_second")
         yield "Ceilings: bytes of a copy, read and written, and flops of products; sizes in bytes, and orders", cells
     if content.get("rows"):
@@ -85,15 +85,15 @@ def parts(content: Row) -> pd.DataFrame:
         "op": "`" + rows["op"] + "`",
         "of the ceiling": rows["of_ceiling"].map(lambda part: "{:.2f} ({:.2f} to {:.2f})".format(*part)),
         "bound by": rows["bound_by"],
-        "µs": (1e6 * seconds).map(spelled),
-        "GFLOP/s": (rows["flops"] / seconds / 1e9).map(spelled),
-        "GB/s": (rows["bytes"] / seconds / 1e9).map(spelled),
+        "µs": (1e6 * seconds).map(formatted),
+        "GFLOP/s": (rows["flops"] / seconds / 1e9).map(formatted),
+        "GB/s": (rows["bytes"] / seconds / 1e9).map(formatted),
         "by": rows["by"],
         "case": rows["case"],
         "error": rows["error"].map(lambda error: f"{error:.0e}" if error else "0"),
     }
     if "× torch" in rows:
-        columns["× torch"] = rows["× torch"].map(spelled)
+        columns["× torch"] = rows["× torch"].map(formatted)
     return pd.DataFrame(columns)
 
 
@@ -101,7 +101,7 @@ def parts(content: Row) -> pd.DataFrame:
 
 
 def longest(content: Row) -> pd.DataFrame:
-    """Return the float32 case of each op that took longest, with the part of its ceiling that it reached."""
+    """Return the longest float32 case of each op, with the part of its ceiling that it reached."""
     rows = pd.DataFrame(content.get("rows", []))
     if rows.empty:
         return rows

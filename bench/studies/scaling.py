@@ -1,12 +1,13 @@
-"""How time and memory grow with n, r and k: updates and applications of a factor beside what a dense one needs.
+"""How time and memory grow with n, r and k: updates and applications of a factor beside dense methods.
 
 Run by ``make study-scaling``. Every result is checked against float64 before it is timed. All calls at a size take
-turns with one reference, the GEMMs of an update of that size, so that times can be told apart from the machine's mood.
+turns with a reference, the GEMMs of an update of that size, so the machine's mood does not count.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 import pandas as pd
 from matplotlib.figure import Figure as Picture
@@ -14,31 +15,25 @@ from matplotlib.ticker import EngFormatter
 
 from bench.benches import timing
 from bench.benches.peers import INCREMENTAL
-from bench.benches.problems import UPDATES, Judgement, steady
-from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Shape, Task, check, kron
+from bench.benches.problems import UPDATES, steady_state
+from bench.benches.tasks import BRANDLA, CHOLESKY, TASKS, Shape, check, kron, op_task
 from bench.benches.written_out import update_floor
 from bench.frame import pages, pictures
-from bench.frame.figures import duration, spelled
+from bench.frame.figures import duration, formatted
 from bench.frame.pictures import Theme
 from bench.frame.study import Piece, Row, Study, Tables, command
-from bench.gpu import cases
+from bench.gpu.cases import Case
 from bench.gpu.device import Device, size_of
-from brandla_kernels import OPS
 
 REFERENCE = "GEMMs of an update"
 PCA = "svd_append, centred"
 
 
-def gram_ema(shape: Shape, device: Device) -> Task:
-    """Return the update of a dense n × n moment."""
-    case = cases.Case("gram_ema_", *shape[:3], shape.n, 1)
-    judge = lambda _: Judgement(cases.check(case, device)[0], cases.allowed(case))
-    return Task(OPS["gram_ema_"], cases.operands(case, device), judge, cases.work(case))
-
-
-# Of each method the power of n that its time grows with, which says at what sizes it is measured, its task, and whose
-# way that is. A centred decomposition goes as far as scikit-learn's. All others from 2 on work on a dense matrix, which
-# others are given for nothing.
+# The update of a dense n × n moment.
+gram_ema = lambda shape, device: op_task(Case("gram_ema_", *shape[:3], shape.n, 1), device)
+# For each method the power of n that its time grows with, which determines its sizes; its task; its implementation. A
+# centred decomposition has the sizes of scikit-learn's. All others with a power of 2 or 3 work on a dense matrix, which
+# they get for nothing.
 METHODS = {
     **{name: (1, TASKS[name].task, BRANDLA) for name in (*UPDATES, "damped_solve")},
     "kron_damped_solve, pair": (1, partial(kron, pair=True, square=True), BRANDLA),
@@ -56,7 +51,7 @@ Three = tuple[int, int, int]  # n rows, rank r, k new columns or right-hand side
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run measures: the n of each kind of method, and for growth with r and with k the sizes they share."""
+    """The sizes of a run: each axis n, r and k that grows, and the other two sizes for it (with 0 for the axis)."""
 
     n: dict[int, tuple[int, ...]]  # by the power of n that the time grows with
     with_n: Three
@@ -69,12 +64,12 @@ class Sizes:
 
 
 def _doubling(first: int, last: int, between: bool = False) -> tuple[int, ...]:
-    """Return first, 2·first, … last, with 3/2 of each ``between`` if wanted."""
+    """Return first, 2·first, … last, and if ``between`` also 3/2 of each but the last."""
     sizes = [first * 2**power for power in range((last // first).bit_length())]
     return tuple(sorted(sizes + ([size * 3 // 2 for size in sizes[:-1]] if between else [])))
 
 
-# An update meets at least half as many columns as its rank.
+# An update has at least half as many columns as its rank.
 USUAL = Sizes(
     n={1: _doubling(1024, 65536, True), 2: _doubling(1024, 8192, True), 3: _doubling(512, 4096, True)},
     with_n=(0, 128, 64),
@@ -103,13 +98,13 @@ TOY = Sizes(SMALL, (0, 8, 8), (4, 8), (96, 0, 8), (4, 8), (96, 8, 0), dense=64, 
 
 
 def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
-    """Yield the study in pieces, one for each size."""
+    """Yield a piece for each size."""
 
     def piece(axis: str, value: int, names: Sequence[str], **other: int) -> Piece:
         size = dict(zip("nrk", getattr(sizes, f"with_{axis}"), strict=True)) | {axis: value} | other
         flops = sum(size["n"] ** METHODS[name][0] for name in names if name not in TALL)
         seconds = 6 * flops / 2e10 + 1.5 * sizes.seconds * len(names) + size["n"] / 2e4
-        call = partial(measured, Shape(**size), names, sizes.seconds, device)
+        call = partial(measure_size, Shape(**size), names, sizes.seconds, device)
         return Piece("rows", {"axis": axis, **size}, call, seconds, len(names))
 
     for n in sorted(set().union(*sizes.n.values())):
@@ -121,11 +116,11 @@ def pieces(sizes: Sizes, device: Device, _: Tables) -> Iterator[Piece]:
         yield piece("k", k, TALL)
 
 
-def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
-    """Yield time and memory of each method at a size: the short calls in turns together, a long one by itself."""
-    floor = update_floor(steady("eigh_update", *shape[:3], device=device.tensors))
-    made = cache(lambda task: task(shape, device))
-    calls = {name: made(task).call(by) for name, (_, task, by) in METHODS.items() if name in names}
+def measure_size(shape: Shape, names: Sequence[str], seconds: float, device: Device) -> Iterator[Row]:
+    """Yield time and memory of each method at a size: short calls take turns together, a long one by itself."""
+    floor = update_floor(steady_state("eigh_update", *shape[:3], device=device.tensors))
+    task_of = cache(lambda make: make(shape, device))
+    calls = {name: task_of(make).call(by) for name, (_, make, by) in METHODS.items() if name in names}
     for name, call in calls.items():
         check(name, call)
     tall = [name for name in names if name in TALL]
@@ -135,13 +130,13 @@ def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device)
         for name in together:
             yield {
                 "method": name,
-                "seconds": timing.of_median(times[name]),
+                "seconds": timing.median_interval(times[name]),
                 "over_reference": timing.ratio(times[name], times[REFERENCE]),
                 "held_bytes": size_of(calls[name].arguments),
                 "peak_bytes": timing.peak_extra_bytes(functions[name], device.tensors.type, warm_up=False),
                 "rounds": len(times[name]),
             }
-    steady.cache_clear()
+    steady_state.cache_clear()
 
 
 # --- Exponents and tables
@@ -149,25 +144,25 @@ def measured(shape: Shape, names: Sequence[str], seconds: float, device: Device)
 LARGER = "larger half"
 
 
-def amounts(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return the rows with the median time and all memory of each."""
-    known = ["axis", "method", "n", "r", "k", "seconds", "held_bytes", "peak_bytes"]
-    found = pd.DataFrame(rows, columns=None if rows else known)
-    return found.assign(time=found["seconds"].str[0], memory=found["held_bytes"] + found["peak_bytes"])
+def times_and_memory(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the rows with the median time and the whole memory of each."""
+    columns = ["axis", "method", "n", "r", "k", "seconds", "held_bytes", "peak_bytes"]
+    table = pd.DataFrame(rows, columns=None if rows else columns)
+    return table.assign(time=table["seconds"].str[0], memory=table["held_bytes"] + table["peak_bytes"])
 
 
 def exponents(tables: Tables) -> Tables:
     """Return the fitted exponents of time and memory, over all sizes and over the larger half of them."""
     fits = []
-    for (axis, method), own in amounts(tables.get("rows", [])).groupby(["axis", "method"], sort=False):
-        for window, part in (("all", own), (LARGER, own[len(own) // 2 :])):
-            for quantity in ("time", "memory"):
-                # NumPy's memory is not measured.
-                known = part[part[quantity] > 0]
-                if len(known) >= 3:
-                    sizes = known[axis].tolist()
-                    about = {"axis": axis, "method": method, "quantity": quantity, "window": window, "sizes": sizes}
-                    fits.append(about | {"exponent": timing.slope(sizes, known[quantity].tolist())})
+    for (axis, method), rows in times_and_memory(tables.get("rows", [])).groupby(["axis", "method"], sort=False):
+        windows = {"all": rows, LARGER: rows[len(rows) // 2 :]}
+        for (window, part), quantity in product(windows.items(), ("time", "memory")):
+            # NumPy's memory is not measured.
+            measured = part[part[quantity] > 0]
+            if len(measured) >= 3:
+                sizes = measured[axis].tolist()
+                about = {"axis": axis, "method": method, "quantity": quantity, "window": window, "sizes": sizes}
+                fits.append(about | {"exponent": timing.slope(sizes, measured[quantity].tolist())})
     return {"exponents": fits}
 
 
@@ -175,7 +170,7 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     if content["exponents"]:
         fits = pd.DataFrame(content["exponents"])
         fits["sizes"] = fits["sizes"].map(lambda sizes: f"{sizes[0]} … {sizes[-1]}")
-        # Through three sizes there is no interval.
+        # A fit to three sizes has no interval.
         words = lambda fit: f"{fit[0]:.2f}" if None in fit else "{:.2f} ({:.2f} to {:.2f})".format(*fit)
         yield "Exponents", fits.assign(exponent=fits["exponent"].map(words))
 
@@ -187,18 +182,18 @@ DECOMPOSITIONS = ["torch.svd_lowrank", "torch.linalg.eigh"]
 
 def by_n(content: Row, quantity: str = "time") -> pd.DataFrame:
     """Return the seconds, or the bytes, of each method by n."""
-    rows = amounts(content.get("rows", []))
+    rows = times_and_memory(content.get("rows", []))
     return rows[rows["axis"] == "n"].pivot(index="n", columns="method", values=quantity).astype(float)
 
 
 def milliseconds(content: Row, methods: list[str]) -> pd.DataFrame:
-    """Return the times of some methods in words, a row for each n at which one of them was measured."""
+    """Return the times of some methods as text, a row for each n at which one of them was measured."""
     times = 1e3 * by_n(content).reindex(columns=methods).dropna(how="all")
-    return times.map(lambda time: spelled(time) if time > 0 else "–")
+    return times.map(lambda time: formatted(time) if time > 0 else "–")
 
 
-def powers(content: Row) -> dict[str, float]:
-    """Return the exponents of the methods' times in n that were fitted, over the larger half of the sizes."""
+def fitted_exponents(content: Row) -> dict[str, float]:
+    """Return the fitted exponents of the methods' times in n, over the larger half of the sizes."""
     wanted = {"axis": "n", "quantity": "time", "window": LARGER}
     return {fit["method"]: fit["exponent"][0] for fit in content.get("exponents", []) if fit.items() >= wanted.items()}
 
@@ -207,14 +202,14 @@ def answer(content: Row) -> str:
     times = by_n(content).reindex(columns=[*UPDATES, *DECOMPOSITIONS])
     if times[list(UPDATES)].isna().all(axis=None):
         return ""
-    # The largest n of those at which most methods were measured.
+    # The largest n at which the most methods were measured.
     at = times.loc[times.notna().sum(axis=1)[::-1].idxmax()].dropna()
     size = next(row for row in content["rows"] if row["axis"] == "n" and row["n"] == at.name)
-    said = pages.listed([f"{duration(time)} for `{method}`" for method, time in at.items()])
-    found = powers(content)
-    grown = pages.listed([f"n^{found[method]:.2f} for `{method}`" for method in times if method in found])
+    taken = pages.in_sentence([f"{duration(time)} for `{method}`" for method, time in at.items()])
+    powers = fitted_exponents(content)
+    grown = pages.in_sentence([f"n^{powers[method]:.2f} for `{method}`" for method in times if method in powers])
     growth = f"Over the larger half of the sizes, times grow as {grown}." if grown else "How times grow is not fitted."
-    return f"At n = {at.name}, r = {size['r']} and k = {size['k']} in float32 the times are {said}. {growth}"
+    return f"At n = {at.name}, r = {size['r']} and k = {size['k']} in float32 the times are {taken}. {growth}"
 
 
 def table(content: Row) -> pd.DataFrame:
@@ -224,11 +219,11 @@ def table(content: Row) -> pd.DataFrame:
     memory = by_n(content, "memory").reindex(index=cells.index) / 1e6
     for method, words in (("root_update", "`root_update`, MB"), ("torch.linalg.eigh", "dense, MB")):
         if method in memory:
-            cells[words] = memory[method].map(lambda size: spelled(size) if size > 0 else "–")
+            cells[words] = memory[method].map(lambda size: formatted(size) if size > 0 else "–")
     return cells.iloc[:: max(1, -(-len(cells) // 10))].reset_index()
 
 
-# What a picture shows; the tables have the rest.
+# The methods in the picture; the tables have the rest.
 SHOWN = (
     *("root_update", "eigh_update", "damped_solve", PCA, INCREMENTAL),
     *("torch.svd_lowrank", "Cholesky solve", "torch.linalg.eigh"),
@@ -238,7 +233,7 @@ COLOURS = dict(zip(SHOWN, pictures.PALETTE, strict=False))
 
 def draw(content: Row, theme: Theme) -> Picture:
     """Draw the time of the main methods against n."""
-    rows, found = amounts(content["rows"]), powers(content)
+    rows, powers = times_and_memory(content["rows"]), fitted_exponents(content)
     fixed = rows[(rows["axis"] == "n") & rows["method"].isin(UPDATES)].iloc[0]
     about = ("Time against n", f"r = {fixed['r']}, k = {fixed['k']}, float32", 6.6)
     figure, (panel,) = pictures.panels(content, "scaling.json", theme, about, width=pictures.NARROW)
@@ -246,8 +241,8 @@ def draw(content: Row, theme: Theme) -> Picture:
     times = times[[method for method in SHOWN if method in times]]
     pictures.curves(panel, times, COLOURS, theme, COLOURS, linewidth=1.8, marker="o", markersize=3.5)
     for line in panel.lines:
-        if line.get_label() in found:
-            line.set_label(f"{line.get_label()}  $n^{{{found[line.get_label()]:.2f}}}$")
+        if line.get_label() in powers:
+            line.set_label(f"{line.get_label()}  $n^{{{powers[line.get_label()]:.2f}}}$")
     panel.set_xscale("log", base=2)
     ticks = ([size for size in times.index if size & (size - 1) == 0] or list(times.index))[::2]
     panel.set_xticks(ticks, list(map(str, ticks)))

@@ -1,7 +1,6 @@
-"""How right the updates stay: what they lose, what keeps of their form and what the error bound says, on every stream.
+"""The accuracy of the updates on every stream: their losses, how well they keep their form, and their error bounds.
 
-Run by ``make study-streams``. Nothing here is timed but the stream that dies out, whose late steps are compared with
-its early ones.
+Run by ``make study-streams``. Only the stream that dies out is timed: its late steps beside its early ones.
 """
 
 import math
@@ -20,7 +19,7 @@ from torch import Tensor
 import brandla
 from bench.benches.problems import DECAY, UPDATES, WEIGHT, defect, orthonormality
 from bench.frame import pictures
-from bench.frame.study import Piece, Row, Study, Tables, command, each, tabulated
+from bench.frame.study import Piece, Row, Study, Tables, command, sweep, tables_of
 from bench.gpu.device import Device
 from tests import oracles
 from tests.oracles import STREAMS, Stream, power_law, spectral_stream, switching_stream
@@ -80,13 +79,13 @@ FAMILIES = {
 
 
 def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
-    """Yield a row for each update of a family, all run beside M in float64; ten looks at errors and bounds."""
+    """Yield a row for each update of a family, all beside M in float64, with ten looks at errors and bounds."""
     family = FAMILIES[name]
     family = replace(family, steps=min(family.steps, 30)) if quick else family
     n, r, kind, eps = family.n, family.r, DTYPES[dtype], torch.finfo(DTYPES[dtype]).eps
-    held = {update: brandla.track(of.zeros(n, r, dtype=kind)) for update, (_, of) in UPDATES.items()}
-    factors: dict[str, Any] = dict(held)
-    # Of a panel P whose P Pᵀ is the matrix of the updates.
+    tracked = {update: brandla.track(of.zeros(n, r, dtype=kind)) for update, (_, of) in UPDATES.items()}
+    factors: dict[str, Any] = dict(tracked)
+    # The SVD of a panel P; P Pᵀ is the matrix of the updates.
     svd = brandla.LowRankSVD.zeros(n, 0, r, dtype=kind) if family.steps <= 100 else None
     matrix = truncated = torch.zeros(n, n, dtype=torch.float64)
     rounding, defects, looks = 0.0, {}, {update: [] for update in UPDATES}
@@ -94,13 +93,14 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
         matrix = oracles.updated(matrix, columns, DECAY, WEIGHT)
         truncated = oracles.eigh(oracles.updated(truncated, columns, DECAY, WEIGHT)).truncation(r)
         size = oracles.spectral_norm(matrix)
-        # Of each update in units of ε, which decays as everything before it does.
+        # The rounding of each update, in units of ε, decays with the factor.
         rounding = DECAY * rounding + ROUNDING * size
         for update, (function, _) in UPDATES.items():
-            held[update] = value = function(held[update], columns, decay=DECAY, weight=WEIGHT)
+            tracked[update] = value = function(tracked[update], columns, decay=DECAY, weight=WEIGHT)
             factors[update] = value.lowrank
             if step % max(family.steps // 10, 1) == 0 or step == family.steps:
-                error, bound = oracles.spectral_norm(matrix - dense(value.lowrank)), float(value.error_bound)
+                dense = value.lowrank.to(torch.float64).dense()
+                error, bound = oracles.spectral_norm(matrix - dense), float(value.error_bound)
                 # The bound need not cover rounding.
                 looks[update].append((error, bound, error <= bound + eps * rounding, (error - bound) / (eps * size)))
         if svd:
@@ -110,7 +110,8 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
             defects[update] = max(defects.get(update, 0.0), defect(factor) / eps)
     for update, factor in factors.items():
         row = {"update": update, **family.about, "steps": family.steps}
-        row |= lost(matrix, truncated, dense(factor), r, eps) | {"defect_over_eps": defects[update]}
+        row |= trace_lost(matrix, truncated, factor.to(torch.float64).dense(), r, eps)
+        row |= {"defect_over_eps": defects[update]}
         if update in looks:
             errors, bounds, holds, above = zip(*looks[update], strict=True)
             row |= {"error": errors[-1], "bound": bounds[-1], "bound_over_error": bounds[-1] / max(errors[-1], 1e-300)}
@@ -118,26 +119,21 @@ def losses(name: str, dtype: str, quick: bool) -> Iterator[Row]:
         yield row
 
 
-def lost(matrix: Tensor, truncated: Tensor, approximation: Tensor, rank: int, eps: float) -> Row:
-    """Return the part of the trace that was lost beside the best of this rank and the exact truncated update."""
-    trace, own, exact = (float(part.trace()) for part in (matrix, matrix - approximation, matrix - truncated))
+def trace_lost(matrix: Tensor, truncated: Tensor, approximation: Tensor, rank: int, eps: float) -> Row:
+    """Return the lost part of the trace beside that of the best of this rank and of the exact truncated update."""
+    trace, lost, exact = (float(part.trace()) for part in (matrix, matrix - approximation, matrix - truncated))
     best = math.fsum(oracles.eigh(matrix).eigenvalues[rank:].clamp(min=0).tolist())
     rounding = 20 * eps * trace
     return {
         "best_over_trace": best / trace,
-        "lost_over_trace": own / trace,
+        "lost_over_trace": lost / trace,
         "exact_over_trace": exact / trace,
         "rounding_over_trace": rounding / trace,
-        "lost_over_best": own / max(best, 1e-300),
-        "lost_over_exact": own / max(exact, 1e-300),
+        "lost_over_best": lost / max(best, 1e-300),
+        "lost_over_exact": lost / max(exact, 1e-300),
         "resolved": best > rounding,
-        "within": own <= 1.05 * exact + rounding,
+        "within": lost <= 1.05 * exact + rounding,
     }
-
-
-def dense(factor: Any) -> Tensor:
-    """Return the matrix of a factor in float64, from its own rounded parts."""
-    return type(factor)(*(part.double() for part in factor)).dense()
 
 
 DRIFTING = ("slow", "medium", "fast", "flat", "clustered", "graded", "rank-16", "repeated")
@@ -146,17 +142,17 @@ MARKS = (100, 1000, 3000, 10_000)
 
 
 def drift(update: str, name: str, dtype: str, quick: bool) -> Iterator[Row]:
-    """Yield how far a factor is from its form over many updates, in units of ε, looked at every few."""
+    """Yield the distance of a factor from its form in units of ε: the largest over many updates, and at some marks."""
     family = replace(FAMILIES[name], n=96, r=16, k=8, steps=MANY // 40 if quick else MANY)
     function, kind = UPDATES[update]
     pool = replace(family, steps=min(family.steps, POOL)).batches(DTYPES[dtype])
-    value, seen = kind.zeros(family.n, family.r, dtype=DTYPES[dtype]), {}
+    value, defects = kind.zeros(family.n, family.r, dtype=DTYPES[dtype]), {}
     for step in range(1, family.steps + 1):
         value = function(value, pool[step % len(pool)], decay=DECAY, weight=WEIGHT)
         if step % EVERY == 0:
-            seen[step] = defect(value) / torch.finfo(DTYPES[dtype]).eps
-    at = {mark: seen[mark] for mark in MARKS if mark <= family.steps}
-    yield {**family.about, "updates": family.steps, "largest": max(seen.values()), "at": at}
+            defects[step] = defect(value) / torch.finfo(DTYPES[dtype]).eps
+    at = {mark: defects[mark] for mark in MARKS if mark <= family.steps}
+    yield {**family.about, "updates": family.steps, "largest": max(defects.values()), "at": at}
 
 
 def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
@@ -169,7 +165,7 @@ def right_vectors(name: str, decay: float, quick: bool) -> Iterator[Row]:
 
 
 def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]:
-    """Yield the end of a factor that decays for long, and how long a late step takes beside an early one."""
+    """Yield the end of a factor that decays for long, and the time of its late steps over its early ones."""
     family, (function, kind) = replace(FAMILIES["slow"], steps=20), UPDATES[update]
     steps, decay = (3000, 0.5) if width else (100_000, 0.95)
     steps = steps // 100 if quick else steps
@@ -196,13 +192,13 @@ def dying_out(update: str, dtype: str, width: int, quick: bool) -> Iterator[Row]
 
 
 def pieces(quick: bool, device: Device, tables: Tables) -> Iterator[Piece]:
-    """Yield all tables in pieces; the matrices are small, and threads would only wait for each other."""
-    yield from each("losses", ("family", "dtype"), product(FAMILIES, DTYPES), losses, quick)
+    """Yield the pieces of all tables."""
+    yield from sweep("losses", ("family", "dtype"), product(FAMILIES, DTYPES), losses, quick)
     drifts = [*product(UPDATES, DRIFTING, ["float32"]), *product(UPDATES, ["slow", "fast"], ["float64"])]
-    yield from each("drifts", ("update", "family", "dtype"), drifts, drift, quick, cost=3.0)
+    yield from sweep("drifts", ("update", "family", "dtype"), drifts, drift, quick, cost=3.0)
     decays = product(("slow", "medium", "flat"), (1.0, DECAY))
-    yield from each("right_vectors", ("family", "decay"), decays, right_vectors, quick)
-    yield from each("dying_out", ("update", "dtype", "columns"), product(UPDATES, DTYPES, (0, 16)), dying_out, quick)
+    yield from sweep("right_vectors", ("family", "decay"), decays, right_vectors, quick)
+    yield from sweep("dying_out", ("update", "dtype", "columns"), product(UPDATES, DTYPES, (0, 16)), dying_out, quick)
 
 
 def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -210,26 +206,26 @@ def shown(content: Row) -> Iterator[tuple[str, pd.DataFrame]]:
     if content.get("losses"):
         yield "losses", lost_of_trace(content)
         rows = pd.DataFrame(content["losses"]).query("update != 'svd_append'").rename(columns={"words": "stream"})
-        yield "form", wide(rows, ["stream", "dtype"], rows["defect_over_eps"].map("{:.1f}".format))
+        yield "form", by_update(rows, ["stream", "dtype"], rows["defect_over_eps"].map("{:.1f}".format))
         bound = rows["bound_over_error"].map("{:.1f}".format).where(rows["error"] > rows["rounding"], "–")
-        yield "error bound", wide(rows, ["stream", "dtype"], bound)
-    yield from tabulated(content | {"losses": []})
+        yield "error bound", by_update(rows, ["stream", "dtype"], bound)
+    yield from tables_of(content | {"losses": []})
 
 
 def lost_of_trace(content: Row) -> pd.DataFrame:
-    """Return what the updates lose of the trace beside the best possible, where that is above rounding."""
+    """Return the trace lost by the updates over the least possible, where that is above rounding."""
     rows = pd.DataFrame(content["losses"]).rename(columns={"words": "stream", "sizes": "n, r, k", "steps": "updates"})
     above = lambda ratio: ratio.map("{:.3f}".format).where(rows["resolved"], "–")
     rows["best / tr M"] = rows["best_over_trace"].map("{:.1e}".format)
     rows["exact"] = above(rows["exact_over_trace"] / rows["best_over_trace"])
     about = ["stream", "n, r, k", "updates", "dtype", "best / tr M", "exact"]
-    return wide(rows, about, above(rows["lost_over_best"]))
+    return by_update(rows, about, above(rows["lost_over_best"]))
 
 
-def wide(rows: pd.DataFrame, about: list[str], cells: pd.Series) -> pd.DataFrame:
-    """Return cells with a column for each update, and a row for each of what they are about."""
-    found = rows.assign(cell=cells).groupby([*about, "update"], sort=False)["cell"].first()
-    return found.unstack("update").fillna("").reset_index().rename_axis(columns=None)
+def by_update(rows: pd.DataFrame, about: list[str], cells: pd.Series) -> pd.DataFrame:
+    """Return cells with a column for each update, and a row for each combination of the columns ``about``."""
+    table = rows.assign(cell=cells).groupby([*about, "update"], sort=False)["cell"].first()
+    return table.unstack("update").fillna("").reset_index().rename_axis(columns=None)
 
 
 # --- The page
@@ -249,7 +245,7 @@ def answer(content: Row) -> str:
 
 
 def table(content: Row) -> pd.DataFrame:
-    """Return the float32 streams in which most is lost beside the best of the rank."""
+    """Return the float32 streams by the trace lost over the least possible, the most first."""
     if not content.get("losses"):
         return pd.DataFrame()
     rows = lost_of_trace(content).query("dtype == 'float32'").drop(columns="dtype")
@@ -261,7 +257,7 @@ def table(content: Row) -> pd.DataFrame:
 
 
 def chart(content: Row) -> pictures.Bars:
-    """Return the trace that `root_update` leaves out beyond what the best of its rank does, in percent."""
+    """Return the trace that `root_update` leaves out beyond the least possible, in percent."""
     rows = pd.DataFrame(content["losses"])
     rows = rows[(rows["update"] == "root_update") & (rows["dtype"] == "float32") & rows["resolved"].astype(bool)]
     values = (100 * (rows.set_index("words")["lost_over_best"] - 1)).sort_values(ascending=False).head(10)
@@ -269,6 +265,7 @@ def chart(content: Row) -> pictures.Bars:
     return pictures.Bars(title, "root_update, float32, at the end of a stream", values, unit=" %")
 
 
+# The matrices are small, and more threads would only wait for each other.
 STUDY = Study("streams", {"quick": True, "usual": False}, pieces, shown, threads=1)
 
 if __name__ == "__main__":
