@@ -71,7 +71,7 @@ class Adaptive:
         change = self.factor**self.every
         if ratio > 0.75:
             return max(damping * change, self.least)
-        # A non-finite loss has the ratio NaN: it counts as badly predicted.
+        # A non-finite loss, whose ratio may be NaN, counts as badly predicted.
         return min(damping / change, self.most) if not ratio >= 0.25 else damping
 
 

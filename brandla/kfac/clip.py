@@ -21,7 +21,7 @@ def rms_divisors(steps: Sequence[Sequence[Tensor]], clip: float) -> list[Tensor]
     """Return max(1, RMS of the entries / clip) on the device for each weight's step, which is given in parts.
 
     The norm is taken over the entries, which are formed in any case. Gram matrices of a pair would be more work unless
-    the pair is thin, and only rounding if its terms cancel.
+    the pair is thin, and would give rounding errors alone if its terms cancel.
     """
 
     def divisors(members: list[Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -45,7 +45,7 @@ def kl_divisor(steps: Sequence[Gradient], gradients: Sequence[Gradient], clip: f
 
 
 class SpectralNorm(NamedTuple):
-    """The spectral norm (*groups,) of each matrix S of a step, and unit vectors v (*groups, d_in) with ‖S v‖ = ‖S‖."""
+    """The spectral norm (*groups,) of each matrix S of a step, and unit vectors v (*groups, d_in) with ‖S v‖ ≈ ‖S‖."""
 
     norm: Tensor
     direction: Tensor

@@ -51,7 +51,7 @@ class Options:
         return ", ".join(f"{option.name}={spelled(getattr(self, option.name))}" for option in fields(self))
 
     def at(self, step: int) -> AtStep:
-        """Return the values of a step, or raise if a schedule is out of range."""
+        """Return the values of a step, or raise if a schedule gives a value out of range."""
         clip = at(self.clip, step)
         damping = self.damping.initial if isinstance(self.damping, Adaptive) else at(self.damping, step)
         decay, factor_every = at(self.decay, step), at(self.factor_every, step)

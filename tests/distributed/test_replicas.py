@@ -30,11 +30,11 @@ SCALED = {"scale": 2.0**30, "overflows": ((1, 0), (0, 1))}
 
 
 def ways(strategy, *modes, **changes):
-    """Return one case for each mode: both modes only if they differ in more than which process computes what."""
+    """Return a case for each mode. Tests give both modes only if more differs than which process computes what."""
     return {mode: Case(strategy, mode, **changes) for mode in modes}
 
 
-# Sampled features give a gradient that is the pair and one that is not different steps.
+# With sampled features, the step depends on whether the gradient is the pair.
 SAME_STEPS = {name: strategy for name, strategy in SYSTEMS.items() if name != "seng"}
 # Every system in one of the modes.
 OF_TWO = {name: ways(strategy, BOTH[index % 2]) for index, (name, strategy) in enumerate(SAME_STEPS.items())} | {

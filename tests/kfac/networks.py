@@ -202,7 +202,7 @@ def assert_dense_step(preconditioner: KFAC, tolerance: float = 1e-8) -> None:
         A, *G = (torch.linalg.inv(factor + eye) for factor, eye in zip(factors, eyes, strict=True))
         expected.append((G[0] @ gradient if G else gradient) @ A)
     preconditioner.step()
-    # Both sums have another order. The condition of the damped factors, at most 1e5 per side, magnifies rounding.
+    # The two sums differ in order. The condition of the damped factors, at most 1e5 per side, magnifies rounding.
     assert_near([layer.gradient() for layer in preconditioner._layers], expected, tolerance)
 
 
@@ -231,7 +231,7 @@ class OwnLinear(nn.Module):
 
 
 class Router(OwnLinear):
-    """A module that returns more than the product, so that hooks inside its forward pass are needed."""
+    """A module that does not return its product, so that products inside its forward pass must be watched."""
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         logits = super().forward(inputs)

@@ -143,7 +143,7 @@ def test_a_mask_does_not_apply_to_calls_whose_dimensions_happen_to_fit(own, inpu
     ("sharing", "batch_first"), [("expand", None), ("reduce", None), ("expand", True), ("expand", False)]
 )
 def test_rows_of_each_accumulated_batch_have_their_own_mask(sharing, batch_first):
-    """A and G are sums over positions with data, also if all rows are in one dimension, in either order."""
+    """A and G are made of positions with data alone, also if all rows are in one dimension, in either order."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 4).double()
     preconditioner = KFAC(layer, EXACT, sharing=sharing, batch_first=batch_first, application="two-sided")

@@ -10,7 +10,7 @@ from oracles import gaussian
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
-# No input multiplies these tables and vectors: the model adds them.
+# The model adds these tables and vectors, and multiplies by the scale: no matrix product has them.
 _ADDED = {
     "vit": {f"vit.embeddings.{own}": "ViTEmbeddings uses it by itself" for own in ("cls_token", "position_embeddings")},
     "whisper": {
@@ -142,5 +142,5 @@ def test_every_linear_of_a_graph_network_has_its_factors(name, sharing):
     assert {row.layer for row in report.factors} == {
         f"{at}.{own}" for at in ("first", "second") for own in CONVOLUTIONS[name]
     }
-    # Each convolution adds its own bias and attention vectors.
+    # Each convolution uses its bias and attention vectors by itself.
     assert {part.rpartition(".")[2] for part in report.unsupported} <= {"bias", "att", "att_src", "att_dst"}

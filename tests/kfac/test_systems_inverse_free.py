@@ -51,7 +51,7 @@ def pattern(structure, n):
 
 
 def projected(structure, matrix):
-    """Return the member m for which (m + mᵀ)/2 is nearest to a symmetric matrix, and the smallest such m."""
+    """Return the smallest of the members m for which (m + mᵀ)/2 is nearest to a symmetric matrix."""
     numbers = pattern(structure, len(matrix))
     members = torch.stack([(numbers == number).double() for number in numbers.unique() if number >= 0])
     # In a basis of unit length, the least coefficients give the smallest matrix.

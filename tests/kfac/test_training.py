@@ -43,7 +43,7 @@ def curvature_of(preconditioner):
 @on_host_and_device
 @every_system
 def test_non_finite_batches_change_nothing(strategy, reads_are_free, monkeypatch):
-    """The very first batch may be one. The device case checks that nothing is read back."""
+    """The very first batch may be one. The device case takes the code that reads nothing back."""
     monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: reads_are_free)
     model = mlp(60, 50, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)

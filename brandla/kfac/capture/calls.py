@@ -35,7 +35,7 @@ class Groups:
 def averaged(uses: Uses, valid: Tensor | None, groups: Groups | None) -> tuple[Uses, Tensor | None]:
     """Average the inputs and sum the gradients of each sample or group: (rows, positions, d) to (samples, 1, d).
 
-    Rows of padding are 0. The mask ``valid`` (rows, positions) marks the others. The mask returned is (samples, 1).
+    Rows of padding are 0. ``valid`` (rows, positions) marks the others and gives a mask (samples, 1); without it, None.
     """
 
     def summed(part: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Call:
     """One use of a weight: the kind that makes rows of it, its input, and the gradients of its output."""
 
     kind: Kind
-    # Returns the input; None once it has been called.
+    # Returns the input; None once it has been called, or the call has been released.
     fetch: Callable[[], Tensor] | None
     _: KW_ONLY
     # Whether the call is inside a graph of torch.compile.
@@ -106,7 +106,7 @@ class Call:
 class Recorder:
     """The backward pass that is running, shared by all captures of a model.
 
-    ``draw`` counts the passes for the curvature through one graph. ``has_run`` is True after the first of them.
+    ``draw`` counts the passes for the curvature through one graph. ``has_run`` is True once such passes have ended.
     ``terms`` are the loss's terms behind the next gradients of each kind, if `KFAC.curvature` has given any.
     """
 

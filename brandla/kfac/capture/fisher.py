@@ -1,6 +1,6 @@
 """The curvature of a loss in the outputs of a model, as vectors that are sent back through the model to its layers.
 
-H is the Hessian of one term of the loss in its outputs, and J the derivative of these outputs by the output of a layer.
+H is the Hessian of one term of the loss in the outputs, and J the derivative of the outputs by the output of a layer.
 The layer's G is the mean of Jᵀ H J. So g = Jᵀ s for vectors s with Σ s sᵀ = H, or for a random one with E s sᵀ = H.
 """
 

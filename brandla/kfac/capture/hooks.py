@@ -201,7 +201,7 @@ class Capture:
         call = Call(kind, lambda: saved.grad_fn.saved_tensors[0], left_out=self._leaves_out, groups=groups, valid=valid)
         value, base, shape = output, output._base, output.shape
         # A Linear returns three dimensions as a view of two. If an activation overwrites the view, autograd gives the
-        # view a new history without the hook; the base keeps the old history.
+        # view a new history without the hook. A hook on the base stays with the old values.
         if base is not None and base.requires_grad and base.numel() == output.numel():
             value = base if base.is_contiguous() and output.is_contiguous() else output
         # Inside a backward pass, an activation checkpoint repeats calls that have been watched already.

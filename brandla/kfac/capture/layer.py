@@ -227,7 +227,7 @@ class Layer:
         return torch.cat([matrix, column], dim=-1)
 
     def write(self, step: Gradient) -> list[list[StepPart]]:
-        """Return the parts of a step by weight. Products P Qᵀ are formed in the gradient's memory, if they fit."""
+        """Return the parts of a step by weight. Products P Qᵀ are formed in the gradient's memory if possible."""
         kind, bias, d_in = self.kind, self.bias_gradient, self.shape.d_in - self.has_bias
         parts = [self._write_part(step, 0, d_in, kind.weight_part(self.weight.grad), kind.tensor)]
         if self.has_bias and bias is not None:
@@ -382,8 +382,8 @@ class Layer:
 def _with_transposed_use(rows: Rows, transposed: Rows) -> Rows:
     """Add the rows of transposed uses, with a divided and γ multiplied by s, so that both sides have one energy ratio.
 
-    The energy of rows is Σ‖·‖². This s minimizes the trace of the product of both factors. The added rows are more
-    terms of the same curvature, but not more terms of the loss.
+    The energy of rows is Σ‖·‖². This s minimizes the trace of the Kronecker product of both factors. The added rows are
+    more terms of the same curvature, but not more terms of the loss.
     """
     norm = torch.linalg.vector_norm
     ratios = [norm(other) / norm(part) for part, other in zip(rows[:2], transposed[:2], strict=True)]

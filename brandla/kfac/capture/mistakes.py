@@ -117,7 +117,7 @@ class Mistakes:
                 self._warn(f"{topic}: {'; '.join(entries[:_MOST_NAMED])}{more}")
 
     def _copy_to_host(self, layers: Sequence[Layer], numbers: Tensor) -> None:
-        """Start a copy of numbers to the host. Devices that would have to wait for it copy nothing."""
+        """Start a copy of numbers to the host; nothing is copied from devices for which the host would have to wait."""
         if numbers.device.type == "cpu":
             self._pending.append((layers, numbers, None))
         elif numbers.device.type == "cuda":

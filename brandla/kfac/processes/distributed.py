@@ -48,7 +48,7 @@ class Replicas:
         return mask, {layer: _scaled_to_terms(layer, rows, terms) for layer, rows in mask.rows(own).items()}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
-        """Take rows into the curvatures, one strategy at a time, so that all processes can solve with them."""
+        """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
         for strategy, members in by_strategy(rows):
             strategy.absorb([layer.curvature for layer in members], [rows[layer] for layer in members], now)
 
@@ -127,7 +127,7 @@ class Gather(Replicas):
 
 
 class Split(Gather):
-    """Each factor belongs to one process. Only this process takes in its rows, and it sends the solving part to all.
+    """Each factor belongs to one process, which alone takes in its rows. It sends the tensors that solves read to all.
 
     At their first data, the most expensive factors go first, each to the process with the least work. A curvature that
     is not a pair of factors belongs to one process as a whole. If the solve of a strategy reads the rows of the step,
@@ -248,7 +248,7 @@ class Split(Gather):
 def replicas(
     layers: Sequence[Layer], mode: Mode, group: Group, columns: int | None, *, from_curvature: bool
 ) -> Replicas:
-    """Return the processes of a group, or all processes if it is None; this one alone if torch has no process group.
+    """Return the processes of a group, or all if it is None; this one alone if it has no others or torch has no group.
 
     The rows are gradients of the processes' losses, or come from the curvature of their terms (``from_curvature``).
     """

@@ -38,7 +38,7 @@ class Share(NamedTuple):
 class Part(NamedTuple):
     """The inputs or output gradients of a layer: the number of rows that each process sends, and the number kept.
 
-    Each use has ``draws`` gradients, the first ones of all uses before the second ones. ``weights`` scale γ by rank.
+    Each use has ``draws`` gradients, the first of all uses before the second. Each process's γ has one of ``weights``.
     """
 
     layer: Layer
@@ -89,7 +89,7 @@ def parts_of(layer: Layer, shares: Sequence[Share], limit: int | None, *, from_c
             sent = [min(kept, n) if count > min(kept, 2 * n) else count for count in counts]
             kept = sum(sent) if sum(sent) <= kept else min(kept, n)
         elif name == "gradients" or shape.single:
-            # In single layers, gradients are the inputs too.
+            # In single layers the inputs are the same rows as the gradients, so draws repeat both.
             rows = [(share.gradients, share.uses if shape.single else share.inputs) for share in shares if share.uses]
             draws = max(gradients // inputs for gradients, inputs in rows)
         yield Part(layer, name, shape, sent, kept, draws, weights)
@@ -137,7 +137,7 @@ def compressed(rows: Tensor, count: int, seed: int) -> Tensor:
     """Return ``count`` ≤ n rows B of length n with BᵀB ≈ AᵀA in place of A (..., k, n): equal if ``count`` is n.
 
     The rows are the leading right singular vectors times their singular values. So BᵀB is nearly the best matrix of
-    rank ``count``, and AᵀA − BᵀB is semi-definite.
+    rank ``count``, and AᵀA − BᵀB is positive semi-definite.
     """
     if rows.shape[-2] <= count:
         return rows

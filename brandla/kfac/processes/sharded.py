@@ -17,7 +17,7 @@ def whole_gradients(parameters: Iterable[nn.Parameter | None]) -> Iterator[None]
 
     Every process gathers all of each sharded gradient. Plain gradients stay as they are.
     """
-    # By id, since tensors hash by a Python function.
+    # By id, since tensors hash by a slow Python function.
     unique = {id(parameter): parameter for parameter in parameters if parameter is not None}
     sharded: list[tuple[Any, Any]] = [
         (parameter, parameter.grad)

@@ -94,7 +94,7 @@ def _by_projection(inputs: Tensor, gradient: Tensor) -> tuple[list[Tensor], list
     if gradient.shape[-1] > inputs.shape[-1]:
         return [inputs] * 3, list(gradient.chunk(3, dim=-1))
     length, total = inputs.shape[1], gradient.shape[1]
-    # Queries and keys are shorter than the outputs by the keys. Inputs with queries twice are longer by the queries.
+    # Inputs of queries and keys are shorter than the outputs by the keys; those with queries twice longer by queries.
     difference = total - length
     if difference > 0:
         query, key = inputs.split((length - difference, difference), 1)

@@ -39,7 +39,7 @@ class ConvKind(Kind):
         return ""
 
     def uses(self, inputs: Tensor, gradient: Tensor, *, reduce: bool = False) -> Uses:
-        """Unfold the input into the windows of samples and positions, or with ``reduce`` into their means."""
+        """Unfold the input into the windows of all positions, or to ``reduce`` into the mean window of each sample."""
         # One sample is a batch of one.
         inputs, gradient = (part if part.ndim == self.weight.ndim else part[None] for part in (inputs, gradient))
         windows, dim, groups = self.padded(inputs, gradient.shape[2:]), 2, self.module.groups

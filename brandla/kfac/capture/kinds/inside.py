@@ -96,10 +96,10 @@ class InsideForward(WatchedForward):
 
 
 class _Product(NamedTuple):
-    """A product with a parameter or a view of it: all of the parameter or one ``expert``, as x weightᵀ or x weight.
+    """A product with a whole parameter or one ``expert`` of it: x weightᵀ, or x weight if it ``is_transposed``.
 
     It holds the ``tensor``, so that no other tensor can get the same id. ``offsets`` say where the rows of each expert
-    end in a grouped product. Views that are not multiplied yet have no ``inputs``.
+    end in a grouped product. A view that is not multiplied yet is kept as a product without ``inputs``.
     """
 
     name: str

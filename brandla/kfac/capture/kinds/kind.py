@@ -48,7 +48,7 @@ class Kind:
     can_leave_out = False
     # The index of this weight in a parameter that holds several weights.
     index: int | None = None
-    # The number of weights, one after the other in the tensor, that are clipped separately. Each has as many groups.
+    # The number of weights, one after the other in the tensor, that are clipped separately. All have equal shapes.
     weights = 1
     # Whether positions may come before samples, since the weight acts on the last dimensions alone.
     either_order = False
@@ -149,7 +149,7 @@ class Kind:
         return Uses(uses.inputs.masked_fill(empty, 0), gradients, ones.masked_fill(empty, 0)), valid
 
     def attach(self, record: Record, is_wanted: Callable[[], bool]) -> list[Any]:
-        """Call ``record`` at each use, or only if it ``is_wanted``; return handles with ``remove()``."""
+        """Have hooks call ``record`` at each use, or only while it ``is_wanted``; return handles with ``remove()``."""
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return record(*self.of_arguments(args, kwargs), output)

@@ -30,7 +30,7 @@ def register(module: type[nn.Module], *, like: Registered) -> None:
     module
         The type. Its subclasses are registered too.
     like
-        The map from the last dimension of a call's first argument x. ``"linear"``: x weightᵀ + bias.
+        The map that a call applies to the last dimension of its first argument x. ``"linear"``: x weightᵀ + bias.
         ``"transposed"``: x weight + bias. ``"unrolled"``, for ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: in captured
         passes, the layer runs step by step instead of in one fused call.
 

@@ -118,7 +118,7 @@ class BagKind(EmbeddingKind):
         return super().why_left(module) or ("its gradient is that of a maximum" if module.mode == "max" else "")
 
     def of_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, Any]:
-        """Return a kind with the offsets of the bags, and the indices. Weighted entries are refused: no tensor."""
+        """Return a kind with the offsets of the bags, and the indices: if weighted, a string that `refusal` refuses."""
         given = {**dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)), **kwargs}
         inputs = given["input"] if given.get("per_sample_weights") is None else "weighted indices"
         return self.copy_with(_offsets=given.get("offsets")), inputs

@@ -150,7 +150,7 @@ def _gru(from_input: Tensor, from_hidden: Tensor, h: Tensor, c: Tensor) -> tuple
     return (1 - update) * candidate + update * h, c
 
 
-# The next h and c, from the products with the input and with h and the last h and c, by torch's name of the cell.
+# By torch's name of a cell, the next (h, c) from the products with the input and with h, and from the last h and c.
 _CELLS: dict[str, _Cell] = {
     "lstm": _lstm,
     "gru": _gru,
