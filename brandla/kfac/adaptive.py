@@ -69,10 +69,10 @@ class Adaptive:
     def next(self, damping: float, ratio: float) -> float:
         """Return the damping after a measurement."""
         change = self.factor**self.every
-        if ratio > 0.75:
+        if 0.75 < ratio < math.inf:
             return max(damping * change, self.least)
-        # A non-finite loss, whose ratio may be NaN, counts as badly predicted.
-        return min(damping / change, self.most) if not ratio >= 0.25 else damping
+        # A non-finite loss, whose ratio is NaN or infinite, counts as badly predicted.
+        return damping if 0.25 <= ratio < math.inf else min(damping / change, self.most)
 
 
 class Trial:

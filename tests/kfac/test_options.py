@@ -304,8 +304,9 @@ def test_damping_falls_if_the_model_is_right_and_rises_if_the_loss_is_steeper(fa
 
 def test_bounds_hold_and_a_loss_that_is_not_finite_raises_the_damping():
     adaptive = Adaptive(0.1, every=1, factor=0.5, least=0.08, most=0.15)
-    found = [adaptive.next(0.1, ratio) for ratio in (1.0, 0.5, 0.1, float("nan"), -float("inf"))]
-    assert found == [0.08, 0.1, 0.15, 0.15, 0.15]
+    # The ratio is infinite too if the curvature predicts that the loss grows, and it becomes infinite.
+    found = [adaptive.next(0.1, ratio) for ratio in (1.0, 0.5, 0.1, float("nan"), -float("inf"), float("inf"))]
+    assert found == [0.08, 0.1, 0.15, 0.15, 0.15, 0.15]
 
 
 def test_adapt_refuses_a_call_after_zero_grad_or_without_adaptive_damping():
