@@ -34,7 +34,7 @@ _CONVERSIONS = {
 }
 
 _checked: ContextVar[bool] = ContextVar("brandla_checked", default=False)
-# The open blocks of checked mode in all threads. If there are none, checks skip all values.
+# The open blocks of checked mode in all threads. If there are none, checks read no tensor's values.
 _open_blocks: list[bool] = []
 
 
@@ -76,7 +76,7 @@ def _is_checked(tensor: Tensor) -> bool:
 
 
 def _plain_match(first: Any, second: Any) -> bool:
-    """Return True for two plain tensors of one device and dtype, float32 or float64: the fast path of every check."""
+    """Return whether plain tensors share a device and a full dtype: the fast path of checks while no block is open."""
     if _open_blocks or not (type(first) is type(second) is Tensor):
         return False
     return first.dtype == second.dtype and first.dtype in _FULL and first.device == second.device
@@ -325,7 +325,7 @@ def _parts_of(function: str, name: str, factor: object, kind: str) -> list[Any]:
 
 
 def _near_zero(function: str, rule: str, error: Tensor, dtype: torch.dtype, remedy: str) -> None:
-    """Check that errors are below √ε, which is far above rounding and far below what would spoil a result."""
+    """Check that errors are at most √ε, which is far above rounding and far below what would spoil a result."""
     worst = float(error.max()) if error.numel() else 0.0
     if worst > torch.finfo(dtype).eps ** 0.5:
         fail_value(function, f"{rule}; got a relative error of {worst:.1g}; {remedy}")

@@ -54,7 +54,7 @@ def ranged(*sizes: str) -> Callable[[Callable[Parameters, Result]], Callable[Par
 
 
 def sizes_of(letters: Sequence[Sequence[str]], values: Sequence[Any]) -> dict[str, int]:
-    """Return the number of problems or the batch size, if any, and then the size that each letter stands for."""
+    """Return the number of problems and the batch size, if any, and then the size that each letter stands for."""
     leading: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for group, value in zip(letters, values, strict=False):

@@ -162,7 +162,7 @@ def zero_rows(
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor. Plain tensors cost one look, and nothing imports torch.distributed."""
+    """Return whether a tensor is a DTensor. It costs plain tensors one look, and never imports torch.distributed."""
     if type(tensor) is Tensor or torch.compiler.is_compiling():
         return False
     module = sys.modules.get("torch.distributed.tensor")

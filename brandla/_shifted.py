@@ -107,8 +107,8 @@ class Side(NamedTuple):
     def operator(self, exponent: float = -1.0) -> Shifted:
         """(M̂ + τ(I − P) + λI)^p = β (I + U Z Uᵀ) with β = (τ + λ)^p and Z = ((d + λ)/(τ + λ))^p − 1.
 
-        A root's column along an eigenvector of S has length √d. So Z is divided by d there, and it is 0 for every d up
-        to τ. For p = −1 and τ = 0, Z is −(S + λI)⁻¹.
+        For a root, F v has length √d for an eigenvector v of S. So Z is divided by d, and is 0 for every d up to τ.
+        For p = −1 and τ = 0, Z is −(S + λI)⁻¹.
         """
         damping, (held, tail) = self.damping, self._spectrum(needed=exponent != -1)
         if held is None:
@@ -143,7 +143,7 @@ class Side(NamedTuple):
         return self.rows.small_result(on_span + self.tail_count() * self._as_batch(tail + self.damping).log())
 
     def tail_count(self) -> Number:
-        """Return n − r, the number of eigenvalues that τ stands for."""
+        """Return n − r, the number of eigenvalues that no column stands for."""
         small, basis = self.small, self.basis
         r: int = small.shape[-1]
         if isinstance(basis, Tensor):
@@ -151,7 +151,7 @@ class Side(NamedTuple):
         return stack_numbers([part.shape[-2] - r for part in basis], small)
 
     def matching_data(self, function: str, name: str, tensor: Tensor, of_name: str) -> Tensor:
-        """Check that a tall argument has the kind, dtype and device of the factor, and return it in the dtype."""
+        """Check that a tall argument has the kind, dtype and device of the factor, and return it in its dtype."""
         if self.rows is not WHOLE or type(tensor) is not Tensor:
             self.rows.check_kind(function, name, tensor)
         return _check.matching_data(function, name, tensor, of_name, self.basis)
@@ -162,7 +162,7 @@ class Side(NamedTuple):
         return block if self.rows is WHOLE else self.rows.local(function, name, block)
 
     def eigenvalues(self, *, needed: bool = True) -> tuple[Tensor | Any, Number]:
-        """Return the eigenvalue of each column, without λ, and τ. A zero column has τ. None as in `_spectrum`."""
+        """Return eigenvalues on the span of U or F, without λ but τ for zero columns, and τ. None as in `_spectrum`."""
         held, tail = self._spectrum(needed)
         if held is None:
             return None, tail
@@ -175,7 +175,7 @@ class Side(NamedTuple):
         return torch.where(is_zero, add_dims(tail), held.values), tail
 
     def eigenpairs(self) -> tuple[Tall, tuple[Tensor, Number]]:
-        """Return eigenvectors, and `eigenvalues` with τ. A root takes a pass, and has τ for unresolved values."""
+        """Return eigenvectors, and what `eigenvalues` does. A root takes a pass over F, and τ for unresolved values."""
         if not self.is_root:
             return self.basis, self.eigenvalues()
         gram = self.small
@@ -198,7 +198,7 @@ class Side(NamedTuple):
     def _with_diagonal(self, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the diagonal of D, B̂ = D^−½ B, C and the core K = I + B̂ᵀB̂ C of the operator D + B C Bᵀ.
 
-        D is diag(λ + τ + δ), B is U or F, and C is diag(d − τ); a root divides it by d.
+        D is diag(λ + τ + δ), B is U or F, and C is diag(d − τ), divided by d for a root.
         """
         basis, (held, tail) = self.basis, self._spectrum()
         if held is None:
@@ -226,7 +226,7 @@ class Side(NamedTuple):
         if not self.is_root:
             held = Spectrum(small)
         elif ops.reads_are_free(small) and not small.requires_grad:
-            # `root_update` leaves S diagonal.
+            # `root_update` by "eigh" leaves S diagonal.
             diagonal = small.diagonal(dim1=-2, dim2=-1)
             held = Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
         if held is None and _is_zero(self.tail) and not needed:
@@ -300,7 +300,7 @@ def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Te
     factor: Factor = lowrank.lowrank
     _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
     trace, held = (rows.local_small(function, "trace", part) for part in (lowrank.trace, factor.trace()))
-    # The mean of the eigenvalues left out is (tr M − tr M̂)/(n − r). It and its derivative are 0 if the traces agree.
+    # The mean of the eigenvalues left out is (tr M − tr M̂)/(n − r). It and its derivative are 0 unless tr M > tr M̂.
     left_out = torch.nn.functional.threshold(trace - held, 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)
 

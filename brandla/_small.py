@@ -15,7 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 import brandla_kernels as ops
 
-# For a core of order m, float64 costs as much more than float32 as a polish at n r² = m³ times this.
+# The extra cost of float64 over float32, for a core of order m, equals that of a polish with n r² = m³ times this.
 _FLOAT64_COST_RATIO = 16
 # Up to this order, the extra cost of float64 is below that of the calls of the polish.
 _SMALL_ORDER = 64
@@ -153,7 +153,7 @@ def safe_svd(core: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     left, values, right = torch.linalg.svd(clean / scale[..., None], full_matrices=False)
     left = left * (clean.abs().amax(-1) > 0)[..., :, None]
     right = right.mT * (clean.abs().amax(-2) > 0)[..., :, None]
-    # A vector along an empty coordinate belongs to no value, even if that value, as rounding, is above the threshold.
+    # A vector along an empty coordinate is dropped, even if its value, which is rounding, is above the threshold.
     alive = values > 4 * torch.finfo(dtype).eps * values[..., :1]
     alive = alive & (left.square().sum(-2) > 0.5) & (right.square().sum(-2) > 0.5)
     poison = torch.where(finite, 0, math.nan)[..., None]

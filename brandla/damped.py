@@ -51,11 +51,11 @@ def damped_solve(
     -----
     Inside the range, the relative error is about ε (d + λ)/(τ + λ). An error ‖UᵀU − I‖ of the basis is multiplied in
     the same way. Every value of a root under τ counts as τ. For a root, τ other than 0 needs the eigenvalues of S and
-    makes the host wait for a GPU. A CPU reads them from S if it is diagonal, as `root_update` leaves it. U and V may
-    be DTensors sharded on their rows: ``docs/sharded.md``.
+    makes the host wait for a GPU. A CPU reads them from S if it is diagonal, as `root_update` leaves it by default. U
+    and V may be DTensors sharded on their rows: ``docs/sharded.md``.
 
     The derivative treats U, d, F and S as separate variables: compute S = FᵀF from F if F varies. A root with τ > 0
-    can be differentiated once. Source: Woodbury's identity, in the eigenbasis. Derivation, errors and derivatives:
+    can be differentiated only once. Source: Woodbury's identity, in the eigenbasis. Derivation, errors and derivatives:
     ``docs/damped.md``.
 
     Examples

@@ -59,7 +59,7 @@ Each: TypeAlias = Option | Sequence[Option]
 Numbers: TypeAlias = Each[Number]
 Tensors: TypeAlias = Sequence[Tensor]
 LowRanks: TypeAlias = Sequence[LowRank]
-# What the calls of a group share, so that they are computed together; None for a call that is computed by itself.
+# Calls with the same key are computed together; a call with key None is computed by itself.
 GroupKey: TypeAlias = tuple[Any, ...] | None
 
 
@@ -367,7 +367,7 @@ _MOST_RECIPES = 256
 def _layout_of(parts: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...] | None]:
     """Return the distinct tensors in the arguments, and the layout: all that a check reads outside checked mode.
 
-    The layout is None if the arguments hold anything besides plain tensors, numbers and words.
+    The layout is None in checked mode, under torch.compile, and for anything besides plain tensors, numbers and words.
     """
     if _check.reads_values() or torch.compiler.is_compiling():
         return [], None

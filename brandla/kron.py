@@ -53,9 +53,9 @@ def kron_damped_solve(
 
     Notes
     -----
-    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype. DTensors sharded on their rows
-    may be the left basis with W, and either basis with its half of a pair: ``docs/sharded.md``. Source: J. Martens, R.
-    Grosse, ICML 2015, for the two-sided form; ``docs/damped.md`` for the pair form.
+    For W, (τ_G + λ_G)(τ_A + λ_A) and its inverse must be in the range of the dtype. The left basis and W, or either
+    basis and its half of a pair, may be DTensors sharded on their rows: ``docs/sharded.md``. Source: J. Martens,
+    R. Grosse, ICML 2015, for the two-sided form; ``docs/damped.md`` for the pair form.
 
     Examples
     --------
@@ -96,12 +96,12 @@ def kron_damped_power(
         δ > 0, a number or a tensor of batch shape, and any real number.
     values
         Shape (..., r_G, r_A), >= 0. They replace the products of eigenvalues gⱼ aᵢ in both spans, for example by second
-        moments measured in that basis (EK-FAC, SOAP). Outside, products and tails stay.
+        moments measured in that basis (EK-FAC, SOAP). Outside the spans, products and tails stay.
 
     Notes
     -----
     A LowRankRoot takes an eigendecomposition first, which waits for the device. Every value of a root up to τ, or
-    not resolved, counts as τ. The derivative is right where its eigenvalues differ or are 0. Source: T. George, C.
+    not resolved, counts as τ. The derivative is right where a root's eigenvalues differ or are 0. Source: T. George, C.
     Laurent, X. Bouthillier, N. Ballas, P. Vincent, NeurIPS 2018, for fitted values. Derivation: ``docs/damped.md``.
 
     Examples

@@ -315,7 +315,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def stack_numbers(numbers: Sequence[Number], like: Tensor) -> Number:
-    """Return one number if all are equal, or else a tensor of the numbers."""
+    """Return one number if all are equal numbers, or else a tensor of them."""
     first = numbers[0]
     if not [number for number in numbers if isinstance(number, Tensor)]:
         are_equal = min(numbers) == max(numbers)
@@ -355,7 +355,7 @@ class Tracked(Value, _TrackedParts[Factor]):
     stay on the device, and cost no pass over tall matrices and no sync.
 
     ``lowrank`` is the LowRankEigh or LowRankRoot. ``error_bound``, of batch shape, is an upper bound of ‖M − M̂‖₂, up to
-    rounding of a few ε·‖M‖ per update. ``trace``, of batch shape, is tr M of the whole stream, with the part that
+    rounding of a few ε·‖M‖ per update. ``trace``, of batch shape, is tr M of the whole stream, including what
     truncation left out. The damped functions derive ``tail="mean"`` from it.
 
     Examples
@@ -393,8 +393,8 @@ class Centred(Value, _CentredParts):
     ``svd.U`` are the principal axes. Right vectors are not kept, since a new mean changes every old column.
 
     ``svd`` is a LowRankSVD with an empty Vh (..., r, 0). The other parts are float64 and describe all columns so far,
-    weighted by the decay: ``mean`` (..., m), ``weight``, the number of columns N, and ``scatter``, Σ‖x − mean‖² with
-    the part that truncation left out. The last two have batch shape.
+    weighted by the decay: ``mean`` (..., m), ``weight``, the number of columns N, and ``scatter``, Σ‖x − mean‖²
+    including what truncation left out. The last two have batch shape.
 
     Examples
     --------
@@ -456,7 +456,7 @@ def check_factor(function: str, name: str, factor: object) -> tuple[Tensor, Tens
 
 
 def track(lowrank: Factor) -> Tracked[Factor]:
-    """Attach an error bound of 0 and its trace to a factor that equals its matrix.
+    """Attach an error bound of 0 and its own trace to a factor that equals the matrix it stands for.
 
     Raises a TypeError for anything but a LowRankEigh or a LowRankRoot, and a ValueError or a TypeError if its parts do
     not fit together.

@@ -24,7 +24,7 @@ from brandla_kernels import Tall, tall
 # Squared length that a unit column must keep through the second pass. A column that loses more was rounding noise
 # inside the span of the columns before it ("twice is enough").
 _KEPT_BY_SECOND_PASS = 0.25
-# A shorter column counts as zero: float64 does not hold its squared length to full precision.
+# A column up to this length counts as zero: float64 may not hold its squared length to full precision.
 _SHORTEST = (torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps) ** 0.5
 # Columns are clean, and need no polish, if the estimate of ‖UᵀU − I‖₂ is at most this multiple of ε.
 _CLEAN = 20
@@ -85,7 +85,7 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
-    """Return P′, T and R with Q = P′ T, so that Q W costs no more than P′ (T W). A list has stacked T and R."""
+    """Return P′, T and R with Q = P′ T, so that Q W costs no more than P′ (T W). For a list, T and R are stacked."""
     dtype = tall.dtype_of(panel)
     panel, transform, first = _first_pass(panel)
     nearly = times(panel, transform.to(dtype))
@@ -192,10 +192,10 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
 def _rank_aware(gram: Tensor, scale: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return T and R with P ≈ (P T) R from the Gram matrix G of P, whose columns may depend on one another.
 
-    A column that depends on earlier columns is dropped. This loses the noise of those times its coefficients on them,
-    which is more than noise if a coefficient on a weak column is large. So `_pivot_order` compares no column with much
-    weaker ones. A CPU reads whether any column is dropped, and then takes the leading eigenvectors of G instead. If no
-    column is dropped, the columns keep their order, unless elimination in this order amplifies rounding.
+    A column that depends on earlier columns is dropped. Their noise times its coefficients on them goes too, and is
+    more than noise if a coefficient on a weak column is large. So `_pivot_order` compares no column with much weaker
+    ones. A CPU reads whether any column is dropped. If so, it takes the leading eigenvectors of G instead; if not, the
+    columns keep their order, unless elimination in this order amplifies rounding.
     """
     if ops.reads_are_free(gram):
         transform, live = ops.cholesky_inverse_core(gram, scale, threshold)

@@ -115,7 +115,7 @@ class Refresh(NamedTuple):
         for _ in range(self.iterations):
             block = _with_fresh_columns(vectors)
             old, new = scaled._coefficients(block)
-            # M X is divided by a power of two near its largest entry, or, of a list, near the largest of diag(XᵀMX).
+            # M X is divided by a power of two near its largest entry or, for a list, near the largest of diag(XᵀMX).
             if isinstance(block, list):
                 scale = scale_of(scaled._quotients(old, new)[..., None, :])
                 image = rotate(self.vectors, self.matrix, scaled.values * old / scale, scaled.weight * new / scale)
@@ -153,7 +153,7 @@ def refresh_together(problems: Sequence[Refresh]) -> list[tuple[LowRankEigh, Ten
 
 def _with_fresh_columns(vectors: Tall) -> Tall:
     """Replace zero columns of U by columns of cos(i²j), dense and independent, made orthogonal to the others."""
-    # Parts of fresh columns in the span of the others would outweigh these in M U, and take their places.
+    # Parts of fresh columns in the span of the others would outweigh the others in M U, and take their places.
     members = vectors if isinstance(vectors, list) else [vectors]
     if reads_are_free(members[0]) and not any((member == 0).all(-2).any().item() for member in members):
         return vectors

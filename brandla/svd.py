@@ -104,7 +104,7 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     Notes
     -----
     Vh grows by k columns per call. If you want only U and S, `brandla.eigh_update` on the same columns keeps U and S²
-    in constant memory, and a centred stream keeps U and S. If the rank exceeds the number of columns so far, the other
+    in constant memory, and a centred stream keeps U and S. If the rank exceeds the number of columns so far, surplus
     triplets are zero. Values below the normal numbers of the dtype count as zero. Derivatives and sharding are as in
     `svd_update`. Source: M. Brand, "Incremental singular value decomposition of uncertain data with missing values",
     ECCV 2002. Derivation: ``docs/updates.md``.
@@ -192,7 +192,7 @@ def _local_side(
 
 
 def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V of a panel: float64 by QR, float32 by a float64 Gram matrix, which resolves all its values."""
+    """Return U, S and V of a panel: float64 by QR, float32 by a float64 Gram matrix, which resolves all its digits."""
     dtype = panel.dtype
     if dtype == torch.float64:
         times_basis, triangle = _panel_factors(panel, rows)
@@ -201,7 +201,7 @@ def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple
         return times_basis(rotation * signs), spectrum, right * signs
     noise = max(tol, 4 * torch.finfo(dtype).eps) ** 2
     squares, right = leading_eigh(rows.total(gram(panel)), rank, torch.float64, noise)
-    # The inverse of a value below the normal numbers overflows this dtype. NaN stays, since it compares as false.
+    # The inverse of a value below the normal numbers may overflow this dtype. NaN stays, since it compares as false.
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]

@@ -32,7 +32,7 @@ class Problem:
         return inside, boundary
 
     def at_boundary(self, u: Tensor, x: Tensor) -> Tensor:
-        """Return the errors of the values."""
+        """Return the errors of the values at the boundary."""
         return u[:, 0] - self.solution(x)
 
     @torch.no_grad()

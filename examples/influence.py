@@ -55,7 +55,7 @@ def self_influence(model: nn.Sequential, inputs: Tensor, labels: Tensor) -> Tens
 
 
 def train(steps: int) -> tuple[list[float], float]:
-    """Train with a tenth of the labels wrong. Return the losses, and the share of these among as many suspects."""
+    """Train with a tenth of the labels wrong. Return the losses, and the share of wrong ones among as many suspects."""
     inputs, labels = digits()
     wrong = torch.rand(len(labels), generator=torch.Generator().manual_seed(0)) < WRONG
     labels = torch.where(wrong, (labels + 1) % 10, labels)

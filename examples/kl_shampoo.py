@@ -1,8 +1,8 @@
 """KL-Shampoo on tracked bases with a flat tail: ``python -m examples.kl_shampoo``.
 
 Each factor averages gradients that the other factor has whitened, so that the Kronecker product of both is the best fit
-of the gradients' covariance. A factor has `rank` eigenpairs, and one value for all others: the mean of the remaining
-trace. The step is (A ⊗ L + δI)^−½ of the momentum, by `brandla.kron_damped_power`.
+of the gradients' covariance. A factor has `rank` eigenpairs, and one value for all others: their mean, by the
+remaining trace. The step is (A ⊗ L + δI)^−½ of the momentum, by `brandla.kron_damped_power`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Shampoo(torch.optim.Optimizer):
             n, m = step.shape
             rank = min(group["rank"], n)
             old = state.get(side, LowRankEigh.zeros(n, rank, dtype=step.dtype, device=step.device))
-            # With s columns of random signs Ω, the sketch G Ω/√s has the product G Gᵀ on average.
+            # With s columns of random signs Ω, the sketch Y = G Ω/√s has Y Yᵀ = G Gᵀ on average.
             signs = torch.randint(0, 2, (m, rank), device=step.device).to(step.dtype) * 2 - 1
             columns = (gradient if side == "left" else gradient.mT) @ signs / rank**0.5
             state[side] = eigh_update(old, columns, decay=group["decay"], weight=1 - group["decay"])

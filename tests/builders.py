@@ -258,7 +258,7 @@ class Update(NamedTuple):
     def arguments(
         self, m: int, n: int, r: int, k: int, spectrum: str = "medium", scale: float = 1.0, **options: Any
     ) -> Any:
-        """Return a value of m rows and new columns for it; n is the size of the right side, if the two differ."""
+        """Return a value of m rows and new columns for it; n is the size of the right side of an SVD."""
         sizes = (m,) if self.is_symmetric else (m, n)
         columns = [make_columns(size, k, seed=50 - i, scale=scale, **options) for i, size in enumerate(sizes)]
         return self.make(*sizes, r, spectrum, **options), *columns

@@ -31,7 +31,7 @@ DATA = ("columns", "small_columns", "block", "square")
 
 
 def used_by(name):
-    """Return the fields of `Given` that a call uses."""
+    """Return the fields of `Arguments` that a call uses."""
     code = ALL[name].__code__
     nested = [constant for constant in code.co_consts if hasattr(constant, "co_names")]
     return {name for block in (code, *nested) for name in block.co_names if name in Arguments._fields}

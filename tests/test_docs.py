@@ -22,7 +22,7 @@ from brandla.kfac.capture.kinds import like
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-# A block, and what it prints where the page shows that. Other people's code, in blocks marked "py", does not run.
+# A block, and its output if the page shows it. Other people's code, in blocks marked "py", does not run.
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```output\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 README_LINES = 13
 
@@ -34,9 +34,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _own_kinds_and_randomness(monkeypatch):
-    # What the examples register goes with them.
+    # Kinds that the examples register are forgotten after the test.
     monkeypatch.setattr(like, "_REGISTERED", {})
-    # They draw from the global generator, which other tests may have seeded for themselves.
+    # The examples draw from the global generator, which other tests may have seeded for themselves.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

@@ -1,4 +1,4 @@
-"""What importing the library costs and needs."""
+"""The cost and the needs of importing the library."""
 
 import importlib
 import subprocess

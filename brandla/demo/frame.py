@@ -18,7 +18,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
-# A list or object without another list or object inside. Each goes on one line; a string has no line feeds.
+# A list with no list or object inside, or an object with no object inside: one line each. No string has line feeds.
 _FLAT = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
 
 

@@ -118,7 +118,7 @@ class Trainer(NamedTuple):
         self.loss(self.model(batch.images), batch.labels).backward()
         if self.preconditioner is not None:
             with warnings.catch_warnings():
-                # Small factors get a dense strategy. The table of memory shows their size.
+                # Small factors get a dense strategy. The memory column of the table counts them.
                 warnings.filterwarnings("ignore", message="KFAC: some factors are too small")
                 self.preconditioner.step()
         self.optimizer.step()
@@ -208,7 +208,7 @@ UPDATES: dict[str, tuple[Any, Callable[..., Any]]] = {
 
 
 def track(settings: Settings, digits: Parts) -> Iterator[Row]:
-    """Train by AdamW. Yield a row for each step and factor, and a row for each time of a method to compare with.
+    """Train by AdamW. Yield a row for each step and factor, and a row for each timed call to compare with.
 
     ``trace``, ``frobenius`` and ``spectral`` are norms of M − M̂; ``trace`` is the trace norm. With ``best``, they are
     the errors of the best approximation of that rank, by Eckart and Young. With ``whole``, they are norms of M.
