@@ -1,8 +1,8 @@
 """One definition of what an op is: a signature, a torch form, a Triton launch, a gradient, a cost.
 
 Each op is registered as ``torch.ops.brandla.<name>``, and as ``<name>_grouped`` over lists of problems of different
-sizes. PyTorch's dispatcher chooses: the Triton kernels on CUDA and ROCm, the torch form on every other device. On fake
-tensors, the torch form tells a tracer the shapes.
+sizes. PyTorch's dispatcher chooses: the Triton kernels on CUDA and ROCm if the op has any there, else the torch form.
+On fake tensors, the torch form tells a tracer the shapes of the results.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Op(Generic[Parameters, Result]):
         forced = None if traced else _forced.get()
         direct = forced == "torch" or (forced is None and reads_are_free(leader)) or (listed and is_mapped(leader))
         if direct and not self.signature.writes:
-            # The dispatcher would call the same form, some microseconds later. It also checks the call; here torch's
-            # own errors are enough, since nothing is overwritten.
+            # The dispatcher would give the same results, some microseconds later. It also checks the call; here
+            # torch's own errors are enough, since nothing is overwritten.
             form: Callable[..., Result] = self.grouped_form if listed else self.torch_form
             return form(*args, **kwargs)
         registered: Callable[..., Result] = self.registered_grouped if listed else self.registered
@@ -170,7 +170,7 @@ class Op(Generic[Parameters, Result]):
         _library.impl(name, partial(run, "torch"), "CompositeExplicitAutograd")
         if self.launch is not None and _HAS_TRITON:
             _library.impl(name, run_on_gpu, "CUDA")
-        # Only the torch form can tell the shapes of fake tensors.
+        # Only the torch form can tell the shapes of results on fake tensors.
         torch.library.register_fake(f"brandla::{name}", partial(run, None), lib=_library)
         return getattr(torch.ops.brandla, name).default
 
@@ -180,8 +180,8 @@ def op(
 ) -> Callable[[Callable[Parameters, Result]], Op[Parameters, Result]]:
     """Register the decorated torch form under the signature ``line`` and return its op.
 
-    ``launch`` is "module.function", the op in `_kernels` on CUDA and ROCm for one problem, a batch and a list. The
-    first call imports it, so no import of this package needs Triton.
+    ``launch`` names the "module.function" of `_kernels` that computes the op on CUDA and ROCm, for one problem, a batch
+    or a list. The first call imports it, so no import of this package needs Triton.
     """
     return lambda torch_form: Op(parse(line), torch_form, cost, launch)
 
@@ -272,7 +272,7 @@ def _in_dtype_of(value: Any, part: Any) -> Any:
 
 
 def reads_are_free(tensor: Any) -> bool:
-    """Say whether a branch may read values: on a CPU a read waits for nothing, and a traced tensor has no values.
+    """Say whether a branch may read values: on a CPU, where no read waits, and not of a traced tensor, which has none.
 
     If the Triton backend is forced, no branch reads values, so the same code runs as on a GPU.
     """

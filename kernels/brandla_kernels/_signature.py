@@ -1,4 +1,4 @@
-"""The signature of an op in one line: kinds and shapes of what it takes and returns. Schemas and checks follow.
+"""The signature of an op in one line, the source of schemas and checks: kinds and shapes of what it takes and returns.
 
 In ``rotate_(Tall[n,r]! basis, Tall[n,k] panel, Small[r,r] basis_rotation, Small[k,r] panel_rotation) -> ()``, a
 ``Tall`` is a matrix (..., n, r) or, for the grouped op, a list of matrices of different sizes. ``!`` marks the operand

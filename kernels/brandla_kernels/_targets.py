@@ -1,4 +1,4 @@
-"""The GPU architectures that the kernels are tiled and compiled for, and the one whose tiles any other takes."""
+"""The GPU architectures that the kernels are tiled and compiled for, and which of them lends its tiles to another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEPPINGS = {"gfx940": "gfx942", "gfx941": "gfx942"}
 def nearest(arch: str) -> str | None:
     """Return the architecture whose tiles ``arch`` takes; None if there are no kernels for it.
 
-    For NVIDIA this is the newest listed one that is not newer. AMD's others differ too much from the listed ones: gfx11
+    For NVIDIA this is the newest listed one up to ``arch``. AMD's others differ too much from the listed ones: gfx11
     and gfx12 have no matrix units for float32 and float64, and the kernels would spill kilobytes per thread there.
     """
     if arch.startswith("sm_"):

@@ -10,7 +10,7 @@ column j of the inverse factor has squared norm (1 + ‖c‖²)/pivot. Noise of 
 √δ·(1 + ‖c‖²)^½, so a column stands out of the noise if s² > 3δ(1 + ‖c‖²), that is if the squared norm is below 1/θ.
 The pivot alone would not tell, since columns that nearly cancel have large coefficients. Columns that do not stand out
 are removed, and the second factorisation is of the remaining ones. No branch depends on the data, so nothing waits for
-the device. On a CPU, where a read waits for nothing, one factorisation is enough if every column stands out of it.
+the device. On a CPU, where a read waits for nothing, one factorisation is enough if every column stands out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def cholesky_inverse_core(gram: Tensor, scale: Tensor, threshold: float) -> tupl
     scale
         (..., k), float64, >= 0: the length that column j is measured against.
     threshold
-        θ: four times the squared noise of a column relative to ``scale``. A column that stays must stand out of it.
+        θ: four times the squared noise of a column relative to ``scale``. Columns that stay stand out of this noise.
     """
     equilibrated, inverse_scale, identity = _equilibrated(gram, scale)
     if reads_are_free(gram):
@@ -76,7 +76,7 @@ def _equilibrated(gram: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _factored(matrix: Tensor, identity: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the factor, its inverse, 0 if they exist, and the mask of the columns that stand out of the noise."""
+    """Return the factor, its inverse, ``info`` (0 if they exist), and the mask of columns that stand out of noise."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
     # Squared norms of the rows of the inverse are (1 + ‖c‖²) / pivot.

@@ -4,9 +4,9 @@ F is (..., n, r), A is (..., n, k), C is (..., r, k), G is (..., k, k). F and A 
 S = FᵀF, [S, C; Cᵀ, G] is the Gram matrix of [F, A]. An update of the square root F needs nothing else of the tall
 matrices.
 
-Products are summed in the dtype of F within a slab of rows, and in float64 between slabs. The error is some ε of the
-largest entry at any n, for float32 columns of any norm: if products would leave the range of float32, they are taken
-in float64 here, and of scaled columns in the kernel.
+Products are summed in the dtype of F within a slab of rows, and in float64 between slabs. The error is some ε,
+relative to the largest entry, at any n and for float32 columns of any norm: if products would leave the range of
+float32, they are taken in float64 here, and of scaled columns in the kernel.
 """
 
 from __future__ import annotations

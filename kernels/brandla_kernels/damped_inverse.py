@@ -1,7 +1,7 @@
 """``damped_inverse``: Y = (M̂ + τ(I − P) + λI)⁻¹ V. Z and β are computed on the device, beside the projection.
 
 M̂ is U diag(d) Uᵀ, given by d (..., r), or F Fᵀ, given by S = FᵀF (..., r, r), with τ = 0 and F in the place of U. P is
-the projector on its range. U is (..., n, r), V and Y are (..., n, m), λ and τ are one number per batch entry.
+the projector on the range of M̂. U is (..., n, r), V and Y are (..., n, m), λ and τ are one number per batch entry.
 
     Y = β (V + U Z UᵀV),    β = 1/(τ + λ),    Z = diag((τ − d)/(d + λ)), or −(S + λI)⁻¹
 

@@ -48,7 +48,7 @@ def eigh_core(
     Parameters
     ----------
     cross, own
-        C (..., r, k), which is UᵀA beside a d, and G (..., k, k), float64.
+        C (..., r, k), or UᵀA if ``gram`` is d, and G (..., k, k), float64.
     gram
         S (..., r, r), or d (..., r), float32 or float64.
     decay, weight

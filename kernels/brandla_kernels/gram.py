@@ -1,7 +1,7 @@
 """``gram`` and ``rounded_gram``: G = PᵀP in float64, from exact products or from products rounded to the dtype of P.
 
-P is (..., n, k), G is (..., k, k). P is read once. Rounded products are summed within slabs of rows, and in float64
-between slabs. The error is some ε at any n: as good for columns that are nearly orthonormal, at twice the speed.
+P is (..., n, k), G is (..., k, k). P is read once. Rounded products are summed in the dtype of P within slabs of rows,
+and in float64 between slabs. The error is some ε at any n: enough for nearly orthonormal columns, at twice the speed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``kron_damped_apply``: Y = β_L (I + U_L Z_L U_Lᵀ) W (I + U_R Z_R U_Rᵀ) β_R.
 
 W and Y are (..., p, q), U_L is (..., p, r_L), U_R is (..., q, r_R); Z is diagonal (..., r) or symmetric (..., r, r).
-The two projections U_LᵀW and W U_R read W, in one pass if they share it, and the sum reads W once more. The term with
+W is read for the two projections U_LᵀW and W U_R, which can share one pass, and once more for the sum. The term with
 both bases is folded into the left one:
 
 Y = β_L β_R (W + U_L Z_L (U_LᵀW + (U_LᵀW U_R) Z_R U_Rᵀ) + (W U_R) Z_R U_Rᵀ)

@@ -9,9 +9,9 @@ S⁺ = WᵀK W; √ρ W₁ and √w W₂ with the rows W₁ and W₂ of W, so th
 part left out, (I − W Wᵀ) K (I − W Wᵀ); and the trace that A adds, w tr G.
 
 W comes from two steps of the LR algorithm: no eigendecomposition, no branch on data, nothing waits for the device.
-K + σI = RᵀR, and L = R Rᵀ is the same matrix in orthonormal coordinates and nearer to diagonal. The second step sorts
-the diagonal of L in descending order: ΠᵀLΠ = R₂ᵀR₂. Z are the unit vectors of the longest rows of R₂, and
-W = orth(RᵀLΠR₂ᵀZ). If K is not finite, all results are NaN. Derivation: ``docs/updates.md``.
+K + σI = RᵀR, and L = R Rᵀ is the same matrix in orthonormal coordinates and nearer to diagonal. The second step
+factors L with its diagonal in descending order: ΠᵀLΠ = R₂ᵀR₂. Z are the unit vectors of the longest rows of R₂, and
+W = orth(RᵀLΠR₂ᵀZ). If K is not finite, all computed results are NaN. Derivation: ``docs/updates.md``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def root_core(
     cross, own
         C (..., r, k) and G (..., k, k), float64.
     decay, weight
-        ρ and w of each problem, >= 0, float64: the product of a weight and a square may be in range if neither is.
+        ρ and w of each problem, >= 0, float64: the product of a weight and a square may be in range even if neither is.
     rank
         s, columns of W, at most r + k.
     tol
@@ -81,7 +81,7 @@ class Compressed(NamedTuple):
 def compressed(core: Tensor, rank: int, dtype: torch.dtype, tol: float, measure: bool) -> Compressed:
     """Compress K (..., m, m), float64, to ``rank`` columns as the module says; σ is 32 ε of ``dtype`` times ‖K‖.
 
-    ``dtype`` is that of the factor behind K, which is no more definite than the rounding of the factor allows.
+    ``dtype`` is that of the factor from which K was made: K is no more definite than the factor's rounding allows.
     """
     m = core.shape[-1]
     finite = torch.isfinite(core.sum((-2, -1)))[..., None, None]
@@ -142,7 +142,7 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 def without_denormals(values: Tensor, dims: int = 1) -> Tensor:
     """Zero the values of a factor (the last ``dims`` dimensions) once the largest is no longer a normal number.
 
-    Otherwise a stream that dies out would slow down every later product with denormals.
+    Otherwise the denormals of a stream that dies out would slow down every later product.
     """
     if values.numel() == 0:
         return values

@@ -30,7 +30,7 @@ _FEW = 1024
 # The block of Ω that one call of Philox draws: the bits of four words.
 ROWS_PER_CALL = 32
 COLUMNS_PER_CALL = 4
-# Torch's own Philox streams leave this word of the counter at 0: torch's draws from one seed share no bits with Ω.
+# Torch's own Philox streams leave this word of the counter at 0: torch's draws from this seed share no bits with Ω.
 STREAM = 0x736B6574
 
 _MASK = 0xFFFFFFFF
@@ -105,7 +105,7 @@ def _draw_words(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int,
 
 
 def _draw_words_on_host(seed: Tensor, batch: tuple[int, ...], problem: int, blocks: int, quads: int) -> Tensor:
-    """Return the same words. A Python integer holds one word of every counter, 64 bits apart, so products fit."""
+    """Return the same as `_draw_words`. A Python integer holds a word of every counter, 64 bits apart: products fit."""
     problems, key = math.prod(batch), int(seed.item())
     total = problems * blocks * quads
     if not total:
@@ -126,7 +126,7 @@ def _draw_words_on_host(seed: Tensor, batch: tuple[int, ...], problem: int, bloc
 
 
 def _packed(words: Iterable[int], times: int = 1) -> int:
-    """Return one integer with the words in 64 bits each, repeated so many times."""
+    """Return one integer with the words in 64 bits each, the sequence repeated ``times`` times."""
     return int.from_bytes(array("Q", words).tobytes() * times, "little")
 
 

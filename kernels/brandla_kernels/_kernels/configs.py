@@ -38,7 +38,7 @@ def bucket(size: int, smallest: int, largest: int) -> int:
 
 
 def splits(target: Target, steps: int, programs: int) -> int:
-    """Return the number of stretches, a power of two, for ``steps`` blocks of rows and ``programs`` programs each."""
+    """Return the number of stretches for ``steps`` blocks, with ``programs`` programs each: on a GPU a power of two."""
     if target.backend == "interpreter":
         return max(1, min(3, steps))
     wanted = max(1, _PROGRAMS // max(programs, 1))
@@ -46,13 +46,13 @@ def splits(target: Target, steps: int, programs: int) -> int:
 
 
 def long_splits(target: Target, rows: int, block_n: int, programs: int, dtype: torch.dtype) -> int:
-    """Return the number of stretches of a float64 sum. Each is summed in ``dtype``, and is short in float32."""
+    """Return the number of stretches of a float64 sum, each summed in ``dtype``: at most STRETCH rows in float32."""
     least = tiles(rows, STRETCH) if dtype == torch.float32 else 1
     return max(splits(target, tiles(rows, block_n), programs), _power_of_two(least))
 
 
 def _register_limit(target: Target, *spilling: str) -> int | None:
-    """Return the most registers that a thread can have, on targets where the assembler's own limit makes it spill."""
+    """Return the most registers that a thread can have if the assembler's own limit spills on the target, else None."""
     return 255 if target.arch in (*_FMA_FLOAT64, *spilling) else None
 
 
@@ -114,7 +114,7 @@ def damped_middle(target: Target, r: int, k: int) -> Config:
 
 def cross_gram(target: Target, dtype: torch.dtype, r: int, k: int, aligned: bool) -> Config:
     """Tiles of `cross_gram_kernel`: BLOCK_R × BLOCK_K of C, BLOCK_K × BLOCK_K of G."""
-    # On these targets the second look at a tile spills beside the widest tiles.
+    # On these targets, summing a stretch again spills beside the widest tiles.
     narrow = target.arch in (*_REGISTER_OPERANDS, "sm_100")
     config = inner_product(target, dtype, max(r, k), k, aligned and not narrow)
     blocks = dict(config.blocks) | {"BLOCK_R": min(config.blocks["BLOCK_R"], bucket(r, 16, 128))}

@@ -10,7 +10,7 @@ For float32 data a stretch has at most `configs.STRETCH` rows, and its products 
 
 **Range.** A float32 product may overflow or vanish although its factors do not. A program looks at the largest entry of
 its finished tile. If this is not finite, or so small that products may have lost digits, the program sums its stretch
-again. It divides each side's columns by a power of two near their largest entry, and multiplies back in float64.
+again: now it divides each side's columns by a power of two near their largest entry, and multiplies back in float64.
 """
 
 from __future__ import annotations

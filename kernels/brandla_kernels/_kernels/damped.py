@@ -72,7 +72,7 @@ class Side(NamedTuple):
         return each(lambda values: values[..., None], self.small) if self.is_diagonal else self.small
 
     def coefficients(self, number: int, like: Tensor, core: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return Z and β, contiguous, and the kernel arguments that compute them, the inverse of an S in ``core``."""
+        """Return Z and β, contiguous, and the kernel arguments for computing them; an S is inverted in ``core``."""
         if len(self.numbers) == 1:
             assert isinstance(self.small, Tensor)
             return self.small.contiguous(), self.numbers[0].contiguous(), {}
@@ -300,7 +300,7 @@ def damped(*given: Any) -> Matrices:
 
 
 def pair_damped(*given: Any) -> tuple[Matrices, Matrices]:
-    """Return two of them, from the arguments of the left side, those of the right side, and the two V."""
+    """Return `damped` of two sides, from the arguments of the left side, those of the right side, and the two V."""
     *operators, left_rhs, right_rhs = given
     half = len(operators) // 2
     first, second = _apply(_side(operators[:half], left_rhs), _side(operators[half:], right_rhs))
@@ -373,7 +373,7 @@ def _project(sides: Sequence[Side], *, share_matrix: bool) -> tuple[list[_Projec
 def _multiply(
     projections: Sequence[_Projection], outs: Sequence[Tensor], kron: tuple[Tensor | None, Tensor, Tensor] | None = None
 ) -> None:
-    """Start the second launch, which writes Z C to ``outs``. For one W, ``kron`` is U_LᵀX in parts, Z_L U_LᵀX and T."""
+    """Start the second launch: Z C to ``outs``, or for one W, Y and X; ``kron`` is U_LᵀX in parts, Z_L U_LᵀX and T."""
     dtype, target = outs[0].dtype, target_of(outs[0])
     arguments: dict[str, Any] = {"PRECISION": product_precision(target, dtype), "r2": 0, "k2": 0}
     for number, (own, out) in enumerate(zip(projections, outs, strict=True), 1):

@@ -29,7 +29,7 @@ _COLUMNS = tl.constexpr(32)
 
 
 def workspace(r: int) -> int:
-    """Return the numbers in a program's workspace for Z of order r: A, H and a block."""
+    """Return how many numbers a program's workspace holds for Z of order r: A, H and a block."""
     block = int(BLOCK.value)
     return r * r + (r + block) * block
 

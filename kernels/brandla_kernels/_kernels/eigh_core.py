@@ -57,7 +57,7 @@ def eigh_core_kernel(
         diagonal += on_diagonal
         entries = tl.maximum(entries, on_diagonal)
     largest = tl.max(tl.max(entries, 1), 0)
-    # A comparison with NaN is false, so a NaN is not finite either.
+    # A comparison with NaN is false, so NaN makes ``finite`` false.
     finite = (total_of(nothing) == 0) & (total_of(diagonal) <= most)
     holds = finite & (largest >= _TINY)
     scale = tl.where(holds, _power_of_two(largest), 1.0)

@@ -1,8 +1,8 @@
 """C = Xᵀ Y for tall X and Y: a sum over n, split over programs and added up in a fixed order.
 
-X is (n, r), Y is (n, k), C is (r, k). `project` and the Gram matrices call this kernel. C has few tiles and n is large,
-so the rows are split: a program sums one tile of C over one stretch of rows into a workspace, and a second kernel adds
-the stretches in their order. There are no atomic additions, so two runs are equal to the bit.
+X is (n, r), Y is (n, k), C is (r, k). `project`, `gram` and `rounded_gram` call this kernel. C has few tiles and n is
+large, so the rows are split: a program sums one tile of C over one stretch of rows into a workspace. A second kernel
+adds the stretches in their order. There are no atomic additions, so two runs are equal to the bit.
 
 A Gram matrix is symmetric: only tiles on and above the diagonal are summed. The second kernel writes both triangles.
 """

@@ -53,9 +53,9 @@ class Target(NamedTuple):
 class Work(NamedTuple):
     """The work of a launch.
 
-    ``flops`` are counted as in `brandla_kernels.Cost`, by the bits of the numbers (16, 32, 64). ``bytes`` counts each
-    matrix or workspace that the launch reads or writes once, and twice if it is overwritten. ``sizes`` are the kernel's
-    letters, for its name.
+    ``flops`` are counted as in `brandla_kernels.Cost`, by the bits of the numbers (16, 32, 64). ``bytes`` counts
+    once each matrix or workspace that the launch reads or writes, and twice one that it overwrites. ``sizes`` are the
+    kernel's letters, for its name.
     """
 
     flops: Mapping[int, int]
@@ -224,7 +224,7 @@ def product_precision(target: Target, dtype: torch.dtype) -> str:
 
 
 def core_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of `root_core` and damped inverses: float64, or the factors' ``dtype`` if float64 is slow.
+    """Return the dtype of `root_core` and of inverses of an S: float64, or the factors' ``dtype`` if float64 is slow.
 
     "Weak float64" in ``docs/kernels.md`` says why these two alone.
     """

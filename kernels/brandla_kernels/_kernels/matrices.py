@@ -23,7 +23,7 @@ from brandla_kernels._signature import Matrices
 
 # How a kernel finds a matrix. The last two promise that a thread can load 16 bytes at once: pointer and outer stride
 # are aligned, the inner stride is 1, and no such load crosses the inner size. Layouts are words, not global constants:
-# Triton compares every constant that a kernel reads at every launch, for a microsecond each.
+# at every launch, Triton compares each global constant that a kernel reads, for a microsecond.
 Layout: TypeAlias = Literal["batch", "list", "list_rows", "list_columns"]
 _ALIGNED = 16
 
@@ -145,7 +145,7 @@ def _entries(matrices: Matrices) -> list[tuple[int, ...]]:
 
 
 def uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of a table on the device."""
+    """Return a table on ``device``, as a copy unless that is the CPU."""
     if device.type == "cpu":
         return table
     pinned = table.pin_memory()
@@ -209,7 +209,7 @@ def store_tile(matrix, row, column, tile):
 
 @triton.jit
 def add_product(total, x, row, y, column, last, PRECISION: tl.constexpr, BLOCK: tl.constexpr, order=None):
-    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype. An order takes X[row, order[p]]."""
+    """Add Σ_p X[row, p] Y[p, column] over p < ``last`` to a tile, in its dtype; with an order, of X[row, order[p]]."""
     x = (x[0], x[1], x[2], x[3], last)
     y = (y[0], y[1], y[2], last, y[4])
     for start in range(0, last, BLOCK):

@@ -10,7 +10,7 @@ dtype of its workspace, but assembles K in float64. Its phases follow one anothe
 5. X = KW and S⁺ = WᵀX. Columns below the tolerance become zero. ‖K − XWᵀ − W(X − WS⁺)ᵀ‖_F, and the results.
 
 **Factorisations** take the columns in blocks of BLOCK, with a step of refinement, as in `small_spd`. A pivot that is
-not positive drops its column. In an order, the place of an entry is the count of entries larger, or equal before it.
+not positive drops its column. In an order, an entry's place is the count of those larger, or equal and before it.
 
 **W = orth(Y)** goes over blocks of BLOCK columns, with three passes over each block. A pass subtracts the projection on
 the columns before the block, and multiplies by the inverse Cholesky factor of the block's Gram matrix. In the first
@@ -20,7 +20,7 @@ third, columns that lost three quarters of their squared length do: they were ro
 Programs share nothing, loops and branches depend on values that are the same in all threads, and sums have a fixed
 order, so two runs are equal to the bit. Barriers and memory are as in `small_spd`.
 
-``docs/kernels.md`` counts what bounds it.
+``docs/kernels.md`` counts what bounds this kernel.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _store_core(core, gram, cross, own, decay, weight, scale, blocks: tl.constex
     poison = total_of(nothing)
     tl.debug_barrier()
     if poison != 0:
-        # NaN has no place in an order: places would stay unwritten, and read as indices lead out of the workspace.
+        # NaN has no place in an order: places left unwritten, read as indices, would lead out of the workspace.
         for step in range(tiles_of(core, blocks)):
             row, column = tile_at(step, core, blocks)
             store_tile(core, row, column, tl.zeros((blocks[1], blocks[2]), norm_tile.dtype))

@@ -26,7 +26,7 @@ global memory. On gfx942 and gfx950 LLVM adds no wait for stores to them, since 
 Programs share nothing. Loops and branches depend on values that are the same in all threads, and sums have a fixed
 order, so two runs are equal to the bit.
 
-``docs/kernels.md`` counts what bounds it.
+``docs/kernels.md`` counts what bounds this kernel.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def symmetric_update(matrix: Matrices, added: Matrices, decay: float, weight: fl
     operands, target = arrange({"m": matrix, "a": added}), target_of(matrix)
     n, k, total = rows(matrix), columns(added), dtype_of(matrix)
     # Half-precision data under a float32 M go to the matrix units as they are: their products are exact in float32.
-    # The interpreter converts them, since its arithmetic on bfloat16 is wrong.
+    # For the interpreter they are converted, since its arithmetic on bfloat16 is wrong.
     native = total == torch.float32 and dtype_of(added).itemsize == 2 and target.backend != "interpreter"
     compute = dtype_of(added) if native else total
     config = configs.symmetric_product(target, compute, n, aligned(matrix) and aligned(added))

@@ -24,7 +24,7 @@ from brandla_kernels._signature import Matrices
 from brandla_kernels.rotate import ROWS_AT_A_TIME, cost
 from brandla_kernels.tall import Tall, columns, dtype_of, rows
 
-# Slabs that `rotate_` divides a matrix into: more slabs take more launches, fewer slabs take a larger temporary.
+# The most slabs that `rotate_` divides a matrix into: more would take more launches, fewer a larger temporary.
 _SLABS = 4
 
 # The factors of X Y, a tall matrix and a small one.

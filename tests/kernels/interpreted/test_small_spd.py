@@ -32,7 +32,7 @@ def solve(gram, scale, threshold, device):
 
 
 def growth(gram, scale, threshold):
-    """Return θ times the squared rows of the shifted factor's inverse, by definition; a live column has less than 1."""
+    """Return θ times the squared row norms of the shifted factor's inverse, by definition; live columns are below 1."""
     inverse_scale = torch.where(scale > 0, 1 / scale, 0)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
     shifted = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :] + threshold / 4 * identity
