@@ -51,11 +51,11 @@ class KFAC:
     inverse
         The system: `Exact`, `EKFAC`, `Randomized`, `Brand`, `BrandRandomized`, `BrandCorrected`, `InverseFree`, `Foof`,
         `ConjugateGradient`, `TwoLevel`, `Woodbury`, `KBFGS`. One for all layers, a function of a module's name and the
-        module, or a mapping from module names. A name applies to everything inside the module (``""`` is the model).
+        module, or a mapping from module names. A name covers the module and all modules in it (``""``: the model).
         None leaves a layer to the optimizer. The default is ``Brand(rank=128)``.
     damping
-        λ > 0. ``damping_scale`` makes it relative to the largest eigenvalue of each factor, or absolute. If this is
-        `Adaptive`, call `adapt` after every step of the optimizer.
+        λ > 0, relative to the largest eigenvalue of each factor or absolute, as ``damping_scale`` states. Or
+        `Adaptive`: then call `adapt` after every step of the optimizer.
     clip
         Bound on the length of the step as ``clip_by`` measures it; None for no clipping.
     decay
@@ -197,7 +197,7 @@ class KFAC:
 
         Call it in every step, after the forward pass and before the loss's backward pass. It does nothing if no factor
         takes in data. With ``curvature="empirical"`` nothing is sent: the call gives the number of terms that the loss
-        is a mean of, and G gets the same scale as with the other kinds. No gradient of a parameter changes.
+        is a mean of, and G gets the same scale as with the other two. No gradient of a parameter changes.
 
         Parameters
         ----------
@@ -218,7 +218,7 @@ class KFAC:
         if not self._takes_curvature:
             self._recorder.terms["loss"] = Terms(fisher.term_count(outputs, loss, weights))
         elif any("curvature" in layer.capture.passes for layer in self._layers):
-            # Each call and process has a seed of its own, counted down from above the seeds of factors.
+            # One seed per call and process, counted down from the step's last seed: factors count up from the first.
             seed = self._seed + 65_536 - (self._curvature_calls * self._replicas.world + self._replicas.rank)
             fisher.send_back(outputs, loss, self.options.curvature, weights, self._layers, self._recorder, seed)
             self._curvature_calls += 1
@@ -228,8 +228,8 @@ class KFAC:
 
         Call it before the forward pass. The mask applies to all calls until the next `step` or `mask`, so each of
         several accumulated batches may have its own. It applies to inputs (samples, positions, ...), or (positions,
-        samples, ...) if `batch_first` is False, and to inputs with all positions in one dimension. ``"reduce"``
-        averages over the positions with data.
+        samples, ...) in layers of that order, and to inputs with all positions in one dimension. ``"reduce"`` averages
+        over the positions with data.
 
         Parameters
         ----------
@@ -240,7 +240,7 @@ class KFAC:
         Raises
         ------
         ValueError
-            If ``valid`` is no matrix.
+            If ``valid`` is not a matrix.
         """
         if valid is not None and valid.ndim != 2:
             rule = "valid must be a tensor (samples, positions), or None"
@@ -307,7 +307,7 @@ class KFAC:
         Returns
         -------
         float or None
-            The loss's reduction divided by the reduction that the curvature predicts. None if no measurement was due.
+            The loss's reduction divided by the predicted one; None without a measurement, or if 0 or NaN is predicted.
 
         Raises
         ------
@@ -393,7 +393,7 @@ class KFAC:
 
     @contextmanager
     def graphs(self, index: Tensor, count: int | None = None) -> Iterator[None]:
-        """Assign each row of a batch to a sample during the forward pass: for batches of graphs.
+        """Assign each row of a batch to a sample in forward passes inside the block: for batches of graphs.
 
         In layers whose sharing is ``"reduce"``, a call whose input has as many rows as ``index`` counts as one row per
         graph: inputs are averaged, and output gradients summed, over the graph's nodes, except nodes that `mask` leaves
@@ -472,7 +472,7 @@ class KFAC:
         for layer in layers:
             if layer.capture.left_out and (rows := layer.take_gradient(local_rows.get(layer), scale)) is not None:
                 pairs[layer] = rows
-        # If a gradient is the product of rows, the check of the rows replaces the check of the gradient.
+        # A gradient that is a product of rows is finite if they are, so the check of the rows replaces its check.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
@@ -519,7 +519,7 @@ class KFAC:
         return {layer: rows for layer in layers if (rows := layer.rows("loss", scale)) is not None}
 
     def _loss_terms(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
-        """Return the loss's number of terms as `curvature` gave it; 0 if it gave none, or if it made the rows."""
+        """Return the loss's number of terms; 0 if `curvature` gave none, or if rows are not the loss's gradients."""
         number: Tensor | float = 0 if self._takes_curvature else fisher.terms_of(rows, "loss")
         if rows and self._recorder.terms["loss"] is not None and not isinstance(number, Tensor) and number == 0:
             message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
@@ -550,7 +550,7 @@ class KFAC:
         """Overwrite the gradients of layers with their steps, clipped."""
         by, clip = self.options.clip_by, clip if steps else None
         divisors: Sequence[Tensor] | None = None
-        # Compute these clips before writing: a gradient or a step may share the weight's memory.
+        # Compute these clips before writing: a gradient or a step may be a view of ``weight.grad``.
         if clip is not None and by == "kl":
             weights = sum(layer.kind.weights for layer in gradients)
             divisors = [kl_divisor(steps, list(gradients.values()), clip)] * weights
@@ -558,7 +558,7 @@ class KFAC:
             divisors = []
             norms = spectral_norms(steps, [layer.direction for layer in gradients], self._seed)
             for layer, own in zip(gradients, norms, strict=True):
-                # The norm of a weight is the largest norm of its groups.
+                # The norm of a weight's step is the largest norm of its groups.
                 divisors += (own.norm.reshape(layer.kind.weights, -1).amax(-1) / clip).clamp_min(1).unbind()
                 layer.direction = own.direction
         written = [parts for layer, step in zip(gradients, steps, strict=True) for parts in layer.write(step)]
@@ -630,7 +630,7 @@ class KFAC:
 
     @property
     def _applies_to_pairs(self) -> bool:
-        """Whether a gradient may be applied as the pair of the rows captured here."""
+        """Whether factors may be applied to the pair of the rows captured here in place of the gradient."""
         return self.options.application == "auto" and not self._replicas.several
 
 

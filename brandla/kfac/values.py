@@ -54,12 +54,12 @@ class Shape(NamedTuple):
 class Rows(NamedTuple):
     """The uses of a weight: inputs a (*groups, N, d_in) and output gradients γ (*groups, m N, d_out) of a mean loss.
 
-    The last entry of a is the bias's 1. ``uses`` is N, samples times ``positions``, in the order of the samples.
-    ``positions`` is 1 if calls differ in it. The curvature takes m gradients of each use. One-hot inputs are (N,)
-    indices, with −1 for a row of zeros. A single layer's inputs are m N rows, and its gradients are the same rows.
-    ``share`` is the fraction of uses that are not padding. Rows of padding are 0, and the others are scaled so that a
-    mean over N is the mean over them. In ``counted`` rows γ is divided so that N Σ γ γᵀ is the mean over the terms of
-    the loss; Σ γ aᵀ is not the gradient then.
+    The last entry of a is the bias's 1. ``uses`` is N, samples times ``positions``; the rows of a sample are
+    adjacent. ``positions`` is 1 if calls differ in it. m > 1 if the curvature takes m gradients of each use. One-hot
+    inputs are (N,) indices, with −1 for a row of zeros. A single layer's inputs are m N rows, and its gradients are the
+    same rows. ``share`` is the fraction of uses that are not padding. Rows of padding are 0, and the others are
+    scaled so that a mean over N is the mean over them. In ``counted`` rows γ is divided so that N Σ γ γᵀ is the mean
+    over the terms of the loss; Σ γ aᵀ is not the gradient then.
     """
 
     inputs: Tensor
@@ -83,11 +83,11 @@ class Damping(NamedTuple):
     scale: Scale
 
     def of(self, largest: Tensor, *, stacked: bool = False) -> Tensor:
-        """Return λ for the largest eigenvalues (*groups,) of a factor, or of several in one tensor.
+        """Return λ for the largest eigenvalues d₁ (*groups,) of a factor, or of several in one tensor.
 
         Relative damping raises d₁ of each matrix to at least ε times the largest d₁ of its factor, because smaller
-        values are rounding. λ is 1 if a factor is still zero, which leaves its side of the gradient unchanged, or if
-        1/λ would be infinite.
+        values are rounding. Relative λ is 1 if a factor is still zero, which leaves its side of the gradient unchanged,
+        or if 1/λ would be infinite.
         """
         if self.scale == "absolute":
             return torch.full_like(largest, self.value)
@@ -100,7 +100,7 @@ class Damping(NamedTuple):
     def of_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return λ for matrices (*groups, n, n), and their largest eigenvalues d₁, estimated from below with no sync.
 
-        λ is at least n ε d₁, because rounding may make a sum of Gram matrices indefinite by about that much.
+        λ is at least n ε d₁, because rounding may make a semi-definite sum indefinite by about that much.
         """
         largest = largest_eigenvalue(matrix)
         return torch.maximum(self.of(largest), matrix.shape[-1] * torch.finfo(matrix.dtype).eps * largest), largest
@@ -176,7 +176,7 @@ def scaled(part: Gradient, factor: Tensor | float) -> Gradient:
 
 
 def by_kind(items: Iterable[Item], kinds: Iterable[Hashable]) -> list[list[Item]]:
-    """Split items into one list per kind; both keep the order of the items."""
+    """Split items into one list per kind. Items keep their order, and lists are in the order of their first items."""
     kinds = list(kinds)
     if kinds and kinds.count(kinds[0]) == len(kinds):
         return [list(items)]

@@ -25,7 +25,7 @@ class Columns(NamedTuple):
 def forward_laplacian(model: nn.Sequential, points: Tensor, weights: Tensor | None = None) -> Columns:
     """Return a network's value, first derivatives and Laplacian at points, with d + 2 columns for each point.
 
-    This equals autograd's Hessian and its trace, in one pass instead of d. It is differentiable in the weights.
+    The Laplacian is autograd's Hessian trace, in one pass instead of d. All is differentiable in the network's weights.
 
     Parameters
     ----------

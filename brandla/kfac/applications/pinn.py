@@ -207,7 +207,7 @@ class SumOfTwo(StateCurvature):
         return left @ (rotated / (1 + s_out[:, None] * s_in)) @ right.mT
 
     def sizes(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the order of each matrix."""
+        """Return the shape of each matrix."""
         sides = {name: self.shape.d_in if name.endswith("input") else self.shape.d_out for name in state}
         return {name: (n, n) for name, n in sides.items() if name != "total"}
 

@@ -41,7 +41,7 @@ class BrandForm(FactorStrategy):
     def update(
         self, absorptions: Sequence[Absorption], ranks: Sequence[int | Rank], compress: Compress, now: Now
     ) -> None:
-        """Update the low-rank forms of states of one kind: M ← ρ_t M + w_t A Aᵀ, where M is already an average."""
+        """Update the low-rank forms of states of one kind: M ← ρ_t M + w_t A Aᵀ, where M is the average, not a sum."""
         states = [absorption.state for absorption in absorptions]
         columns = [absorption.columns for absorption in absorptions]
         tall = "root" if "root" in states[0] else "eigenvectors"
@@ -135,9 +135,9 @@ class Brand(BrandForm):
         that are no larger than the rank. It is for a root only. ``"auto"`` is ``"cholesky"`` on a GPU if ``tail`` is 0,
         and otherwise ``"eigh"``, which is faster on a CPU.
     sketch
-        s, the number of columns that a wider batch A is first reduced to: A Ω/√s for random signs Ω, whose Gram matrix
+        s, the number of columns that a wider batch A is first reduced to: X = A Ω/√s for random signs Ω, so that X Xᵀ
         has the expectation A Aᵀ. The average over batches smooths the noise of the signs. ``error_bound`` refers to the
-        average of the sketches. A number; ``"auto"``, max(r, 32) for batches of at least twice as many columns; or
+        average of these X Xᵀ. A number; ``"auto"``, max(r, 32) for batches of at least twice as many columns; or
         None, which takes in every batch whole.
 
     References

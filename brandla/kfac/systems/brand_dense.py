@@ -33,7 +33,7 @@ class DenseBrand(DenseForm, BrandForm):
         return super().start(n, groups, dtype, device) | zeros._asdict()
 
     def take(self, absorptions: Sequence[Absorption], now: Now) -> None:
-        """Add the columns to the dense sum, and their sketch, if they are many, to the low-rank form."""
+        """Add the columns to the dense sum and, sketched if they are many, to the low-rank form."""
         super().take(absorptions, now)
         ranks: list[Any] = [at(self.rank, now.step)] * len(absorptions)
         self.update(sketched(absorptions, "auto", now), ranks, "eigh", now)

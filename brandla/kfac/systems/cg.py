@@ -33,8 +33,8 @@ class ConjugateGradient(Strategy):
     iterations
         Number of iterations, each with one product with the curvature; the start takes one more product.
     batches
-        The rows of this many batches, of the largest size seen so far, are kept. A and G are the exponential averages
-        of these rows.
+        The number of latest rows that are kept, in batches of the largest size so far. A and G are the exponential
+        averages over these rows.
     warm_start
         Start from the last step instead of zero. This stores d_G d_A more numbers.
 
@@ -73,7 +73,7 @@ class RowsOfBatches(StateCurvature):
     strategy: ConjugateGradient
 
     def absorb(self, rows: Rows, now: Now) -> None:
-        """Put the rows in front if finite: inputs a, and gradients g of single terms of the loss."""
+        """Put new rows in front of the kept ones, if finite: inputs a, and gradients g of single terms of the loss."""
         count = rows.gradients.shape[-2]
         # A tied weight has more rows than uses.
         inputs = rows.inputs * (count / rows.uses) ** 0.5
@@ -107,7 +107,7 @@ class RowsOfBatches(StateCurvature):
             return left.mT @ (left @ part @ right.mT) @ right + shift * part
 
         start = self.state["last"] if "last" in self.state else torch.zeros_like(matrix)
-        # Scale the gradient, and so squares of residuals, to order 1: images bring a fourth power of the data.
+        # With the gradient at order 1, squares of residuals stay in range: images add a fourth power of the data.
         scale = matrix.abs().amax((-2, -1), keepdim=True)
         scale = torch.where(scale > 0, scale, 1)
         iterate = start / scale

@@ -1,4 +1,4 @@
-"""The original K-FAC, RS-KFAC and SRE-KFAC: a dense running factor, decomposed now and then."""
+"""K-FAC in its original form, RS-KFAC and SRE-KFAC: a dense running factor, decomposed now and then."""
 
 from __future__ import annotations
 

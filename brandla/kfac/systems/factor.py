@@ -40,13 +40,13 @@ class Factor:
     def begin(self) -> None:
         groups, dtype, device = self.shape.groups, self.shape.dtype, self.shape.device
         self.state = self.strategy.start(self.n, groups, dtype, device)
-        # The total is never below tiny, because S is divided by it even if both are 0.
+        # The total is at least tiny, because S is divided by it even before any finite data, when S is 0.
         self.state["total"] = torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device=device)
         if self.strategy.tail == "mean":
             self.state.setdefault("trace", torch.zeros(groups, dtype=dtype, device=device))
 
     def outline(self) -> Iterable[Tensor]:
-        """Return the tensors of the first state on the meta device, which takes no memory."""
+        """Return the tensors of a state before any data, on the meta device, which takes no memory."""
         return tensors_of(self.strategy.start(self.n, self.shape.groups, self.shape.dtype, torch.device("meta")))
 
     def tensors(self) -> Iterable[Tensor]:
@@ -94,8 +94,8 @@ Intake: TypeAlias = tuple[Factor, Tensor, float]
 def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
     """Absorb columns into factors, together for all factors of one strategy, and refresh each factor.
 
-    The columns of a non-finite batch are 0. It leaves M = S / total unchanged, because S and total decay alike. A
-    factor without columns belongs to another process and stays unchanged. Factors that began together share one tensor
+    A non-finite batch has columns of 0. It leaves M = S / total unchanged, because S and total decay alike. A factor
+    without columns belongs to another process and stays unchanged. Factors that began together share one tensor
     for the total of their weights, which is computed once.
     """
     absorptions: list[Absorption] = []
@@ -127,7 +127,7 @@ def absorb_columns(intakes: Iterable[Intake], now: Now) -> None:
 
 
 def share_totals(factors: Iterable[Factor]) -> None:
-    """Let factors with equal totals share one tensor, as factors that began together do; reads the totals back."""
+    """Let factors with equal totals share one tensor, like factors that began together. This reads the totals back."""
     shared: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
     for factor in factors:
         if factor.started:

@@ -37,13 +37,13 @@ def check_shape(
 
 
 def restored(saved: Tensor, like: Tensor, what: str, *, free: int = 0) -> Tensor:
-    """Return a copy of ``saved`` with the dtype and device of ``like``, whose last ``free`` dimensions may differ."""
+    """Return a copy of ``saved`` in ``like``'s dtype and device. Shapes must agree but for ``free`` last dimensions."""
     check_shape(saved, like.shape, what, free=free)
     return saved.to(like, copy=True)
 
 
 def due(state: State, step: int, every: Schedule[int], *, early: bool = False) -> bool:
-    """Return whether ``every`` steps have passed since this function last returned True for the state.
+    """Return whether ``every`` steps have passed since this last returned True for the state; True at first.
 
     With ``early``, the first waits are only 1, 2, 4, ... steps: the first data may be 0, as below a head of zeros.
     """
@@ -73,8 +73,8 @@ class Absorption(NamedTuple):
 class FactorForm(ABC):
     """One form of a Kronecker factor M: how it starts, takes in data, is renewed, and is solved with.
 
-    ``state["total"]`` is the total of the weights. A dense sum S in a state is M times the total; all other parts
-    belong to M itself.
+    ``state["total"]`` is the total of the weights. A sum in a state, ``"dense"`` or ``"diagonal"``, is M times the
+    total; all other parts belong to M itself.
 
     Parameters
     ----------

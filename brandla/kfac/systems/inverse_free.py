@@ -51,7 +51,7 @@ class InverseFree(Strategy):
     -----
     Relative damping is λ_A = damping · d₁(A) and λ_G = damping · d₁(G), with the largest eigenvalues d₁. SINGD takes λ
     = λ_A λ_G: the value of (A + λ_A I) ⊗ (G + λ_G I) in directions without curvature. One power iteration per update
-    estimates d₁ from below, over the stream of batches with the ``decay`` of `KFAC`.
+    estimates d₁ from below, along the stream of batches, averaged with the ``decay`` of `KFAC`.
 
     K and C start as the multiples of I at which tr m = 0 for the first batch that is not zero, so a factor's scale has
     no effect. β is reduced if ‖β m‖_F > 1 (``docs/inverse_free.md``).
@@ -249,7 +249,7 @@ class InverseRoot:
         )
 
     def move(self, terms: Sequence[tuple[Tensor | float, Member]], rate: float, decay: float, finite: Tensor) -> None:
-        """Set m̄ ← ``decay`` · m̄ + m and K ← K − β K m̄, if finite, with β at most ``rate`` and 1 / ‖m̄‖_F.
+        """Set m̄ ← ``decay`` · m̄ + m and K ← K − β K m̄, if finite, with β = min(``rate``, 1 / ‖m̄‖_F).
 
         m = ½ (Σ c S − I) over the (c, S) of ``terms``, numbers (*groups,) and members.
         """

@@ -26,7 +26,7 @@ class KBFGS(Strategy):
     H_A: s = H_A ā, y = (A + λI) s for the mean input ā. H_G: after the optimizer's step, the batch goes forward and
     back once more, and `KFAC.second_pass` takes s and y from the changes of the mean output and of its gradient.
 
-    Without second passes H_G stays I. It stores 2d_in² + d_out² numbers. A step takes 2d_in² k + O(d_in² + d_out²)
+    Without second passes H_G stays I. A layer stores 2d_in² + d_out² numbers. A step takes 2d_in² k + O(d_in² + d_out²)
     operations, with no read-back. H_G is in float64: its flat directions may be 10⁷ times its steep ones, and float32
     would leave an indefinite matrix. Layers with one-hot inputs, and layers with one factor, use `Exact`.
 
@@ -39,9 +39,9 @@ class KBFGS(Strategy):
 
     Notes
     -----
-    If then sᵀy < λ κ sᵀs, y moves towards κ s until both sides are equal. Absolute damping has κ = 1 and λ on both
-    sides, the papers' √λ. Relative damping has κ = ‖y‖/‖s‖, and A gets λ d₁. For convolutions ā is the mean window. The
-    papers' factors √τ of the damping for τ positions are omitted. The papers were not read in full (``docs/kfac.md``).
+    If then sᵀy < λ κ sᵀs, y moves towards κ s until both sides are equal. Absolute damping has κ = 1, and the same λ
+    for A and G, the papers' √λ. Relative damping has κ = ‖y‖/‖s‖, and A gets λ d₁. For convolutions ā is the mean
+    window. The papers, not read in full (``docs/kfac.md``), have a factor √τ of the damping for τ positions: omitted.
 
     References
     ----------
@@ -174,7 +174,7 @@ def powell_damped(inverse: Tensor, s: Tensor, y: Tensor, least: float, damping: 
 
 
 def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor, usable: Tensor) -> Tensor:
-    """Return BFGS's H⁺, for which H⁺ y = s; or H, unless ``usable`` and sᵀy is more than rounding."""
+    """Return BFGS's H⁺, for which H⁺ y = s, if ``usable`` and sᵀy is more than rounding; otherwise H."""
     image, along = _times(inverse, y), _dot(s, y)
     scale = torch.linalg.vector_norm(s, dim=-1, keepdim=True) * torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     usable = usable & (along > 8 * torch.finfo(s.dtype).eps * scale)
@@ -186,7 +186,7 @@ def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor, usable: Tensor) -> Tensor
 
 
 def _mixed(one: Tensor, other: Tensor, above: Tensor, below: Tensor, where: Tensor) -> Tensor:
-    """Return θ one + (1 − θ) other with θ = above / below clamped to [0, 1], or ``one`` unless ``where``."""
+    """Return θ one + (1 − θ) other, with θ = above / below clamped to [0, 1], if ``where``; otherwise ``one``."""
     share = torch.where(where, (above / torch.where(where, below, 1)).clamp(0, 1), 1)
     return share * one + (1 - share) * other
 

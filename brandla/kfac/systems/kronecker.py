@@ -1,4 +1,4 @@
-"""The curvature of a layer as a Kronecker product A ⊗ G, and functions that take many layers together."""
+"""The curvature of a layer as a Kronecker product A ⊗ G, and functions that solve for many layers together."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Kronecker(Curvature):
         return iter(self.sides)
 
     def intakes(self, rows: Rows) -> list[Intake]:
-        """Return each factor's columns from the rows."""
+        """Return each factor with its columns from the rows, and their scale."""
         intakes: list[Intake] = []
         if self.input is not None:
             inputs = rows.inputs.mT if rows.inputs.is_floating_point() else rows.inputs
@@ -87,7 +87,7 @@ class Kronecker(Curvature):
 
 
 def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradient]:
-    """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem: all pairs together, and all matrices together."""
+    """Return (G + λ_G I)⁻¹ ∂W (A + λ_A I)⁻¹ of each problem; two low-rank factors solve a matrix jointly."""
     gradients = [problem.gradient for problem in problems]
     sides = [dict(problem.curvature.factors()) for problem in problems]
 
@@ -113,7 +113,7 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
 def _solve_each_side(
     gradients: Sequence[Gradient], sides: Sequence[Mapping[Side, Factor]], damping: Damping
 ) -> list[Gradient]:
-    """Solve with the factors that exist: matrices first from the left and then from the right, pairs on both sides."""
+    """Solve with the factors that exist: matrices from the left and then the right, both sides of pairs at once."""
     # The output factor gets ∂W or P, and the input factor Q. The input factors of matrices follow in a second call.
     blocks: dict[tuple[int, Side], Tensor] = {}
     for index, gradient in enumerate(gradients):
@@ -136,7 +136,7 @@ class KroneckerStrategy(Strategy):
     """A system whose curvatures are all `Kronecker`: all layers' factors take in data and are solved together."""
 
     def absorb(self, curvatures: Sequence[Curvature], rows: Sequence[Rows], now: Now) -> None:
-        """Take the rows of all layers into their factors together: one launch serves all factors of a size."""
+        """Take the rows of all layers into their factors together: low-rank updates of equal r and k share launches."""
         both = zip(cast(Sequence[Kronecker], curvatures), rows, strict=True)
         absorb_columns([intake for curvature, of_layer in both for intake in curvature.intakes(of_layer)], now)
 

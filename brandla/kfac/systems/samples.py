@@ -16,7 +16,7 @@ _CHUNK_ENTRIES = 2**22
 
 
 class Samples(NamedTuple):
-    """S samples of T positions each: inputs a (*groups, S T, d_in) or indices (S T,), and γ (*groups, S T, d_out).
+    """S samples of T adjacent positions: inputs a (*groups, S T, d_in) or indices (S T,), and γ (*groups, S T, d_out).
 
     With N uses, the curvature of a layer is F = N Σ v vᵀ. A ⊗ G equals F in expectation, if the gradients of different
     uses are independent of each other and of the inputs. Several gradients of one sample count as samples, and so does
@@ -97,7 +97,7 @@ class Samples(NamedTuple):
         return gradients.new_zeros(gradients.shape[0], d_in).index_add_(1, self.inputs, gradients)
 
     def gram(self) -> Tensor:
-        """Return N ⟨v, v'⟩ of all pairs of samples (S, S), from products of uses, or from the v if they are smaller.
+        """Return N ⟨v, v'⟩ of all pairs of samples (S, S), from products of uses, or from the v if that is less work.
 
         ⟨v, v'⟩ = Σ (a·a')(γ·γ') over the positions of both samples.
         """

@@ -35,8 +35,8 @@ class ErrorBound:
 
     Every ``every`` steps the bound is read, once for each factor (for a batch of factors, the largest). Only this waits
     for the device. Above the target the rank grows by half. Below a quarter of the target it shrinks by a quarter. The
-    bound forgets truncated parts as the factor forgets its data, so it is most accurate if ``every`` is 1/(1 − decay)
-    or more. The bound includes the parts that shrinking truncates.
+    bound forgets truncated parts as the factor forgets its data, so it tells most about the rank if ``every`` is
+    1/(1 − decay) or more. The bound includes the parts that shrinking truncates.
 
     Parameters
     ----------

@@ -53,9 +53,9 @@ class Curvature(ABC):
         """Return the preconditioned gradient: a matrix, or a pair if the gradient is a pair."""
 
     def widest_pair(self, entries: int) -> int | None:
-        """Return the largest k for which a pair (d_out, k), (d_in, k) is cheaper than its d_out d_in ``entries``.
+        """Return the largest k at which solving for a pair (d_out, k), (d_in, k) is cheaper than for the whole matrix.
 
-        None if the curvature is not applied to pairs.
+        ``entries`` is d_out d_in. None if the curvature is not applied to pairs.
         """
         return None
 
@@ -88,7 +88,7 @@ class Curvature(ABC):
 class StateCurvature(Curvature):
     """A curvature whose parts are all in one state, which is empty before any data."""
 
-    # The function that error messages about a saved state name.
+    # The name of the function in error messages about a saved state.
     loader: ClassVar[str] = "KFAC.load_state_dict"
     # Parts in float64, whatever the layer's dtype is.
     in_float64: ClassVar[tuple[str, ...]] = ()
@@ -152,12 +152,12 @@ class Strategy(ABC):
             curvature.absorb(of_layer, now._replace(seed=now.seed + index))
 
     def steps(self, problems: Sequence[Problem], now: Now) -> list[Gradient]:
-        """Return the steps of all layers. With reduced factors and relative damping, each matrix's step is shortened.
+        """Return the steps of all layers. With reduced factors and relative damping, steps that are too long shrink.
 
-        ⟨step, ∂W⟩ is at most min(d_out, d_in) / (1 − ρ) then. For one batch, ∂W = Γᵀ X, G = N Γᵀ Γ and A = Xᵀ X / N, so
-        ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩ <= min(d_out, d_in) for every λ. In an average, the latest batch has a share of at
-        least 1 − ρ. Sums over positions may cancel even if the gradient does not: then G is only rounding, and does not
-        limit the length of a step.
+        ⟨step, ∂W⟩ of each matrix is at most min(d_out, d_in) / (1 − ρ) then. For one batch, ∂W = Γᵀ X, G = N Γᵀ Γ and
+        A = Xᵀ X / N, so ⟨(G + λ)⁻¹ ∂W (A + λ)⁻¹, ∂W⟩ <= min(d_out, d_in) for every λ. In an average, the latest batch
+        has a share of at least 1 − ρ. Sums over positions may cancel even if the gradient does not: then G is only
+        rounding, and does not limit the length of a step.
         """
         steps = self.solve(problems, now)
         if self.measures_length and now.damping.scale == "relative":

@@ -286,7 +286,7 @@ class Toeplitz(Structure):
         return (member[0].square() * _diagonal_lengths(member[0])).sum(-1)
 
     def flops(self, n: int) -> int:
-        """Return the flops of two real transforms of length L >= 2n − 1, 2.5 L log₂ L each."""
+        """Return the flops of two real transforms of length L >= 2n − 1, 2.5 L log₂ 2L each."""
         return int(5 * _fft_length(n) * log2(2 * _fft_length(n)))
 
 

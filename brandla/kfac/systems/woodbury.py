@@ -44,7 +44,7 @@ class Woodbury(Strategy):
     -----
     A non-finite batch does not change the state, unless its size differs: then zeros are kept, and the step is ∂W / λ.
     SENG and FNGD were not read in full. Three choices are not from the papers: only K is sketched, the kept rows and
-    inverse belong to one batch, and the places of coefficients (``docs/kfac.md``).
+    inverse belong to one batch, and coefficients have places in an order (``docs/kfac.md``).
 
     References
     ----------
@@ -123,9 +123,9 @@ class SampleCurvature(StateCurvature):
             products = samples.products(gradient)
             coefficients = -rate * self._solved(products)
             if self.strategy.features is not None:
-                # K from some features might make the step go uphill: ⟨step, ∂W⟩ loses at most ‖∂W‖² / λ.
-                loss = -(products @ coefficients).clamp_max(-torch.finfo(coefficients.dtype).tiny)
-                coefficients = coefficients * (rate * inner_product(gradient, gradient) / loss).clamp_max(1)
+                # With K from some features the step might go uphill, so ⟨step, ∂W⟩ may lose at most ‖∂W‖² / λ.
+                lost = -(products @ coefficients).clamp_max(-torch.finfo(coefficients.dtype).tiny)
+                coefficients = coefficients * (rate * inner_product(gradient, gradient) / lost).clamp_max(1)
         return add_scaled(scaled(gradient, rate), 1.0, samples.combined(coefficients, self.shape.d_in))
 
     def widest_pair(self, entries: int) -> int:
