@@ -23,6 +23,7 @@ from kfac.networks import (
     mlp,
     pooled,
     stepped,
+    with_one,
 )
 from kfac.systems import damped_solve, layer_steps, sample_gradients, some_systems, tensors
 
@@ -91,6 +92,21 @@ def test_converged_step_is_the_dense_solve_with_the_latest_batches(batches):
         A, G = (torch.einsum("b,bij->ij", weights, torch.stack(side)) for side in zip(*factors, strict=True))
         # The iteration stagnates at about ε κ, where κ = 1 + d₁/λ is below 1e4.
         assert_near(step.result, damped_solve(torch.kron(G, A), step.gradient, DAMPING), 1e-11)
+
+
+def test_converged_step_is_the_dense_solve_with_the_exact_hessian_of_the_loss():
+    """Each input then has several gradients, and counts once in A."""
+    layer, (inputs, labels) = mlp(8, 5)[0], batch(10, 8, 5)
+    preconditioner = KFAC(layer, CONVERGED, curvature="type-2", **DENSE)
+    outputs = layer(inputs)
+    preconditioner.curvature(outputs)
+    nn.functional.cross_entropy(outputs, labels).backward()
+    gradient = layer_gradient(layer)
+    preconditioner.step()
+    p, rows = outputs.detach().softmax(1), with_one(inputs)
+    G = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    expected = damped_solve(torch.kron(G, rows.T @ rows / len(rows)), gradient, DAMPING)
+    assert_near(layer_gradient(layer), expected, 1e-11)
 
 
 @pytest.mark.parametrize("iterations", [2, 500])

@@ -74,10 +74,10 @@ class RowsOfBatches(StateCurvature):
 
     def absorb(self, rows: Rows, now: Now) -> None:
         """Put new rows in front of the kept ones, if finite: inputs a, and gradients g of single terms of the loss."""
-        count = rows.gradients.shape[-2]
-        # A tied weight has more rows than uses.
-        inputs = rows.inputs * (count / rows.uses) ** 0.5
-        scaled = {"output": rows.gradients * (rows.uses * count) ** 0.5, "input": inputs}
+        # A tied weight has more rows than uses. Curvature of type 2 has more gradients than inputs.
+        inputs = rows.inputs * (rows.inputs.shape[-2] / rows.uses) ** 0.5
+        gradients = rows.gradients * (rows.gradients.shape[-2] * rows.uses) ** 0.5
+        scaled = {"output": gradients, "input": inputs}
         for side, new in scaled.items():
             old = self.state.get(f"{side} rows", new[..., :0, :])
             weights = self.state.get(f"{side} weights", new.new_empty(0))
