@@ -241,7 +241,7 @@ class LowRankSVD(_Matrix, _SVDParts):
     __slots__ = ()
     _size_names = "mn"
     _values_name = "values"
-    _remedy = "brandla.svd_update adds L Rᵀ (for an SVD L = U * S[..., None, :] and R = Vh.mT); its decay= scales"
+    _remedy = "brandla.svd_update adds L Rᵀ (for an SVD L = U * S[..., None, :] and R = Vh.mT); decay= scales it"
 
     @classmethod
     def zeros(
