@@ -51,7 +51,7 @@ def root_update(
     """Best rank-``rank`` truncation of ``decay * F Fᵀ + weight * A Aᵀ``, in the square-root form.
 
     Equivalent to the leading eigenpairs of ``torch.linalg.eigh(decay * root.dense() + weight * A @ A.mT)`` and, in
-    exact arithmetic, to `brandla.eigh_update`. It takes two passes over F and A: n(2rk + k² + 2(r + k)r) flops and
+    exact arithmetic, to `brandla.eigh_update`. It takes two passes over F and A: n(4rk + 2k² + 2r²) flops and
     O((r + k)³). It raises the errors of `eigh_update`.
 
     Parameters
