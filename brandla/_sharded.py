@@ -22,7 +22,7 @@ Small = TypeVar("Small", bound=float | Tensor | None)
 
 
 @dataclass(frozen=True)
-class Rows:
+class Sharding:
     """Which rows of a tall matrix this process holds: all or, with a mesh, a DTensor's shard of them, perhaps none."""
 
     mesh: DeviceMesh | None = None
@@ -65,7 +65,7 @@ class Rows:
             return part
         if part.requires_grad:
             # The gradient of a sum over the processes is the sum of their gradients.
-            part = self.shared(part).clone(memory_format=torch.contiguous_format)
+            part = self.summing_gradients(part).clone(memory_format=torch.contiguous_format)
         with torch.no_grad():
             return self._summed(part)
 
@@ -75,7 +75,7 @@ class Rows:
         pieces = joined.split([part.numel() for part in parts])
         return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
 
-    def shared(self, small: Tensor) -> Tensor:
+    def summing_gradients(self, small: Tensor) -> Tensor:
         """Return a result that every process computed for itself, with a gradient summed over the processes."""
         if self.mesh is None or not (small.requires_grad and torch.is_grad_enabled()):
             return small
@@ -124,22 +124,22 @@ class Rows:
         return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
 
 
-WHOLE = Rows()
+UNSHARDED = Sharding()
 # Argument types that need no `Rows.check_kind` and no `Rows.local_small`.
 PLAIN = frozenset({Tensor, float, int})
 
 
-def placement_of(rows: Rows) -> tuple[DeviceMesh, bool] | None:
+def placement_of(rows: Sharding) -> tuple[DeviceMesh, bool] | None:
     """Return the mesh and the kind of small results: matrices computed together must share both."""
     return None if rows.mesh is None else (rows.mesh, rows.replicates)
 
 
-def rows_of(function: str, name: str, tall: Any, small: Tensor) -> Rows:
+def sharding_of(function: str, name: str, tall: Any, small: Tensor) -> Sharding:
     """Return the `Rows` of a factor's tall matrix. ``small`` shows whether the small parts are DTensors."""
     if type(tall) is Tensor or not is_dtensor(tall):
-        return WHOLE
+        return UNSHARDED
     _check.placements(function, name, tall, -2)
-    return Rows(tall.device_mesh, tall.shape[-2], is_dtensor(small))
+    return Sharding(tall.device_mesh, tall.shape[-2], is_dtensor(small))
 
 
 def zero_rows(

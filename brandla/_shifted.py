@@ -11,7 +11,7 @@ from torch import Tensor
 
 import brandla_kernels as ops
 from brandla import _check
-from brandla._sharded import PLAIN, WHOLE, Rows, rows_of
+from brandla._sharded import PLAIN, UNSHARDED, Sharding, sharding_of
 from brandla._small import Spectrum, noise_level, safe_eigh, spectrum
 from brandla.lowrank import (
     LowRankEigh,
@@ -41,13 +41,13 @@ class Shifted(NamedTuple):
     def __matmul__(self, rhs: Tall) -> Tall:
         return ops.damped_apply(*broadcast_parts(self, rhs))
 
-    def apply(self, rhs: Tall, rows: Rows) -> Any:
-        """Return the product with a right-hand side, whose ``rows`` this process holds."""
-        if rows is WHOLE:
+    def apply(self, rhs: Tall, sharding: Sharding) -> Any:
+        """Return the product with a right-hand side, of which this process holds the rows of ``sharding``."""
+        if sharding is UNSHARDED:
             return self @ rhs
         basis, middle, scale, rhs = broadcast_parts(self, rhs)
-        middle, scale = rows.shared(middle), rows.shared(scale)
-        coefficients = rows.total(ops.project(basis, rhs))
+        middle, scale = sharding.summing_gradients(middle), sharding.summing_gradients(scale)
+        coefficients = sharding.total(ops.project(basis, rhs))
         inner = middle[..., None] * coefficients if middle.ndim < basis.ndim else middle @ coefficients
         return scale[..., None, None] * (rhs + basis @ inner)
 
@@ -73,7 +73,7 @@ def broadcast_parts(*operands: Shifted | Inverse | Tall) -> list[Any]:
     return [part.expand(*batch, *part.shape[group[0].ndim - 2 :]) for group in groups for part in group]
 
 
-class Side(NamedTuple):
+class DampedFactor(NamedTuple):
     """One factor, a batch or a list, with damping and tail. The small parts of a list are a list, or `stacked`."""
 
     kind: type[Factor]
@@ -81,7 +81,7 @@ class Side(NamedTuple):
     basis: Tall  # U or F
     damping: Number
     tail: Number | None  # None stands for "smallest"
-    rows: Rows  # rows of U or F that this process holds
+    sharding: Sharding  # rows of U or F that this process holds
     diagonal: Tensor | None = None  # δ
 
     @property
@@ -89,8 +89,8 @@ class Side(NamedTuple):
         """Whether M̂ = F Fᵀ. Then every eigenvalue up to τ counts as τ."""
         return self.kind is LowRankRoot
 
-    def stacked(self) -> Side:
-        """Return the side with the small parts of a list stacked. Everything but `inverse` needs them so."""
+    def stacked(self) -> DampedFactor:
+        """Return the factor with the small parts of a list stacked. Everything but `inverse` needs them so."""
         return self if isinstance(self.small, Tensor) else self._replace(small=torch.stack(self.small))
 
     def inverse(self) -> Inverse | None:
@@ -98,7 +98,7 @@ class Side(NamedTuple):
         small, basis = self.small, self.basis
         single = isinstance(small, Tensor)
         like = small if single else small[0]
-        if self.rows is not WHOLE or ops.reads_are_free(like) or (self.is_root and not _is_zero(self.tail)):
+        if self.sharding is not UNSHARDED or ops.reads_are_free(like) or (self.is_root and not _is_zero(self.tail)):
             return None
         tail = _smallest(tall.stacked(small)) if self.tail is None else self.tail
         batch = basis.shape[:-2] if single else (len(basis),)
@@ -140,26 +140,26 @@ class Side(NamedTuple):
             on_span = 2 * ops.damped_cholesky(self.small, self.damping).diagonal(dim1=-2, dim2=-1).log().sum(-1)
         else:
             on_span = (values + add_dims(self.damping)).log().sum(-1)
-        return self.rows.small_result(on_span + self.tail_count() * self._as_batch(tail + self.damping).log())
+        return self.sharding.small_result(on_span + self.tail_count() * self._as_batch(tail + self.damping).log())
 
     def tail_count(self) -> Number:
         """Return n − r, the number of eigenvalues that no column stands for."""
         small, basis = self.small, self.basis
         r: int = small.shape[-1]
         if isinstance(basis, Tensor):
-            return self.rows.count(basis) - r
+            return self.sharding.count(basis) - r
         return stack_numbers([part.shape[-2] - r for part in basis], small)
 
     def matching_data(self, function: str, name: str, tensor: Tensor, of_name: str) -> Tensor:
         """Check that a tall argument has the kind, dtype and device of the factor, and return it in its dtype."""
-        if self.rows is not WHOLE or type(tensor) is not Tensor:
-            self.rows.check_kind(function, name, tensor)
+        if self.sharding is not UNSHARDED or type(tensor) is not Tensor:
+            self.sharding.check_kind(function, name, tensor)
         return _check.matching_data(function, name, tensor, of_name, self.basis)
 
     def local_rows(self, function: str, name: str, block: Tensor) -> Tensor:
         """Check that a tall argument's batch shape broadcasts with the factor's, and return the rows held here."""
         _check.batches(function, name, block, self.basis)
-        return block if self.rows is WHOLE else self.rows.local(function, name, block)
+        return block if self.sharding is UNSHARDED else self.sharding.local(function, name, block)
 
     def eigenvalues(self, *, needed: bool = True) -> tuple[Tensor | Any, Number]:
         """Return eigenvalues on the span of U or F, without λ but τ for zero columns, and τ. None as in `_spectrum`."""
@@ -171,7 +171,7 @@ class Side(NamedTuple):
         if _is_zero(tail):
             return held.values, tail
         lengths = tall.each(lambda basis: basis.detach().square().sum(-2), self.basis)
-        is_zero = self.rows.total(tall.stacked(lengths)) == 0
+        is_zero = self.sharding.total(tall.stacked(lengths)) == 0
         return torch.where(is_zero, add_dims(tail), held.values), tail
 
     def eigenpairs(self) -> tuple[Tall, tuple[Tensor, Number]]:
@@ -179,12 +179,13 @@ class Side(NamedTuple):
         if not self.is_root:
             return self.basis, self.eigenvalues()
         gram = self.small
-        values, turn = safe_eigh((gram + gram.mT) / 2)
+        values, rotation = safe_eigh((gram + gram.mT) / 2)
         tail = _smallest(values) if self.tail is None else self.tail
         noise = noise_level(gram.dtype, gram.shape[-1]) * values[..., :1]
         dropped = (values <= noise) | (values <= add_dims(tail))
-        turn = torch.where(dropped[..., None, :], 0, turn * torch.where(dropped, 1, values).rsqrt()[..., None, :])
-        return times(self.basis, turn), (torch.where(dropped, add_dims(tail), values), tail)
+        scale = torch.where(dropped, 1, values).rsqrt()
+        rotation = torch.where(dropped[..., None, :], 0, rotation * scale[..., None, :])
+        return times(self.basis, rotation), (torch.where(dropped, add_dims(tail), values), tail)
 
     def solve_with_diagonal(self, diagonal: Tensor, rhs: Tensor) -> Tensor:
         """Return (M̂ + τ(I − P) + λI + diag(δ))⁻¹ V = D^−½ (I − B̂ C K⁻¹ B̂ᵀ) D^−½ V."""
@@ -231,7 +232,7 @@ class Side(NamedTuple):
             held = Spectrum(diagonal) if torch.equal(small, torch.diag_embed(diagonal)) else None
         if held is None and _is_zero(self.tail) and not needed:
             return None, 0.0
-        held = held or spectrum((small + small.mT) / 2)
+        held = spectrum((small + small.mT) / 2) if held is None else held
         return held, _smallest(held.values) if self.tail is None else self.tail
 
     def _as_batch(self, value: Number) -> Tensor:
@@ -242,12 +243,12 @@ class Side(NamedTuple):
         return torch.full(batch, value, dtype=self.small.dtype, device=self.small.device)
 
 
-def join(sides: Sequence[Side]) -> Side:
-    """Return one side with the factors of all ``sides`` as a list. They share kind and rank."""
-    kinds, smalls, bases, dampings, tails, *_ = zip(*sides, strict=True)
+def join(factors: Sequence[DampedFactor]) -> DampedFactor:
+    """Return all ``factors``, which share kind and rank, as one with a list of tall matrices."""
+    kinds, smalls, bases, dampings, tails, *_ = zip(*factors, strict=True)
     like = smalls[0]
     tail = None if tails[0] is None else stack_numbers(tails, like)
-    return Side(kinds[0], list(smalls), list(bases), stack_numbers(dampings, like), tail, WHOLE)
+    return DampedFactor(kinds[0], list(smalls), list(bases), stack_numbers(dampings, like), tail, UNSHARDED)
 
 
 def _at_least(values: Tensor, tail: Number) -> Tensor:
@@ -264,32 +265,34 @@ def _smallest(values: Tensor) -> Tensor:
     return values.amin(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
 
-def check_side(
+def check_damped_factor(
     function: str, lowrank: LowRank, damping: Number, tail: Tail, side: str = "", diagonal: Tensor | None = None
-) -> Side:
+) -> DampedFactor:
     """Check a factor, tracked or not, with λ, τ and perhaps δ, and return the parts of them that are held here."""
     factor: Factor = lowrank.lowrank if isinstance(lowrank, Tracked) else lowrank
     name, prefix = (side, f"{side}_") if side else ("lowrank", "")
     damping_name, tail_name = f"{prefix}damping", f"{prefix}tail"
     small, basis = check_factor(function, name, factor)
     small_name, basis_name = factor._fields[::-1] if isinstance(factor, LowRankRoot) else factor._fields
-    rows = WHOLE if type(basis) is Tensor else rows_of(function, f"{name}.{basis_name}", basis, small)
-    if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, damping, tail))):
-        small = rows.local_small(function, f"{name}.{small_name}", small)
-        damping = rows.local_small(function, damping_name, damping)
-        tail = tail if isinstance(tail, str) else rows.local_small(function, tail_name, tail)
+    sharding = UNSHARDED if type(basis) is Tensor else sharding_of(function, f"{name}.{basis_name}", basis, small)
+    if sharding is not UNSHARDED or not PLAIN.issuperset(map(type, (small, damping, tail))):
+        small = sharding.local_small(function, f"{name}.{small_name}", small)
+        damping = sharding.local_small(function, damping_name, damping)
+        tail = tail if isinstance(tail, str) else sharding.local_small(function, tail_name, tail)
     damping = _check.scalar(function, damping_name, damping, "the factor", basis, positive=True)
     if isinstance(tail, str):
-        tail_value = _named_tail(function, tail_name, tail, lowrank, basis, rows)
+        tail_value = _named_tail(function, tail_name, tail, lowrank, basis, sharding)
     else:
         tail_value = _check.scalar(function, tail_name, tail, "the factor", basis)
-    if rows is not WHOLE:
-        basis = rows.local(function, f"{name}.{basis_name}", basis)
-    checked = Side(type(factor), small, basis, damping, tail_value, rows)
+    if sharding is not UNSHARDED:
+        basis = sharding.local(function, f"{name}.{basis_name}", basis)
+    checked = DampedFactor(type(factor), small, basis, damping, tail_value, sharding)
     return checked if diagonal is None else _add_diagonal(function, checked, diagonal)
 
 
-def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Tensor, rows: Rows) -> Number | None:
+def _named_tail(
+    function: str, name: str, tail: str, lowrank: LowRank, basis: Tensor, sharding: Sharding
+) -> Number | None:
     if tail == "smallest":
         return None
     if tail != "mean":
@@ -299,21 +302,21 @@ def _named_tail(function: str, name: str, tail: str, lowrank: LowRank, basis: Te
         _check.fail_value(function, f"{rule}; got a {type(lowrank).__name__}; start the stream with brandla.track")
     factor: Factor = lowrank.lowrank
     _check.tracked(function, "trace", lowrank.trace, "the factor", basis)
-    trace, held = (rows.local_small(function, "trace", part) for part in (lowrank.trace, factor.trace()))
+    trace, held = (sharding.local_small(function, "trace", part) for part in (lowrank.trace, factor.trace()))
     # The mean of the eigenvalues left out is (tr M − tr M̂)/(n − r). It and its derivative are 0 unless tr M > tr M̂.
     left_out = torch.nn.functional.threshold(trace - held, 0, 0)
     return left_out / max(factor.n - factor.rank, 1) * (factor.n > factor.rank)
 
 
-def _add_diagonal(function: str, side: Side, diagonal: Tensor) -> Side:
-    """Check δ, and return the side with δ expanded to the batch shape of the factor."""
-    if side.rows is not WHOLE:
+def _add_diagonal(function: str, factor: DampedFactor, diagonal: Tensor) -> DampedFactor:
+    """Check δ, and return the factor with δ expanded to the batch shape of the factor."""
+    if factor.sharding is not UNSHARDED:
         rule = "diagonal must be None if the factor is sharded on its rows"
         _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")
-    basis, diagonal = side.basis, side.matching_data(function, "diagonal", diagonal, "lowrank")
+    basis, diagonal = factor.basis, factor.matching_data(function, "diagonal", diagonal, "lowrank")
     if diagonal.shape not in (basis.shape[-2:-1], basis.shape[:-1]):
         rule = f"diagonal must have shape ({basis.shape[-2]},) or {tuple(basis.shape[:-1])}, the batch shape and n"
         _check.fail_value(function, f"{rule}; got {tuple(diagonal.shape)}")
     # The rows of the basis count as a batch dimension here, so that every entry of δ is checked as a number.
     _check.scalar(function, "diagonal", diagonal, "the factor", basis[..., None])
-    return side._replace(diagonal=diagonal.expand(basis.shape[:-1]))
+    return factor._replace(diagonal=diagonal.expand(basis.shape[:-1]))

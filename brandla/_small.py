@@ -22,7 +22,7 @@ _SMALL_ORDER = 64
 
 
 def safe_eigh(core: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Return all eigenpairs of a small positive semi-definite matrix, by default in its own precision."""
+    """Return all eigenpairs, descending, of a small positive semi-definite matrix, by default in its own precision."""
     dtype = dtype or core.dtype
     if core.numel() and ops.reads_are_free(core) and not core.requires_grad:
         limits = torch.finfo(dtype)
@@ -44,15 +44,15 @@ class Spectrum(NamedTuple):
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return f(S) for a function f of the eigenvalues: V f(d) Vᵀ, or f(d) for a diagonal S."""
-        levels, vectors, perturbation = function(self.values), self.vectors, self.perturbation
+        images, vectors, perturbation = function(self.values), self.vectors, self.perturbation
         if vectors is None:
-            return levels
+            return images
         if perturbation is None:
-            return (vectors * levels[..., None, :]) @ vectors.mT
-        # To first order f(S) changes, in the basis V, by these slopes times the entries of VᵀSV (Daleckii and Krein).
-        slopes = _slopes(function, self.values.detach())
+            return (vectors * images[..., None, :]) @ vectors.mT
+        # To first order f(S) changes in the basis V by these quotients times the entries of VᵀSV (Daleckii and Krein).
+        quotients = _divided_differences(function, self.values.detach())
         off_diagonal = perturbation - torch.diag_embed(perturbation.diagonal(dim1=-2, dim2=-1))
-        return vectors @ (torch.diag_embed(levels) + slopes * off_diagonal) @ vectors.mT
+        return vectors @ (torch.diag_embed(images) + quotients * off_diagonal) @ vectors.mT
 
 
 def spectrum(matrix: Tensor) -> Spectrum:
@@ -65,17 +65,17 @@ def spectrum(matrix: Tensor) -> Spectrum:
     return Spectrum(values + perturbation.diagonal(dim1=-2, dim2=-1), vectors, perturbation)
 
 
-def _slopes(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+def _divided_differences(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """Return (f(dᵢ) − f(dⱼ))/(dᵢ − dⱼ), or f′ if dᵢ and dⱼ agree to √ε."""
     with torch.enable_grad():
         argument = values.clone().requires_grad_()
-        levels = function(argument)
-        (slope,) = torch.autograd.grad(levels.sum(), argument)
+        images = function(argument)
+        (derivative,) = torch.autograd.grad(images.sum(), argument)
     row, column = (..., slice(None), None), (..., None, slice(None))
-    levels, gap = levels.detach(), values[row] - values[column]
+    images, gap = images.detach(), values[row] - values[column]
     near = gap.abs() <= torch.finfo(values.dtype).eps ** 0.5 * (values[row] + values[column])
-    quotients = (levels[row] - levels[column]) / torch.where(near, 1, gap)
-    return torch.where(near, (slope[row] + slope[column]) / 2, quotients)
+    quotients = (images[row] - images[column]) / torch.where(near, 1, gap)
+    return torch.where(near, (derivative[row] + derivative[column]) / 2, quotients)
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -108,22 +108,22 @@ def leading_eigh(
     throughout. ``n`` is the number of rows of B, by which `truncate_core` chooses a precision.
     """
     core = core.double()
-    is_free = ops.reads_are_free(core)
-    one = 1.0 if is_free else core.new_ones(core.shape[:-2])
+    may_read = ops.reads_are_free(core)
+    one = 1.0 if may_read else core.new_ones(core.shape[:-2])
     empty = core.diagonal(dim1=-2, dim2=-1)[..., :0].to(dtype)
-    scaled = ops.eigh_core(core[..., :0, :], core, empty, one, one, rounded=not is_free)
+    scaled = ops.eigh_core(core[..., :0, :], core, empty, one, one, rounded=not may_read)
     return truncate_core(*scaled, rank, dtype, tol, unit, n)[:2]
 
 
 def truncate_core(
-    core: Tensor, rows: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool, n: int
+    core: Tensor, row_scales: Tensor, scale: Tensor, rank: int, dtype: torch.dtype, tol: float, unit: bool, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, the rotation of tall matrices (..., n, m) and the value left out, from a core by `eigh_core`."""
+    """Return the values, the rotation (..., m, rank) and the largest value left out of a core by `eigh_core`."""
     m = core.shape[-1]
     # On a CPU float64 may cost less than the polish, which its nearly unit columns make unnecessary.
     is_cheap = m <= _SMALL_ORDER or n * rank**2 > _FLOAT64_COST_RATIO * m**3
     wide = torch.float64 if unit and is_cheap and ops.reads_are_free(core) else dtype
-    parts = ops.eigh_rotation(*_eigh_with_retry(core.to(wide)), rows, scale, rank, float(tol), unit)
+    parts = ops.eigh_rotation(*_eigh_with_retry(core.to(wide)), row_scales, scale, rank, float(tol), unit)
     values, vectors, left_out = parts if wide == dtype else (part.to(dtype) for part in parts)
     if ops.reads_are_free(values) and values.numel() and values[..., 0].amin().item() < torch.finfo(dtype).tiny:
         values = ops.without_denormals(values)
@@ -191,7 +191,8 @@ def _eigh_with_retry(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return pairs
     try:
         values, vectors = torch.linalg.eigh(matrix)
-        # A sum keeps NaN and infinity. If LAPACK returns any, some are among the values.
+        # A sum keeps NaN and infinity. If LAPACK returns any, some are among the values. The compiler breaks its graph
+        # at this read; other fake tensors have no values to read.
         if not (torch.compiler.is_compiling() or ops.has_values(values)) or math.isfinite(values.sum().item()):
             return values, vectors
     except LinAlgError:

@@ -87,10 +87,10 @@ def eigh_step(update: Update) -> Any:
     """Compute `eigh_update` from checked arguments: the step of the root F = U √d, with unit columns, polished."""
     m = update.small.shape[-1] + update.k
     update = update._replace(tol=max(update.tol, noise_level(update.dtype, m)))
-    values, of_old, of_columns, left_out, added = update.truncated(unit=True)
+    values, of_old, of_columns, left_out, added_trace = update.truncated(unit=True)
     rotated = update.rotated(of_old, of_columns)
-    vectors, values = polish(rotated, values, update.rows, in_place=update.in_place)
-    return update.result(values, vectors, left_out, added)
+    vectors, values = polish(rotated, values, update.sharding, in_place=update.in_place)
+    return update.result(values, vectors, left_out, added_trace)
 
 
 @ranged("n,r", "n,k")
@@ -103,8 +103,8 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -
     Notes
     -----
     ``columns`` are usually columns of an earlier update, scaled by the share that ``decay`` has left. The part of A
-    outside the span of U is ignored: an earlier update truncated it. Values up to 8 ε·(d₁ + w‖UᵀA‖_F²) are rounding:
-    they become 0, with zero columns. Error bounds and limits: ``docs/updates.md``.
+    outside the span of U is ignored: an earlier update truncated it. Values up to 8 ε (√r ε above rank
+    64) times d₁ + w‖UᵀA‖_F² are rounding: they become 0, with zero columns. Error bounds: ``docs/updates.md``.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -
     # Refuses a tracked factor, since a downdate cannot update its error bound and trace.
     _check.eigh("eigh_downdate", "eigh", eigh)
     update = check_update("eigh_downdate", eigh, columns, 1.0, weight, None, kind=LowRankEigh)
-    cross = update.rows.total(update.coefficients())
+    cross = update.sharding.total(update.coefficients())
     removed = cross @ cross.mT * add_dims(update.weight, 2)
     # diag(d) − w CCᵀ may be indefinite. A shift by tr(w CCᵀ) makes it positive semi-definite, as safe_eigh requires.
     shift = removed.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
@@ -127,6 +127,6 @@ def eigh_downdate(eigh: LowRankEigh, columns: Tensor, *, weight: Number = 1.0) -
     vanishes = values <= noise_level(update.dtype, values.shape[-1]) * (update.small[..., :1] + shift)
     values, rotation = torch.where(vanishes, 0, values), torch.where(vanishes[..., None, :], 0, rotation)
     rotation = rotation * signs_of(rotation.diagonal(dim1=-2, dim2=-1))[..., None, :]
-    vectors, values = polish(update.tall @ rotation.to(update.dtype), values, update.rows)
+    vectors, values = polish(update.tall @ rotation.to(update.dtype), values, update.sharding)
     updated: LowRankEigh = update.result(values, vectors, values, None)
     return updated

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE
-from brandla._shifted import LowRank, Side, Tail, check_side, join
+from brandla._sharded import UNSHARDED
+from brandla._shifted import DampedFactor, LowRank, Tail, check_damped_factor, join
 from brandla.lowrank import Number
 from brandla_kernels import Tall
 
@@ -42,7 +42,7 @@ def damped_solve(
         λ > 0: a number, or a tensor of batch shape, which stays on its device.
     tail
         τ >= 0, the value for the eigenvalues that the factor does not hold: a number, a tensor of batch shape,
-        ``"mean"`` for their mean by the trace of a Tracked factor, or ``"smallest"`` for the smallest one held.
+        ``"mean"`` for (tr M − tr M̂)/(n − r) from a Tracked factor, or ``"smallest"`` for the smallest one held.
     diagonal
         δ >= 0, shape (n,) or the batch shape of the factor and n. It adds diag(δ) to the operator, and 2nr² + O(r³) to
         the work. Must be None for a sharded factor.
@@ -108,14 +108,14 @@ def damped_logdet(lowrank: LowRank, damping: Number, *, tail: Tail = 0.0, diagon
     >>> brandla.damped_logdet(factor, damping=1.0).exp()
     tensor(4.)
     """
-    return check_side("damped_logdet", lowrank, damping, tail, diagonal=diagonal).logdet()
+    return check_damped_factor("damped_logdet", lowrank, damping, tail, diagonal=diagonal).logdet()
 
 
 class Solve(NamedTuple):
     """Checked arguments of a damped application."""
 
-    side: Side
-    block: Tall  # V with columns (..., n, m), also if it is a vector; a list if the side is one
+    factor: DampedFactor
+    block: Tall  # V with columns (..., n, m), also if it is a vector; a list if the factor is one
     is_vector: bool
     exponent: float
 
@@ -125,29 +125,29 @@ class Solve(NamedTuple):
 
     def product(self) -> Tall:
         """Return the operator times the block, or times each block of a list."""
-        side, block = self.side, self.block
-        if side.diagonal is not None:
-            return side.solve_with_diagonal(side.diagonal, block)
-        inverse = side.inverse() if self.exponent == -1 else None
+        factor, block = self.factor, self.block
+        if factor.diagonal is not None:
+            return factor.solve_with_diagonal(factor.diagonal, block)
+        inverse = factor.inverse() if self.exponent == -1 else None
         if inverse is not None:
             return inverse @ block
-        return side.stacked().operator(self.exponent).apply(block, side.rows)
+        return factor.stacked().operator(self.exponent).apply(block, factor.sharding)
 
     def like_rhs(self, block: Tensor) -> Tensor:
         """Return a product as a vector or DTensor if the right-hand side is one."""
-        rows, block = self.side.rows, block[..., 0] if self.is_vector else block
-        return block if rows is WHOLE else rows.tall_result(block, -1 if self.is_vector else -2)
+        sharding, block = self.factor.sharding, block[..., 0] if self.is_vector else block
+        return block if sharding is UNSHARDED else sharding.tall_result(block, -1 if self.is_vector else -2)
 
 
-def logdets_together(sides: Sequence[Side]) -> Sequence[Tensor]:
+def logdets_together(factors: Sequence[DampedFactor]) -> Sequence[Tensor]:
     """Return the log-determinants of operators whose factors share kind and rank."""
-    return join(sides).stacked().logdet().unbind()
+    return join(factors).stacked().logdet().unbind()
 
 
 def solve_together(problems: Sequence[Solve]) -> list[Tensor]:
     """Apply operators that share kind, rank and exponent, each to its block."""
-    side, blocks = join([problem.side for problem in problems]), [problem.block for problem in problems]
-    products = problems[0]._replace(side=side, block=blocks).product()
+    factor, blocks = join([problem.factor for problem in problems]), [problem.block for problem in problems]
+    products = problems[0]._replace(factor=factor, block=blocks).product()
     return [problem.like_rhs(block) for problem, block in zip(problems, products, strict=True)]
 
 
@@ -155,12 +155,12 @@ def check_solve(
     function: str, lowrank: LowRank, rhs: Tensor, damping: Number, exponent: float = -1.0, **options: Any
 ) -> Solve:
     """Check the arguments of `damped_solve` and `damped_power`."""
-    side = check_side(function, lowrank, damping, **options)
-    block, basis = side.matching_data(function, "rhs", rhs, "lowrank"), side.basis
-    n = side.rows.count(basis)
+    factor = check_damped_factor(function, lowrank, damping, **options)
+    block, basis = factor.matching_data(function, "rhs", rhs, "lowrank"), factor.basis
+    n = factor.sharding.count(basis)
     is_vector = rhs.ndim == 1 or (rhs.ndim == basis.ndim - 1 and rhs.shape == (*basis.shape[:-2], n))
     block = block[..., None] if is_vector else block
     if rhs.ndim == 0 or block.shape[-2] != n:
         _check.fail_value(function, f"rhs must have n = {n} rows, as lowrank does; got shape {tuple(rhs.shape)}")
-    block = side.local_rows(function, "rhs", block)
-    return Solve(side, block, is_vector, _check.exponent(function, exponent))
+    block = factor.local_rows(function, "rhs", block)
+    return Solve(factor, block, is_vector, _check.exponent(function, exponent))

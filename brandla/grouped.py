@@ -27,8 +27,8 @@ from torch import Tensor
 
 from brandla import _check, brand, damped, kron, randomized, refresh, root, svd
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, Rows, placement_of
-from brandla._shifted import LowRank, Side, Tail, check_side
+from brandla._sharded import UNSHARDED, Sharding, placement_of
+from brandla._shifted import DampedFactor, LowRank, Tail, check_damped_factor
 from brandla.lowrank import LowRankEigh, LowRankRoot, LowRankSVD, Number, Rank, Tracked
 from brandla.randomized import LinearOperator, is_dense
 from brandla.root import Compress, Update, check_update, stack
@@ -180,9 +180,9 @@ def damped_logdet(
     lowranks: LowRanks, damping: Numbers, *, tail: Each[Tail] = 0.0, diagonal: Each[Tensor | None] = None
 ) -> list[Tensor]:
     """`brandla.damped_logdet` of each factor."""
-    ways = _key_of_side, Side.logdet, damped.logdets_together
+    ways = _key_of_factor, DampedFactor.logdet, damped.logdets_together
     options = {"damping": damping, "tail": tail, "diagonal": diagonal}
-    return _in_groups("damped_logdet", check_side, ways, (lowranks,), **options)
+    return _in_groups("damped_logdet", check_damped_factor, ways, (lowranks,), **options)
 
 
 @ranged("p,a", "q,b", "p,q")
@@ -203,7 +203,7 @@ def kron_damped_power(
     def key_of(problem: kron.Power) -> GroupKey:
         joint, matrix = problem.joint, problem.matrix
         shared = joint.fitted is None, problem.exponent, matrix.shape[-1].bit_length()
-        return _key_of_sides((joint.left, joint.right), (matrix,), shared)
+        return _key_of_factors((joint.left, joint.right), (matrix,), shared)
 
     ways = key_of, kron.Power.result, kron.powers_together
     lists = (lefts, rights, matrices)
@@ -223,7 +223,7 @@ def kron_damped_logdet(
     """`brandla.kron_damped_logdet` of each pair of factors."""
 
     def key_of(joint: kron.Joint) -> GroupKey:
-        return _key_of_sides((joint.left, joint.right), (), (joint.fitted is None,))
+        return _key_of_factors((joint.left, joint.right), (), (joint.fitted is None,))
 
     ways = key_of, kron.Joint.logdet, kron.logdets_together
     options = {"damping": damping, "left_tail": left_tail, "right_tail": right_tail, "values": values}
@@ -245,7 +245,7 @@ def kron_damped_solve(
 
     def key_of(problem: kron.Solve) -> GroupKey:
         parts = problem.data if isinstance(problem.data, tuple) else (problem.data,)
-        return _key_of_sides((problem.left, problem.right), parts, (len(parts),))
+        return _key_of_factors((problem.left, problem.right), parts, (len(parts),))
 
     ways = key_of, kron.Solve.solution, kron.solve_together
     shifts = {"left_damping": left_damping, "left_tail": left_tail}
@@ -262,7 +262,7 @@ def _updates(
 
 def _solutions(function: str, *lists: Sequence[Any], **options: Any) -> list[Tensor]:
     def key_of(problem: damped.Solve) -> GroupKey:
-        return _key_of_sides((problem.side,), (problem.block,), (problem.exponent,))
+        return _key_of_factors((problem.factor,), (problem.block,), (problem.exponent,))
 
     ways = key_of, damped.Solve.solution, damped.solve_together
     return _in_groups(function, damped.check_solve, ways, lists, **options)
@@ -339,7 +339,7 @@ class _Recipe(NamedTuple):
 
         def place_of(part: Any) -> int:
             if id(part) not in place_by_id:
-                if not isinstance(part, (tuple, str, int, float, type, Rows, type(None))):
+                if not isinstance(part, (tuple, str, int, float, type, Sharding, type(None))):
                     raise KeyError  # such as a tensor that was converted
                 entry = (type(part), list(map(place_of, part))) if isinstance(part, tuple) else (None, part)
                 place_by_id[id(part)] = len(tensors) + len(entries)
@@ -397,9 +397,9 @@ def _key_of_update(update: Update) -> GroupKey:
     r, k = update.tall.shape[-1], update.columns.shape[-1]
     if update.tall.ndim != 2 or 0 in (r, k, update.rank) or update.sparse:
         return None
-    basis, rows = update.tall, update.rows
+    basis, sharding = update.tall, update.sharding
     options = (update.rank, update.tol, update.compress, update.shrink, update.tracked is None)
-    return (r, k, *options, basis.dtype, basis.device, None if rows is WHOLE else placement_of(rows))
+    return (r, k, *options, basis.dtype, basis.device, None if sharding is UNSHARDED else placement_of(sharding))
 
 
 def _key_of_refresh(problem: refresh.Refresh) -> GroupKey:
@@ -410,15 +410,17 @@ def _key_of_refresh(problem: refresh.Refresh) -> GroupKey:
     return (r, m.bit_length(), problem.iterations, vectors.dtype, vectors.device)
 
 
-def _key_of_sides(sides: tuple[Side, ...], matrices: tuple[Tensor, ...], shared: tuple[Any, ...]) -> GroupKey:
+def _key_of_factors(
+    factors: tuple[DampedFactor, ...], matrices: tuple[Tensor, ...], shared: tuple[Any, ...]
+) -> GroupKey:
     """Group applications to matrices without batch dimensions by the keys of their sides and by ``shared``."""
-    keys = tuple(map(_key_of_side, sides))
+    keys = tuple(map(_key_of_factor, factors))
     return None if None in keys or any(matrix.ndim != 2 for matrix in matrices) else (*keys, *shared)
 
 
-def _key_of_side(side: Side) -> GroupKey:
+def _key_of_factor(factor: DampedFactor) -> GroupKey:
     """Group the factors that one launch can apply: those of one kind and rank, with τ given or not."""
-    basis = side.basis
-    if side.rows is not WHOLE or side.diagonal is not None or basis.ndim != 2 or basis.shape[-1] == 0:
+    basis = factor.basis
+    if factor.sharding is not UNSHARDED or factor.diagonal is not None or basis.ndim != 2 or basis.shape[-1] == 0:
         return None
-    return (side.kind, basis.shape[-1], basis.dtype, basis.device, side.tail is None)
+    return (factor.kind, basis.shape[-1], basis.dtype, basis.device, factor.tail is None)

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE
-from brandla._shifted import LowRank, Shifted, Side, Tail, broadcast_parts, check_side, join
+from brandla._sharded import UNSHARDED
+from brandla._shifted import DampedFactor, LowRank, Shifted, Tail, broadcast_parts, check_damped_factor, join
 from brandla.lowrank import Number, add_dims, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall
@@ -145,13 +145,13 @@ def kron_damped_logdet(
 class Solve(NamedTuple):
     """Checked arguments of `kron_damped_solve`: one pair of factors, a batch, or a list."""
 
-    left: Side
-    right: Side
+    left: DampedFactor
+    right: DampedFactor
     data: Any  # W, or a pair (P, Q); beside lists of factors, a list of W, or a pair of lists
 
     def solution(self) -> Any:
         """Apply both operators to W, or each to its half of a pair."""
-        data, left_rows, right_rows = self.data, self.left.rows, self.right.rows
+        data, left_sharding, right_sharding = self.data, self.left.sharding, self.right.sharding
         first, second = self.left.inverse(), self.right.inverse()
         if first is not None and second is not None:
             if not isinstance(data, tuple):
@@ -164,12 +164,12 @@ class Solve(NamedTuple):
             return ops.pair_damped_inverse(*operands)
         left, right = self.left.stacked().operator(), self.right.stacked().operator()
         if isinstance(data, tuple):
-            p, q = left.apply(data[0], left_rows), right.apply(data[1], right_rows)
-            return left_rows.tall_result(p), right_rows.tall_result(q)
-        if left_rows is WHOLE:
+            p, q = left.apply(data[0], left_sharding), right.apply(data[1], right_sharding)
+            return left_sharding.tall_result(p), right_sharding.tall_result(q)
+        if left_sharding is UNSHARDED:
             return ops.kron_damped_apply(*broadcast_parts(left, right, data))
-        right = Shifted(*map(left_rows.shared, right))
-        return left_rows.tall_result(left.apply((right @ data.mT).mT, left_rows))
+        right = Shifted(*map(left_sharding.summing_gradients, right))
+        return left_sharding.tall_result(left.apply((right @ data.mT).mT, left_sharding))
 
 
 def solve_together(problems: Sequence[Solve]) -> list[Any]:
@@ -184,8 +184,8 @@ def solve_together(problems: Sequence[Solve]) -> list[Any]:
 class Joint(NamedTuple):
     """Checked arguments of A ⊗ G + δI."""
 
-    left: Side  # G; the sides' own dampings are not used
-    right: Side  # A
+    left: DampedFactor  # G; the sides' own dampings are not used
+    right: DampedFactor  # A
     damping: Number
     fitted: Tensor | None  # replaces the products of eigenvalues in both spans
 
@@ -272,8 +272,8 @@ def check_solve(
     function: str, left: LowRank, right: LowRank, data: Any, left_damping: Number, right_damping: Number, **tails: Tail
 ) -> Solve:
     """Check the arguments of `kron_damped_solve`."""
-    first = check_side(function, left, left_damping, tails["left_tail"], "left")
-    second = check_side(function, right, right_damping, tails["right_tail"], "right")
+    first = check_damped_factor(function, left, left_damping, tails["left_tail"], "left")
+    second = check_damped_factor(function, right, right_damping, tails["right_tail"], "right")
     _check.same_dtype_and_device(function, "right", second.basis, "left", first.basis)
     check_data = _check_matrix if isinstance(data, Tensor) else _check_pair
     return Solve(first, second, check_data(function, data, first, second))
@@ -283,13 +283,13 @@ def check_joint(
     function: str, left: LowRank, right: LowRank, damping: Number, *, values: Tensor | None, **tails: Tail
 ) -> Joint:
     """Check the factors of a product with a joint damping."""
-    sides = []
+    factors = []
     for name, lowrank in (("left", left), ("right", right)):
-        sides.append(check_side(function, lowrank, 1.0, tails[f"{name}_tail"], name))
-        if sides[-1].rows is not WHOLE:
+        factors.append(check_damped_factor(function, lowrank, 1.0, tails[f"{name}_tail"], name))
+        if factors[-1].sharding is not UNSHARDED:
             rule = f"{name} must hold plain tensors, since a joint damping needs all rows in one process"
             _check.fail_type(function, f"{rule}; got a DTensor; take its .full_tensor()")
-    first, second = (side.basis for side in sides)
+    first, second = (factor.basis for factor in factors)
     _check.same_dtype_and_device(function, "right", second, "left", first)
     _check.batches(function, "right", second, first, "left's")
     larger = first if first.ndim >= second.ndim else second
@@ -299,7 +299,7 @@ def check_joint(
         batch = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
         shape = (*batch, first.shape[-1], second.shape[-1])
         _check.shape(function, "values", values, shape, "one value for each pair of columns of left and right")
-    return Joint(sides[0], sides[1], damping, values)
+    return Joint(factors[0], factors[1], damping, values)
 
 
 def check_power(
@@ -314,13 +314,13 @@ def check_power(
     return Power(joint, _check_matrix(function, matrix, joint.left, joint.right), exponent)
 
 
-def _check_matrix(function: str, matrix: Any, left: Side, right: Side) -> Tensor:
+def _check_matrix(function: str, matrix: Any, left: DampedFactor, right: DampedFactor) -> Tensor:
     """Check W against both sides, and return the rows of it that are held here."""
-    if right.rows is not WHOLE:
+    if right.sharding is not UNSHARDED:
         rule = "right must hold plain tensors where matrix is one W, which is sharded on its rows alone"
         _check.fail_value(function, f"{rule}; got a DTensor basis; take its .full_tensor(), or pass a pair (P, Q)")
     data = left.matching_data(function, "matrix", matrix, "left")
-    shape = left.rows.count(left.basis), right.basis.shape[-2]
+    shape = left.sharding.count(left.basis), right.basis.shape[-2]
     if tuple(matrix.shape[-2:]) != shape:
         rule = f"matrix must have shape (..., {shape[0]}, {shape[1]}), the orders of left and right"
         _check.fail_value(function, f"{rule}; got {tuple(matrix.shape)}")
@@ -329,13 +329,13 @@ def _check_matrix(function: str, matrix: Any, left: Side, right: Side) -> Tensor
     return left.local_rows(function, "matrix", data)
 
 
-def _check_pair(function: str, pair: Any, left: Side, right: Side) -> tuple[Tensor, Tensor]:
+def _check_pair(function: str, pair: Any, left: DampedFactor, right: DampedFactor) -> tuple[Tensor, Tensor]:
     """Check P and Q, each against its side, and return the rows of them that are held here."""
     if not isinstance(pair, tuple) or len(pair) != 2:
         _check.fail_type(function, f"matrix must be a tensor or a pair (P, Q); got {type(pair).__name__}")
     first = left.matching_data(function, "P", pair[0], "left")
     second = right.matching_data(function, "Q", pair[1], "right")
-    p, q = (side.rows.count(side.basis) for side in (left, right))
+    p, q = (factor.sharding.count(factor.basis) for factor in (left, right))
     if first.shape[-2:-1] != (p,) or second.shape[-2:-1] != (q,):
         rule = f"the pair (P, Q) must have shapes (..., {p}, k) and (..., {q}, k)"
         _check.fail_value(function, f"{rule}; got {tuple(first.shape)} and {tuple(second.shape)}")

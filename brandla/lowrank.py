@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brandla import _check
-from brandla._sharded import gathered, is_dtensor, rows_of, zero_rows
+from brandla._sharded import gathered, is_dtensor, sharding_of, zero_rows
 from brandla._small import leading_eigh, noise_level
 from brandla._value import Value, formatted
 from brandla.orthonormal import polish
@@ -37,13 +37,13 @@ class _Matrix(Value):
     @property
     def shape(self) -> torch.Size:
         """Shape of the matrix: (..., n, n), or (..., m, n) for a LowRankSVD."""
-        left, _, right = _product(self)
+        left, _, right = _factors_of(self)
         return torch.Size((*left.shape[:-1], right.shape[-2]))
 
     @without_autocast
     def __matmul__(self, block: Tensor) -> Tensor:
         """Return the product with X (n,) or (..., n, m), from products with the parts."""
-        left, values, right = _product(self)
+        left, values, right = _factors_of(self)
         converted = _check.matching_data(f"{type(self).__name__} @", "the tensor", block, "the value", right)
         columns = converted[..., None] if block.ndim == 1 else converted
         if block.ndim == 0 or columns.shape[-2] != right.shape[-2]:
@@ -60,17 +60,17 @@ class _Matrix(Value):
     @without_autocast
     def dense(self) -> Tensor:
         """Return the matrix as one tensor, for tests and small cases."""
-        left, values, right = _product(self)
+        left, values, right = _factors_of(self)
         scaled = gathered(left) if values is None else gathered(left) * gathered(values)[..., None, :]
         return scaled @ gathered(right).mT
 
     def is_finite(self: Any) -> Tensor:
         """Return a bool tensor of batch shape, without a device sync: False if non-finite data came in."""
-        _, values, _ = _product(self)
+        _, values, _ = _factors_of(self)
         return torch.isfinite(self.gram).all(-1).all(-1) if values is None else torch.isfinite(values).all(-1)
 
     def _summary(self: Any) -> list[str]:
-        _, values, _ = _product(self)
+        _, values, _ = _factors_of(self)
         batch = [f"batch {tuple(self.shape[:-2])}"] if len(self.shape) > 2 else []
         sizes = [f"{name}={size}" for name, size in zip(self._size_names, self.shape[-2:], strict=False)]
         parts = [f"rank={self.rank}", _check.spelled(self.dtype), str(self.device)]
@@ -177,11 +177,11 @@ class LowRankRoot(_Symmetric, _RootParts):
     def from_eigh(cls, eigh: LowRankEigh) -> LowRankRoot:
         """Convert a LowRankEigh: F = U √d."""
         function = "LowRankRoot.from_eigh"
-        rows = rows_of(function, "eigh.eigenvectors", eigh.eigenvectors, eigh.eigenvalues)
-        values = rows.local_small(function, "eigh.eigenvalues", eigh.eigenvalues)
-        vectors = rows.local(function, "eigh.eigenvectors", eigh.eigenvectors)
-        root = vectors * rows.shared(values.sqrt())[..., None, :]
-        return cls(rows.tall_result(root), rows.small_result(torch.diag_embed(values)))
+        sharding = sharding_of(function, "eigh.eigenvectors", eigh.eigenvectors, eigh.eigenvalues)
+        values = sharding.local_small(function, "eigh.eigenvalues", eigh.eigenvalues)
+        vectors = sharding.local(function, "eigh.eigenvectors", eigh.eigenvectors)
+        root = vectors * sharding.summing_gradients(values.sqrt())[..., None, :]
+        return cls(sharding.tall_result(root), sharding.small_result(torch.diag_embed(values)))
 
     @without_autocast
     def to_eigh(self) -> LowRankEigh:
@@ -191,28 +191,28 @@ class LowRankRoot(_Symmetric, _RootParts):
         (√r ε·d₁ above rank 64) are rounding: they become 0, with zero vectors.
         """
         function = "LowRankRoot.to_eigh"
-        rows = rows_of(function, "root", self.root, self.gram)
-        root = rows.local(function, "root", self.root)
-        gram, n, r = rows.total(rounded_gram(root)), self.n, root.shape[-1]
+        sharding = sharding_of(function, "root", self.root, self.gram)
+        root = sharding.local(function, "root", self.root)
+        gram, n, r = sharding.total(rounded_gram(root)), self.n, root.shape[-1]
         values, rotation = leading_eigh(gram, min(r, n), root.dtype, noise_level(root.dtype, r), unit=True, n=n)
-        vectors, values = polish(root @ rotation, values, rows)
-        return LowRankEigh(rows.small_result(values), rows.tall_result(vectors))
+        vectors, values = polish(root @ rotation, values, sharding)
+        return LowRankEigh(sharding.small_result(values), sharding.tall_result(vectors))
 
     @without_autocast
     def largest_eigenvalue(self) -> Tensor:
         """Return a lower bound near d₁, of batch shape, from two power iterations on S, without a sync."""
         function = "LowRankRoot.largest_eigenvalue"
-        rows = rows_of(function, "root", self.root, self.gram)
-        gram = rows.local_small(function, "gram", self.gram)
+        sharding = sharding_of(function, "root", self.root, self.gram)
+        gram = sharding.local_small(function, "gram", self.gram)
         if gram.shape[-1] == 0:
-            return rows.small_result(gram.sum((-2, -1)))
+            return sharding.small_result(gram.sum((-2, -1)))
         tiny = torch.finfo(gram.dtype).tiny
         # Starts from all unit vectors, which is exact for a diagonal matrix.
         scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(tiny)
         relative = gram / scale[..., None, None]
         lengths = torch.linalg.vector_norm(relative, dim=-2, keepdim=True).clamp_min(tiny)
         largest: Tensor = torch.linalg.vector_norm(relative @ (relative / lengths), dim=-2).amax(-1)
-        return rows.small_result(largest * scale)
+        return sharding.small_result(largest * scale)
 
 
 class _SVDParts(NamedTuple):
@@ -274,8 +274,8 @@ Factor = TypeVar("Factor", LowRankEigh, LowRankRoot)
 Number = float | Tensor
 
 
-def _product(value: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return L, v and R of a matrix L diag(v) Rᵀ; v is None for a root."""
+def _factors_of(value: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the factors L, v and R of a matrix L diag(v) Rᵀ; v is None for a root."""
     if isinstance(value, LowRankSVD):
         return value.U, value.S, value.Vh.mT
     small, tall = parts_of(value)
@@ -490,11 +490,11 @@ def centre(svd: LowRankSVD) -> Centred:
     if svd.Vh.shape[-1] != 0:
         rule = "svd must hold no columns, since their mean is not known"
         _check.fail_value("centre", f"{rule}; its Vh has {svd.Vh.shape[-1]}; start from LowRankSVD.zeros(m, 0, rank)")
-    rows = rows_of("centre", "svd.U", svd.U, svd.S)
-    left = rows.local("centre", "svd.U", svd.U)
-    mean = rows.tall_result(left.new_zeros(left.shape[:-1], dtype=torch.float64), -1)
+    sharding = sharding_of("centre", "svd.U", svd.U, svd.S)
+    left = sharding.local("centre", "svd.U", svd.U)
+    mean = sharding.tall_result(left.new_zeros(left.shape[:-1], dtype=torch.float64), -1)
     zero = left.new_zeros(left.shape[:-2], dtype=torch.float64)
-    return Centred(svd, mean, rows.small_result(zero), rows.small_result(zero.clone()))
+    return Centred(svd, mean, sharding.small_result(zero), sharding.small_result(zero.clone()))
 
 
 def subtract_mean(columns: Tensor, mean: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 import brandla_kernels as ops
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, Rows, is_dtensor
+from brandla._sharded import UNSHARDED, Sharding, is_dtensor
 from brandla._small import signs_of
 from brandla_kernels import Tall, tall
 
@@ -80,19 +80,19 @@ def orthonormalize(panel: Tensor) -> tuple[Tensor, Tensor]:
         _check.fail_value("orthonormalize", f"panel must have shape (..., n, k); got {tuple(panel.shape)}")
     if is_dtensor(panel):
         _check.fail_type("orthonormalize", "panel must be a plain tensor; got a DTensor; take its .full_tensor()")
-    nearly, transform, triangle = factorize(panel.to(torch.promote_types(panel.dtype, torch.float32)))
-    return nearly @ transform, triangle
+    near_basis, transform, triangle = factorize(panel.to(torch.promote_types(panel.dtype, torch.float32)))
+    return near_basis @ transform, triangle
 
 
 def factorize(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     """Return P′, T and R with Q = P′ T, so that Q W costs no more than P′ (T W). For a list, T and R are stacked."""
     dtype = tall.dtype_of(panel)
     panel, transform, first = _first_pass(panel)
-    nearly = times(panel, transform.to(dtype))
-    nearly_gram = ops.rounded_gram(nearly)
-    second, _ = _second_pass(nearly_gram)
-    triangle = second.mT @ nearly_gram @ first
-    return nearly, second.to(dtype), triangle.to(dtype)
+    near_basis = times(panel, transform.to(dtype))
+    near_gram = ops.rounded_gram(near_basis)
+    second, _ = _second_pass(near_gram)
+    triangle = second.mT @ near_gram @ first
+    return near_basis, second.to(dtype), triangle.to(dtype)
 
 
 def times(panel: Tall, small: Tensor) -> Tall:
@@ -110,7 +110,9 @@ def spanning(panel: Tensor) -> Tensor:
     return spanned
 
 
-def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = False) -> tuple[Tall, Tensor]:
+def polish(
+    panel: Tall, values: Tensor, sharding: Sharding = UNSHARDED, *, in_place: bool = False
+) -> tuple[Tall, Tensor]:
     """Make nearly orthonormal columns Y orthonormal to a few ε: Y L⁻ᵀ for H = YᵀY = L Lᵀ. Zero columns stay zero.
 
     A column that was rounding noise inside the span of others becomes zero. Its value and all later values become 0,
@@ -119,11 +121,11 @@ def polish(panel: Tall, values: Tensor, rows: Rows = WHOLE, *, in_place: bool = 
     """
     first = panel if isinstance(panel, Tensor) else panel[0]
     # H may be read if this is free, if it holds all rows, and if no gradient is taken.
-    reads = rows is WHOLE and ops.reads_are_free(first) and not first.requires_grad and first.numel() > 0
+    may_read = sharding is UNSHARDED and ops.reads_are_free(first) and not first.requires_grad and first.numel() > 0
     for _ in range(2):
-        inner = rows.total(ops.rounded_gram(panel))
-        error = _deviation(inner) if reads else 0.0
-        if reads and error <= _CLEAN * torch.finfo(tall.dtype_of(panel)).eps:
+        inner = sharding.total(ops.rounded_gram(panel))
+        error = _deviation(inner) if may_read else 0.0
+        if may_read and error <= _CLEAN * torch.finfo(tall.dtype_of(panel)).eps:
             break
         transform, live = _second_pass(inner)
         transform, no_columns = transform.to(tall.dtype_of(panel)), tall.each(lambda matrix: matrix[..., :0], panel)
@@ -168,15 +170,15 @@ def _first_pass(panel: Tall) -> tuple[Tall, Tensor, Tensor]:
     if dtype != panel_gram.dtype:
         return panel, *_rank_aware(panel_gram, length, 64 * k * eps**2)
     shift, order = 64 * k * eps, None
-    free = ops.reads_are_free(panel_gram)
-    if not free or not _all_live(ops.live_columns(panel_gram, length, shift), length).all().item():
+    may_read = ops.reads_are_free(panel_gram)
+    if not may_read or not _all_live(ops.live_columns(panel_gram, length, shift), length).all().item():
         order = _pivot_order(panel_gram, length, shift)
         panel, panel_gram = tall.each(tall.columns_at, panel, order), _permuted(panel_gram, order)
         length = length.gather(-1, order)
-    unit = torch.where(length > 0, length, 1)
-    equilibrated = panel_gram / (unit[..., :, None] * unit[..., None, :])
+    divisor = torch.where(length > 0, length, 1)
+    equilibrated = panel_gram / (divisor[..., :, None] * divisor[..., None, :])
     identity = torch.eye(panel_gram.shape[-1], dtype=dtype, device=panel_gram.device)
-    to_panel = torch.linalg.cholesky_ex(equilibrated + shift * identity).L.mT * unit[..., None, :]
+    to_panel = torch.linalg.cholesky_ex(equilibrated + shift * identity).L.mT * divisor[..., None, :]
     panel = tall.each(
         lambda matrix, upper: torch.linalg.solve_triangular(upper, matrix, upper=True, left=False), panel, to_panel
     )
@@ -216,8 +218,8 @@ def _amplification(transform: Tensor, triangle: Tensor, scale: Tensor) -> float:
     """Bound the factor by which |T| |R| multiplies the rounding of P T, relative to the length of a column."""
     if scale.numel() == 0:
         return 0.0
-    unit = torch.where(scale > 0, scale, 1)
-    growth = (unit[..., None, :] @ (transform.abs() @ triangle.abs())).squeeze(-2) / unit
+    divisor = torch.where(scale > 0, scale, 1)
+    growth = (divisor[..., None, :] @ (transform.abs() @ triangle.abs())).squeeze(-2) / divisor
     return growth.amax().item()
 
 
@@ -227,22 +229,22 @@ def _from_eigenvectors(gram: Tensor, scale: Tensor, threshold: float) -> tuple[T
     Any rotation of the columns P D V Λ^(−½) has this span, and for equal eigenvalues rounding alone decides which one
     `eigh` finds. The rotation taken gives the columns of Gram–Schmidt on P in `_pivot_order`.
     """
-    unit = torch.where(scale > 0, 1 / scale, 0)
-    equilibrated = gram * unit[..., :, None] * unit[..., None, :]
+    inverse_scale = torch.where(scale > 0, 1 / scale, 0)
+    equilibrated = gram * inverse_scale[..., :, None] * inverse_scale[..., None, :]
     finite = equilibrated.sum((-2, -1)).isfinite()[..., None, None]
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(torch.where(finite, equilibrated, 0)))
     kept = values > threshold
     roots = torch.where(kept, values, 0).sqrt()
     order = _pivot_order(gram, scale, threshold)
     root = (vectors * roots[..., None, :]).mT
-    turn, inner = torch.linalg.qr(tall.columns_at(root, order))
+    rotation, upper = torch.linalg.qr(tall.columns_at(root, order))
     # Each column takes the place of the column of P that it came from. As many live as eigenvalues are kept.
-    turn = turn * (signs_of(inner.diagonal(dim1=-2, dim2=-1)) * kept)[..., None, :]
-    turn = tall.columns_at(turn, order.argsort(-1))
+    rotation = rotation * (signs_of(upper.diagonal(dim1=-2, dim2=-1)) * kept)[..., None, :]
+    rotation = tall.columns_at(rotation, order.argsort(-1))
     scaled = vectors * torch.where(kept, 1 / roots, 0)[..., None, :]
-    transform = unit[..., :, None] * (scaled @ turn)
+    transform = inverse_scale[..., :, None] * (scaled @ rotation)
     # R is TᵀG in exact arithmetic, but eigenvalues near the threshold would carry much of the rounding of G.
-    triangle = turn.mT @ root * scale[..., None, :]
+    triangle = rotation.mT @ root * scale[..., None, :]
     return torch.where(finite, transform, float("nan")), torch.where(finite, triangle, float("nan"))
 
 

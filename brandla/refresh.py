@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE
+from brandla._sharded import UNSHARDED
 from brandla._small import safe_eigh
 from brandla.lowrank import LowRankEigh, Number, add_dims, stack_numbers
 from brandla.orthonormal import factorize, times
@@ -79,7 +79,7 @@ def check_refresh(
     name = "eigh.eigenvectors"
     _check.eigh(function, "eigh", eigh)
     values, vectors = eigh
-    WHOLE.check_kind(function, name, vectors)
+    UNSHARDED.check_kind(function, name, vectors)
     rows, _ = check_matrix(function, matrix)
     if isinstance(matrix, Tensor):
         matrix = _check.columns(function, "matrix", matrix, name, vectors)

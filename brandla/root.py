@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import PLAIN, WHOLE, Rows, rows_of
+from brandla._sharded import PLAIN, UNSHARDED, Sharding, sharding_of
 from brandla._small import truncate_core
 from brandla.lowrank import (
     LowRankEigh,
@@ -130,14 +130,14 @@ def root_update_(
 
 def root_step(update: Update) -> Any:
     """Compute `root_update` from checked arguments."""
-    small, of_root, of_columns, left_out, added = update.truncated(unit=update.shrink)
+    small, of_root, of_columns, left_out, added_trace = update.truncated(unit=update.shrink)
     if update.shrink:
         small = (small - left_out[..., None]).clamp_min(0)
         of_root, of_columns = (part * small.sqrt()[..., None, :] for part in (of_root, of_columns))
     if update.compress == "eigh":
         # A non-finite core makes the left-out value non-finite too, and this sum carries it to S.
         small = torch.diag_embed(small) + 0 * left_out[..., None, None]
-    return update.result(small, update.rotated(of_root, of_columns), left_out, added)
+    return update.result(small, update.rotated(of_root, of_columns), left_out, added_trace)
 
 
 class Update(NamedTuple):
@@ -154,12 +154,12 @@ class Update(NamedTuple):
     rank: int
     tol: float
     tracked: tuple[Tensor, ...] | None  # error bound and trace of a tracked factor
-    rows: Rows  # of the tall matrices, in this process
+    sharding: Sharding  # of the tall matrices, in this process
     sparse: bool  # whether the columns are in one of torch's sparse layouts
     compress: Compress = "eigh"
     shrink: bool = False
     in_place: bool = False
-    members: list[Rows] | None = None  # the rows of each factor of a list
+    members: list[Sharding] | None = None  # the rows of each factor of a list
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,33 +169,33 @@ class Update(NamedTuple):
     def truncated(self, *, unit: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Return S⁺ or its eigenvalues, √ρ W₁, √w W₂, the value left out, and the trace that the columns add.
 
-        This takes one pass over F and A. ``"eigh"`` gives the rotated columns the signs of the old columns and, with
-        ``unit``, unit length.
+        This takes one pass over F and A. With ``"eigh"`` and ``unit``, the rotated columns have unit length and the
+        signs of the old columns.
         """
         if self.sparse:
             columns = self.columns.double()
             cross, inner = self.coefficients(), (columns.mT @ columns).to_dense()
         else:
             cross, inner = cross_gram(self.tall, self.columns)
-        if self.rows is not WHOLE:
-            cross, inner = self.rows.totals(cross, inner)
+        if self.sharding is not UNSHARDED:
+            cross, inner = self.sharding.totals(cross, inner)
         numbers: tuple[Any, Any] = self.decay, self.weight
-        is_free = reads_are_free(cross)
-        if self.compress == "cholesky" or not is_free or any(isinstance(number, Tensor) for number in numbers):
-            # Kernels take tensors of the batch shape.
+        may_read = reads_are_free(cross)
+        if self.compress == "cholesky" or not may_read or any(isinstance(number, Tensor) for number in numbers):
+            # Ops take float64 tensors of the batch shape; on a CPU, `eigh_core` also takes numbers.
             numbers = two_numbers(*numbers, torch.float64, cross.device, cross.shape[:-2])
         small, needs_trace, r = self.small_or_nonfinite(), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
             return root_core(small, cross, inner, *numbers, self.rank, self.tol, needs_trace)
         # On a CPU the core stays in float64, since its decomposition may be in float64.
-        core, rows, scale = eigh_core(cross, inner, small, *numbers, rounded=not is_free)
+        core, row_scales, scale = eigh_core(cross, inner, small, *numbers, rounded=not may_read)
         n = tall.rows(self.tall)
-        values, rotation, left_out = truncate_core(core, rows, scale, self.rank, self.dtype, self.tol, unit, n)
-        added = None
+        values, rotation, left_out = truncate_core(core, row_scales, scale, self.rank, self.dtype, self.tol, unit, n)
+        added_trace = None
         if needs_trace:
             # An empty coordinate has no positive entry, and the scale is NaN if the core is not finite.
-            added = core.diagonal(dim1=-2, dim2=-1)[..., r:].clamp_min(0).sum(-1) * scale
-        return values, rotation[..., :r, :], rotation[..., r:, :], left_out, added
+            added_trace = core.diagonal(dim1=-2, dim2=-1)[..., r:].clamp_min(0).sum(-1) * scale
+        return values, rotation[..., :r, :], rotation[..., r:, :], left_out, added_trace
 
     def coefficients(self) -> Tensor:
         """Return C = FᵀA in float64."""
@@ -208,7 +208,7 @@ class Update(NamedTuple):
         """Return S or d, made non-finite if the tall matrix is; products with dense columns show that by themselves."""
         if self.k and not self.sparse:
             return self.small
-        sums: Tensor = self.rows.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
+        sums: Tensor = self.sharding.total(tall.stacked(tall.each(lambda matrix: matrix.sum((-2, -1)), self.tall)))
         return self.small + (0 * sums).view(*sums.shape, *[1] * (self.small.ndim - sums.ndim))
 
     def rotated(self, of_old: Tensor, of_columns: Tensor) -> Tall:
@@ -221,28 +221,31 @@ class Update(NamedTuple):
         rotate_(self.tall, self.columns, of_old, of_columns)
         return self.tall
 
-    def result(self, small: Tensor, basis: Tall, left_out: Tensor, added: Tensor | None) -> Any:
+    def result(self, small: Tensor, basis: Tall, left_out: Tensor, added_trace: Tensor | None) -> Any:
         """Return the updated factor or list of factors, with the updated numbers of tracked factors.
 
         In place, the small parts are written over the old small parts, as `rotated` did for the tall matrix.
         """
         tracked: tuple[Tensor, ...] = ()
-        if self.tracked is not None and added is not None:
+        if self.tracked is not None and added_trace is not None:
             bound, trace = self.tracked
-            tracked = _decayed_sum(bound, self.decay, left_out), _decayed_sum(trace, self.decay, added)
+            tracked = _decayed_sum(bound, self.decay, left_out), _decayed_sum(trace, self.decay, added_trace)
         if self.in_place:
             for old, new in zip((self.small, *(self.tracked or ())), (small, *tracked), strict=True):
                 old.copy_(new)
             return None
         if self.members is None:
-            return _factor(self.kind, small, basis, self.rows, *tracked)
+            return _factor(self.kind, small, basis, self.sharding, *tracked)
         return [_factor(self.kind, *parts) for parts in zip(small, basis, self.members, *tracked, strict=True)]
 
     def overwriting(self, tol: float) -> Update:
         """Check that the factor can be overwritten, and return the update in place, with this tolerance."""
         _check.tolerance(self.function, tol)
-        small_name, name = _NAMES[self.kind]
-        written = {name: self.tall, small_name: self.small}
+        small_name, tall_name = _NAMES[self.kind]
+        if self.rank < self.small.shape[-1]:
+            rule = f"{tall_name} must have no more columns than rows, since the result takes its place"
+            _check.fail_value(self.function, f"{rule}; got {self.small.shape[-1]} columns and {self.rank} rows")
+        written = {tall_name: self.tall, small_name: self.small}
         written |= dict(zip(_TRACKED_NUMBERS, self.tracked or (), strict=False))
         read = {"columns": self.columns, "decay": self.decay, "weight": self.weight}
         for name, value in (written | read).items():
@@ -254,11 +257,11 @@ class Update(NamedTuple):
         return Update(**self._asdict() | {"tol": tol, "in_place": True})
 
 
-def _factor(kind: type[Any], small: Tensor, basis: Tensor, rows: Rows, *tracked: Tensor) -> Any:
+def _factor(kind: type[Any], small: Tensor, basis: Tensor, sharding: Sharding, *tracked: Tensor) -> Any:
     """Return a factor from its local parts, tracked if an error bound and a trace are given."""
-    if rows is not WHOLE:
-        small, basis = rows.small_result(small), rows.tall_result(basis)
-        tracked = tuple(map(rows.small_result, tracked))
+    if sharding is not UNSHARDED:
+        small, basis = sharding.small_result(small), sharding.tall_result(basis)
+        tracked = tuple(map(sharding.small_result, tracked))
     factor = from_parts(kind, small, basis)
     return Tracked(factor, *tracked) if tracked else factor
 
@@ -282,34 +285,48 @@ def check_update(
     _check.choice(function, "compress", compress, ("eigh", "cholesky"))
     if shrink and compress != "eigh":
         _check.fail_value(function, f"shrink needs eigenvalues, so compress='eigh'; got compress={compress!r}")
-    small_name, name = _NAMES[kind]
-    rows, tracked = rows_of(function, name, basis, small), None
-    if rows is not WHOLE or not PLAIN.issuperset(map(type, (small, columns, decay, weight))):
-        rows.check_kind(function, "columns", columns)
-        small = rows.local_small(function, small_name, small)
-        decay, weight = rows.local_small(function, "decay", decay), rows.local_small(function, "weight", weight)
+    small_name, tall_name = _NAMES[kind]
+    sharding, tracked = sharding_of(function, tall_name, basis, small), None
+    if sharding is not UNSHARDED or not PLAIN.issuperset(map(type, (small, columns, decay, weight))):
+        sharding.check_kind(function, "columns", columns)
+        small = sharding.local_small(function, small_name, small)
+        decay, weight = sharding.local_small(function, "decay", decay), sharding.local_small(function, "weight", weight)
     if isinstance(factor, Tracked):
         numbers = dict(zip(_TRACKED_NUMBERS, factor[1:], strict=True))
         for field, number in numbers.items():
-            _check.tracked(function, field, number, name, basis)
-        tracked = tuple(rows.local_small(function, field, number) for field, number in numbers.items())
+            _check.tracked(function, field, number, tall_name, basis)
+        tracked = tuple(sharding.local_small(function, field, number) for field, number in numbers.items())
     sparse = is_sparse(columns)
     if sparse and columns.ndim > 2:
         _check.fail_value(function, f"sparse columns must have shape (n, k); got {tuple(columns.shape)}; pass a list")
-    columns = _check.columns(function, "columns", columns, name, basis)
-    decay = _check.scalar(function, "decay", decay, name, basis)
-    weight = _check.scalar(function, "weight", weight, name, basis)
+    columns = _check.columns(function, "columns", columns, tall_name, basis)
+    decay = _check.scalar(function, "decay", decay, tall_name, basis)
+    weight = _check.scalar(function, "weight", weight, tall_name, basis)
     (n, r), k = basis.shape[-2:], columns.shape[-1]
     if rank is None:
-        most, tol = min(n, r), 0.0
+        new_rank, tol = min(n, r), 0.0
     else:
         because = f"min(n, r + k) with n = {n}, r = {r}, k = {k}"
         requested, tol = max_and_tol(rank)
-        most = _check.rank(function, requested, r, min(n, r + k), because)
-    if rows is not WHOLE:
-        basis, columns = rows.local(function, name, basis), rows.local(function, "columns", columns)
+        new_rank = _check.rank(function, requested, r, min(n, r + k), because)
+    if sharding is not UNSHARDED:
+        basis, columns = sharding.local(function, tall_name, basis), sharding.local(function, "columns", columns)
     return Update(
-        function, kind, small, basis, columns, k, decay, weight, most, tol, tracked, rows, sparse, compress, shrink
+        function,
+        kind,
+        small,
+        basis,
+        columns,
+        k,
+        decay,
+        weight,
+        new_rank,
+        tol,
+        tracked,
+        sharding,
+        sparse,
+        compress,
+        shrink,
     )
 
 
@@ -338,7 +355,7 @@ def stack(updates: Sequence[Update]) -> Update:
         decay=decay,
         weight=weight,
         tracked=first.tracked and tuple(map(stacked, tracked)),
-        members=[update.rows for update in updates],
+        members=[update.sharding for update in updates],
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brandla import _check
 from brandla._ranges import ranged
-from brandla._sharded import WHOLE, Rows, rows_of
+from brandla._sharded import UNSHARDED, Sharding, sharding_of
 from brandla._small import leading_eigh, safe_svd, signs_of
 from brandla.lowrank import Centred, LowRankSVD, Number, Rank, add_dims, max_and_tol, subtract_mean
 from brandla.orthonormal import polish
@@ -57,28 +57,28 @@ def svd_update(
     """
     function = "svd_update"
     _check.svd(function, "svd", svd)
-    left_rows, left_vectors, left = _local_side(function, ("svd.U", "left"), svd.U, left, svd.S)
-    right_rows, right_vectors, right = _local_side(function, ("svd.Vh.mT", "right"), svd.Vh.mT, right, svd.S)
+    left_sharding, left_vectors, left = _local_side(function, ("svd.U", "left"), svd.U, left, svd.S)
+    right_sharding, right_vectors, right = _local_side(function, ("svd.Vh.mT", "right"), svd.Vh.mT, right, svd.S)
     if left.shape[-1] != right.shape[-1]:
         rule = "left and right must have the same number k of columns"
         _check.fail_value(function, f"{rule}; got {left.shape[-1]} and {right.shape[-1]}")
-    rows = left_rows if right_rows is WHOLE else right_rows
-    decay = _check.scalar(function, "decay", rows.local_small(function, "decay", decay), "svd.U", svd.U)
+    sharding = left_sharding if right_sharding is UNSHARDED else right_sharding
+    decay = _check.scalar(function, "decay", sharding.local_small(function, "decay", decay), "svd.U", svd.U)
     (m, r), n, k = svd.U.shape[-2:], svd.Vh.shape[-1], left.shape[-1]
     requested, tol = max_and_tol(rank)
     because = f"min(m, n, r + k) with m = {m}, n = {n}, r = {r}, k = {k}"
     most = _check.rank(function, requested, r, min(m, n, r + k), because)
-    values = rows.local_small(function, "svd.S", svd.S)
+    values = sharding.local_small(function, "svd.S", svd.S)
     left_panel = torch.cat([left_vectors * (values * add_dims(decay))[..., None, :], left], dim=-1)
-    times_left, left_triangle = _panel_factors(left_panel, left_rows)
-    times_right, right_triangle = _panel_factors(torch.cat([right_vectors, right], dim=-1), right_rows)
+    times_left, left_triangle = _panel_factors(left_panel, left_sharding)
+    times_right, right_triangle = _panel_factors(torch.cat([right_vectors, right], dim=-1), right_sharding)
     rotation, spectrum, right_rotation = _truncated_svd(left_triangle @ right_triangle.mT, most, tol, values.dtype)
     # The left panel Q T starts with the old vectors, so these sums are products of old and new vectors of one index.
     signs = signs_of((left_triangle[..., :most] * rotation).sum(-2))[..., None, :]
     return LowRankSVD(
-        left_rows.tall_result(times_left(rotation * signs)),
-        rows.small_result(spectrum),
-        right_rows.tall_result(times_right(right_rotation * signs)).mT,
+        left_sharding.tall_result(times_left(rotation * signs)),
+        sharding.small_result(spectrum),
+        right_sharding.tall_result(times_right(right_rotation * signs)).mT,
     )
 
 
@@ -124,20 +124,20 @@ def svd_append(svd: SVD, columns: Tensor, *, decay: Number = 1.0, rank: int | Ra
     check = _check.centred if is_centred else _check.svd
     check(function, "svd", state)
     factor: LowRankSVD = state.svd if is_centred else state
-    rows, vectors, columns = _local_side(function, ("svd.U", "columns"), factor.U, columns, factor.S)
-    decay = _check.scalar(function, "decay", rows.local_small(function, "decay", decay), "svd.U", factor.U)
+    sharding, vectors, columns = _local_side(function, ("svd.U", "columns"), factor.U, columns, factor.S)
+    decay = _check.scalar(function, "decay", sharding.local_small(function, "decay", decay), "svd.U", factor.U)
     (m, r), k = factor.U.shape[-2:], columns.shape[-1]
     requested, tol = max_and_tol(rank)
     because = f"min(m, r + k) with m = {m}, r = {r}, k = {k}"
     most = _check.rank(function, requested, r, min(m, r + k), because)
-    old, right = rows.local_small(function, "svd.S", factor.S), rows.local_small(function, "svd.Vh", factor.Vh)
+    old, right = sharding.local_small(function, "svd.S", factor.S), sharding.local_small(function, "svd.Vh", factor.Vh)
     sums: tuple[Tensor, ...] = ()
     if is_centred:
-        columns, sums = _recentred(state, columns, decay, rows)
+        columns, sums = _recentred(state, columns, decay, sharding)
     panel = torch.cat([vectors * (old * add_dims(decay))[..., None, :], columns], dim=-1)
-    left, values, rotation = _leading_triplets(panel, most, tol, rows)
+    left, values, rotation = _leading_triplets(panel, most, tol, sharding)
     right = rotation[..., :0, :] if sums else torch.cat([right.mT @ rotation[..., :r, :], rotation[..., r:, :]], dim=-2)
-    joined = LowRankSVD(rows.tall_result(left), rows.small_result(values), rows.small_result(right.mT))
+    joined = LowRankSVD(sharding.tall_result(left), sharding.small_result(values), sharding.small_result(right.mT))
     return cast(SVD, Centred(joined, *sums) if sums else joined)
 
 
@@ -180,42 +180,42 @@ def merge(first: Centred, second: Centred, *, rank: int | Rank | None = None) ->
 
 def _local_side(
     function: str, names: tuple[str, str], vectors: Tensor, new: Tensor, values: Tensor
-) -> tuple[Rows, Tensor, Tensor]:
+) -> tuple[Sharding, Tensor, Tensor]:
     """Check new columns against singular vectors, and return the local rows of both, after their `Rows`."""
     name, new_name = names
-    rows = rows_of(function, name, vectors, values)
-    rows.check_kind(function, new_name, new)
+    sharding = sharding_of(function, name, vectors, values)
+    sharding.check_kind(function, new_name, new)
     # The panel of vectors and columns is dense anyway.
     dense = new.to_dense() if is_sparse(new) else new
     new = _check.columns(function, new_name, dense, name, vectors)
-    return rows, rows.local(function, name, vectors), rows.local(function, new_name, new)
+    return sharding, sharding.local(function, name, vectors), sharding.local(function, new_name, new)
 
 
-def _leading_triplets(panel: Tensor, rank: int, tol: float, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _leading_triplets(panel: Tensor, rank: int, tol: float, sharding: Sharding) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S and V of a panel: float64 by QR, float32 by a float64 Gram matrix, which resolves all its digits."""
     dtype = panel.dtype
     if dtype == torch.float64:
-        times_basis, triangle = _panel_factors(panel, rows)
+        times_basis, triangle = _panel_factors(panel, sharding)
         rotation, spectrum, right = _truncated_svd(triangle, rank, tol, dtype)
         signs = signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
         return times_basis(rotation * signs), spectrum, right * signs
     noise = max(tol, 4 * torch.finfo(dtype).eps) ** 2
-    squares, right = leading_eigh(rows.total(gram(panel)), rank, torch.float64, noise)
+    squares, right = leading_eigh(sharding.total(gram(panel)), rank, torch.float64, noise)
     # The inverse of a value below the normal numbers may overflow this dtype. NaN stays, since it compares as false.
     vanished = squares < torch.finfo(dtype).tiny ** 2
     squares, right = torch.where(vanished, 0, squares), torch.where(vanished[..., None, :], 0, right)
     right = right * signs_of(right.diagonal(dim1=-2, dim2=-1))[..., None, :]
     to_unit = right * torch.where(squares <= 0, math.inf, squares).rsqrt()[..., None, :]
-    left, squares = polish(panel @ to_unit.to(dtype), squares, rows)
+    left, squares = polish(panel @ to_unit.to(dtype), squares, sharding)
     return left, without_denormals(squares.sqrt().to(dtype)), right.to(dtype)
 
 
-def _panel_factors(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def _panel_factors(panel: Tensor, sharding: Sharding) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Return multiplication by Q, and T, of a panel P = Q T: in float64 by QR, else from the eigenvectors of PᵀP."""
     if panel.dtype == torch.float64:
-        basis, triangle = rows.qr(panel)
+        basis, triangle = sharding.qr(panel)
         return basis.matmul, triangle
-    inner = rows.total(gram(panel))
+    inner = sharding.total(gram(panel))
     lengths = inner.diagonal(dim1=-2, dim2=-1).sqrt()
     shortest = torch.finfo(panel.dtype).tiny / torch.finfo(panel.dtype).eps
     unit = torch.where(lengths <= shortest, 0, 1 / torch.where(lengths <= shortest, 1, lengths))
@@ -225,19 +225,19 @@ def _panel_factors(panel: Tensor, rows: Rows) -> tuple[Callable[[Tensor], Tensor
 
     def times_basis(rotation: Tensor) -> Tensor:
         product: Tensor = panel @ (transform @ rotation.double()).to(panel.dtype)
-        polished: Tensor = polish(product, panel.new_ones(()), rows)[0]
+        polished: Tensor = polish(product, panel.new_ones(()), sharding)[0]
         return polished
 
     return times_basis, values.sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
 
 
-def _recentred(state: Centred, columns: Tensor, decay: Number, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _recentred(state: Centred, columns: Tensor, decay: Number, sharding: Sharding) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return a batch minus its mean, with the distance between the means added, and the new sums of the stream."""
     function, mean = "svd_append", state.mean
-    rows.check_kind(function, "svd.mean", mean)
-    mean = rows.local(function, "svd.mean", mean, -1)
-    weight = rows.local_small(function, "svd.weight", state.weight)
-    scatter = rows.local_small(function, "svd.scatter", state.scatter)
+    sharding.check_kind(function, "svd.mean", mean)
+    mean = sharding.local(function, "svd.mean", mean, -1)
+    weight = sharding.local_small(function, "svd.weight", state.weight)
+    scatter = sharding.local_small(function, "svd.scatter", state.scatter)
     k = columns.shape[-1]
     old = weight * decay**2
     total = old + k
@@ -247,11 +247,11 @@ def _recentred(state: Centred, columns: Tensor, decay: Number, rows: Rows) -> tu
     # The batch minus its mean, B, has B 1 = 0, so (B + s 1ᵀ/√k)(B + s 1ᵀ/√k)ᵀ = B Bᵀ + s sᵀ needs no extra column.
     shift = (mean - batch_mean) * (old * share / max(k, 1)).sqrt()[..., None]
     centred = subtract_mean(columns, batch_mean - shift)
-    added = rows.total(torch.linalg.vector_norm(centred, dim=(-2, -1), dtype=torch.float64).square())
+    added = sharding.total(torch.linalg.vector_norm(centred, dim=(-2, -1), dtype=torch.float64).square())
     # One non-finite entry makes the whole mean non-finite.
     mean = mean + (batch_mean - mean) * share[..., None] + 0 * added[..., None]
-    numbers = map(rows.small_result, (total + 0 * added, scatter * decay**2 + added))
-    return centred, (rows.tall_result(mean, -1), *numbers)
+    numbers = map(sharding.small_result, (total + 0 * added, scatter * decay**2 + added))
+    return centred, (sharding.tall_result(mean, -1), *numbers)
 
 
 def _truncated_svd(core: Tensor, rank: int, tol: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

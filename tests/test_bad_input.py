@@ -27,6 +27,8 @@ INTEGERS = torch.ones(N, K, dtype=torch.int64)
 COMPLEX = torch.ones(N, K, dtype=torch.complex64)
 ELSEWHERE = torch.ones(N, K, dtype=torch.float64, device="meta")
 RANDOMIZED = torch.svd_lowrank(make_columns(N, 9), 4)
+WIDE = make_columns(N, N + 2)
+WIDE_ROOT = brandla.LowRankRoot(WIDE, WIDE.mT @ WIDE)
 INTERLEAVED = ROOT._replace(root=COLUMNS.new_zeros(40).as_strided((N, R), (2, 2)))
 HALF_EIGH = brandla.LowRankEigh(*(part.bfloat16() for part in EIGH))
 STREAM, SHORTER = (brandla.centre(brandla.LowRankSVD.zeros(n, 0, 2)) for n in (N, 10))
@@ -164,6 +166,7 @@ REFUSED = [
     ("eigh_update.eigh", [("a wide basis", ValueError, "eigenvectors … r = 12 > n = 4", UPRIGHT)]),
     ("root_update.root", [*broken(ROOT), ("an eigh", TypeError, "LowRankEigh … convert", EIGH)]),
     ("root_update.root", [("a vector", ValueError, "root.root … (12,)", ROOT._replace(root=COLUMNS[:, 0]))]),
+    ("root_update_.root", [("wide", ValueError, "root.root … columns than rows … 14 columns and 12 rows", WIDE_ROOT)]),
     ("root_update_.root", [("interleaved", ValueError, "root.root … share memory", INTERLEAVED)]),
     ("root_update*.compress", [(str(no), ValueError, f"'eigh' … {no!r}", no) for no in ("qr", None)]),
     ("*.tol", [(str(tol), ValueError, f"[0, 1) … {tol}", tol) for tol in (1.0, -0.1, math.nan)]),

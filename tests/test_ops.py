@@ -247,8 +247,8 @@ def test_bad_input_is_refused_before_anything_is_written(is_list, bad):
     if bad == "device":
         # Call the implementation for a CPU, although some tensors are elsewhere.
         calls = [partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))]
-    elif name in (*IN_PLACE, "sketch"):
-        # An op that overwrites or draws checks its input however it is called.
+    elif name in (*IN_PLACE, "sketch") or bad == "no problems":
+        # An op that overwrites or draws, or gets an empty list, checks its input however it is called.
         calls += [OPS[name], brandla.backend("torch")(OPS[name].__call__)]
     for call in calls:
         with unchanged(arguments[0]), pytest.raises(kind) as caught:

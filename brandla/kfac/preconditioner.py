@@ -17,9 +17,9 @@ from brandla.kfac import state
 from brandla.kfac.adaptive import Adaptive, Trial
 from brandla.kfac.capture import fisher
 from brandla.kfac.capture.calls import Groups, Pass, Recorder, Terms
+from brandla.kfac.capture.finite import FiniteCheck, loss_scale
 from brandla.kfac.capture.fisher import CurvatureType, Loss
 from brandla.kfac.capture.layer import Layer, Sharing, by_strategy
-from brandla.kfac.capture.mask import Mask, loss_scale
 from brandla.kfac.capture.mistakes import GRADIENTS_CHECKED_AT, Mistakes
 from brandla.kfac.clip import copy_exact, divide_and_copy, kl_divisor, rms_divisors, spectral_norms
 from brandla.kfac.find import find_layers
@@ -171,7 +171,7 @@ class KFAC:
         self._mistakes = Mistakes()
         self._mistakes.check_model(model)
         self._steps = 0
-        self._adapted = damping.initial if isinstance(damping, Adaptive) else None
+        self._adapted_damping = damping.initial if isinstance(damping, Adaptive) else None
         self._trial: Trial | None = None
         self._curvature_calls = 0
         self._captured_bytes = 0
@@ -270,15 +270,15 @@ class KFAC:
         if self.options.gradient == "pair":
             self._check_one_process()
         unseen: list[Layer] = []
-        working = [layer for layer in self._layers if not layer.capture.refusal]
-        for layer in working:
+        supported = [layer for layer in self._layers if not layer.capture.refusal]
+        for layer in supported:
             layer.begin()
-        parts = [part for layer in working for part in (layer.weight, layer.bias)]
-        with whole_gradients(parts), self._graph_capture(working):
-            layers = [layer for layer in working if layer.has_gradient]
+        parts = [part for layer in supported for part in (layer.weight, layer.bias)]
+        with whole_gradients(parts), self._graph_capture(supported):
+            layers = [layer for layer in supported if layer.has_gradient]
             self._mistakes.check_loop(layers, alone=not self._replicas.several)
             if layers or self._replicas.several:
-                self._step(working, layers)
+                self._step(supported, layers)
                 unseen = [layer for layer in layers if layer.is_unseen]
         self._captured_bytes = sum([layer.end() for layer in self._layers])
         self._recorder.forget_terms()
@@ -315,7 +315,7 @@ class KFAC:
             If the damping is not `Adaptive`, or the gradients, which hold the step, are gone.
         """
         adaptive = self.options.damping
-        if not isinstance(adaptive, Adaptive) or self._adapted is None:
+        if not isinstance(adaptive, Adaptive) or self._adapted_damping is None:
             message = "KFAC.adapt: damping must be Adaptive(...)"
             raise RuntimeError(message)
         trial, self._trial = self._trial, None
@@ -327,7 +327,7 @@ class KFAC:
         actual, expected = map(float, torch.stack([reduction.to(predicted.device), predicted]).tolist())
         if expected == 0 or math.isnan(expected):
             return None
-        self._adapted = adaptive.next(self._adapted, actual / expected)
+        self._adapted_damping = adaptive.next(self._adapted_damping, actual / expected)
         return actual / expected
 
     @torch.no_grad()
@@ -352,8 +352,10 @@ class KFAC:
             layer.begin()
         # After a refused call, the weight may no longer be a parameter.
         local_rows = self._rows([layer for layer in layers if not layer.capture.refusal and layer.has_gradient], None)
-        mask, rows = self._replicas.exchange(local_rows, Mask.of(local_rows.values(), self._model), self._seed, 0)
-        now = self._now(self.options.at(max(self._steps - 1, 0)), mask)
+        check, rows = self._replicas.exchange(
+            local_rows, FiniteCheck.of(local_rows.values(), self._model), self._seed, 0
+        )
+        now = self._now(self.options.at(max(self._steps - 1, 0)), check)
         for strategy, members in by_strategy(rows):
             problems = [
                 Problem(layer.curvature, rows[layer].gradients, rows[layer], layer.parameters) for layer in members
@@ -435,7 +437,7 @@ class KFAC:
         """
         with self._replicas.complete():
             layers = {layer.name: state.of_layer(layer) for layer in self._layers}
-        return {"format": state.FORMAT, "steps": self._steps, "damping": self._adapted, "layers": layers}
+        return {"format": state.FORMAT, "steps": self._steps, "damping": self._adapted_damping, "layers": layers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``, which must come from the same layers and strategies; other options may differ.
@@ -452,58 +454,61 @@ class KFAC:
         self._recorder.forget_terms()
         self._curvature_calls = 0
         self._steps = int(state_dict["steps"])
-        if self._adapted is not None and state_dict["damping"] is not None:
-            self._adapted = float(state_dict["damping"])
+        if self._adapted_damping is not None and state_dict["damping"] is not None:
+            self._adapted_damping = float(state_dict["damping"])
         self._known_replicas = None
         self._choose_captures()
 
-    def _step(self, working: list[Layer], layers: list[Layer]) -> None:
-        """Step the ``layers`` that have a gradient. ``working`` are all layers that can be preconditioned."""
+    def _step(self, supported: list[Layer], layers: list[Layer]) -> None:
+        """Step the ``layers`` that have a gradient. ``supported`` are all layers that can be preconditioned."""
         options = self.options.at(self._steps)
         scale = loss_scale(self._scaler, layers[0].weight.device) if layers else None
         # Layers without a gradient here may get data from another process.
-        for layer in working:
+        for layer in supported:
             layer.match_weight()
         if self._steps == GRADIENTS_CHECKED_AT and not self._replicas.several and not is_captured():
             self._mistakes.check_gradients(layers, scale)
         local_rows = self._rows(self._due_layers(layers, options), scale)
         terms = self._loss_terms(local_rows)
-        pairs = {}
+        left_out = {}
         for layer in layers:
             if layer.capture.left_out and (rows := layer.take_gradient(local_rows.get(layer), scale)) is not None:
-                pairs[layer] = rows
+                left_out[layer] = rows
         # A gradient that is a product of rows is finite if they are, so the check of the rows replaces its check.
         reads_rows_alone = self._applies_to_pairs and not self._takes_curvature
         products = [
             gradient
-            for layer in local_rows | pairs
+            for layer in local_rows | left_out
             if layer.unformed is not None or (reads_rows_alone and layer in local_rows and layer.checked_by_rows)
             for gradient in (layer.weight.grad, layer.bias_gradient)
         ]
-        distinct = {id(rows): rows for rows in (*local_rows.values(), *pairs.values())}
-        mask = Mask.of(distinct.values(), self._model, products)
-        mask, absorbing = self._replicas.exchange(local_rows, mask, self._seed, terms)
-        now = self._now(options, mask)
-        self._replicas.absorb(absorbing, now)
+        distinct = {id(rows): rows for rows in (*local_rows.values(), *left_out.values())}
+        check = FiniteCheck.of(distinct.values(), self._model, products)
+        check, rows_of_layers = self._replicas.exchange(local_rows, check, self._seed, terms)
+        now = self._now(options, check)
+        self._replicas.absorb(rows_of_layers, now)
         ready = [layer for layer in layers if layer.curvature.started and not layer.capture.refusal]
-        self._precondition(ready, absorbing, now, options.clip, scale)
-        for layer in pairs.keys() - set(ready):
+        self._precondition(ready, rows_of_layers, now, options.clip, scale)
+        for layer in left_out.keys() - set(ready):
             layer.gradient()
-        mask.clear(self._model)
+        check.clear(self._model)
         for layer in ready:
             layer.mark_stepped()
-        if not mask.known_finite:
-            self._count(mask)
+        if not check.known_finite:
+            self._count(check)
             # With a scaler some batches overflow; the scaler skips them too.
             if scale is None and not is_captured():
                 self._mistakes.check_skipped(self._step_counts[0], self._step_counts[1], self._steps)
 
-    def _count(self, mask: Mask) -> None:
+    def _count(self, check: FiniteCheck) -> None:
         """Count a step that was checked on the device, in place, so that replays of a CUDA graph count too."""
+        device = check.finite_int.device
         if not self._step_counts:
-            checked, finite, one = torch.tensor([0, 0, 1], dtype=torch.int32, device=mask.finite_int.device).unbind()
-            self._step_counts = [checked, finite, one]
-        torch._foreach_add_(self._step_counts[:2], [self._step_counts[2], mask.finite_int])
+            self._step_counts = [*torch.tensor([0, 0, 1], dtype=torch.int32, device=device).unbind()]
+        elif self._step_counts[0].device != device:
+            # The model has been moved.
+            self._step_counts = [count.to(device) for count in self._step_counts]
+        torch._foreach_add_(self._step_counts[:2], [self._step_counts[2], check.finite_int])
 
     def _rows(self, layers: list[Layer], scale: Tensor | None) -> dict[Layer, Rows]:
         """Return the rows that the factors of layers take in at this step."""
@@ -520,7 +525,9 @@ class KFAC:
 
     def _loss_terms(self, rows: Mapping[Layer, Rows]) -> Tensor | float:
         """Return the loss's number of terms; 0 if `curvature` gave none, or if rows are not the loss's gradients."""
-        number: Tensor | float = 0 if self._takes_curvature else fisher.terms_of(rows, "loss")
+        if self._takes_curvature:
+            return 0
+        number: Tensor | float = fisher.terms_of(rows, "loss")
         if rows and self._recorder.terms["loss"] is not None and not isinstance(number, Tensor) and number == 0:
             message = "KFAC.step: curvature(outputs) was called after the loss's backward pass; call it before that"
             raise RuntimeError(message)
@@ -575,7 +582,7 @@ class KFAC:
             "scaler": self._scaler is not None,
             "several processes": self._replicas.several,
             f"curvature={self.options.curvature!r}": self._takes_curvature,
-            "Adaptive damping": self._adapted is not None,
+            "Adaptive damping": self._adapted_damping is not None,
             "clip_by='spectral'": self.options.clip_by == "spectral",
         }
         check_capture(options, {layer.name: layer.curvature for layer in layers if layer.has_gradient})
@@ -593,11 +600,13 @@ class KFAC:
             return layers
         return [layer for layer in layers if not layer.curvature.started]
 
-    def _now(self, options: AtStep, mask: Mask) -> Now:
+    def _now(self, options: AtStep, check: FiniteCheck) -> Now:
         """Return the settings of this step, with the current value of an `Adaptive` damping."""
-        damping = Damping(options.damping if self._adapted is None else self._adapted, self.options.damping_scale)
+        damping = Damping(
+            options.damping if self._adapted_damping is None else self._adapted_damping, self.options.damping_scale
+        )
         replays = self._step_counts[0] if is_captured() else 0
-        return Now(self._steps, self._seed, options.decay, damping, mask.finite, replays)
+        return Now(self._steps, self._seed, options.decay, damping, check.finite, replays)
 
     def _choose_captures(self) -> None:
         """Capture in the next passes only the data that will be used."""
@@ -612,7 +621,8 @@ class KFAC:
     @property
     def _seed(self) -> int:
         """The first seed of this step, with room for one per factor. A checkpoint continues with the same seeds."""
-        return (self.options.seed * 1_000_003 + self._steps) * 65_537
+        # Below 2⁶³ with what is added for factors.
+        return (self.options.seed * 1_000_003 + self._steps) * 65_537 % (2**63 - 65_537)
 
     @property
     def _takes_curvature(self) -> bool:

@@ -125,12 +125,12 @@ def rows_of(layer: str, strategy: str, shape: Shape, curvature: Curvature) -> li
     for side, factor in curvature.factors():
         bounds: tuple[float | None, float | None] = (None, None)
         if factor.started:
-            absolute = factor.strategy.error_bound(factor.state)
+            absolute = factor.form.error_bound(factor.state)
             relative = torch.where(absolute == 0, 0, absolute / factor.largest())
             bounds = float(absolute.max()), float(relative.max())
         note = factor.reason if factor.started else "no data yet"
         memory = _bytes(factor.tensors()), entry_bytes * factor.n**2
-        rows.append(FactorReport(layer, side, factor.n, str(factor.strategy), note, factor.rank, *bounds, *memory))
+        rows.append(FactorReport(layer, side, factor.n, str(factor.form), note, factor.rank, *bounds, *memory))
     for side, remark, tensors in curvature.kept():
         n = shape.d_in if side == "input" else shape.d_out
         memory = _bytes(tensors), entry_bytes * n**2

@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     adjacent. ``positions`` is 1 if calls differ in it. m > 1 if the curvature takes m gradients of each use. One-hot
     inputs are (N,) indices, with −1 for a row of zeros. A single layer's inputs are m N rows, and its gradients are the
     same rows. ``share`` is the fraction of uses that are not padding. Rows of padding are 0, and the others are
-    scaled so that a mean over N is the mean over them. In ``counted`` rows γ is divided so that N Σ γ γᵀ is the mean
+    scaled so that a mean over N is the mean over them. In ``per_term`` rows γ is divided so that N Σ γ γᵀ is the mean
     over the terms of the loss; Σ γ aᵀ is not the gradient then.
     """
 
@@ -68,12 +68,12 @@ class Rows(NamedTuple):
     positions: int = 1
     single: bool = False
     share: Tensor | None = None
-    counted: bool = False
+    per_term: bool = False
 
     def of_terms(self, divisor: Tensor | float) -> Rows:
-        """Return rows counted by terms: γ divided by ``divisor``. In a single layer γ is the input as well."""
+        """Return rows per term of the loss: γ divided by ``divisor``. In a single layer γ is the input as well."""
         gradients = self.gradients / divisor
-        return self._replace(inputs=gradients if self.single else self.inputs, gradients=gradients, counted=True)
+        return self._replace(inputs=gradients if self.single else self.inputs, gradients=gradients, per_term=True)
 
 
 class Damping(NamedTuple):
@@ -82,7 +82,7 @@ class Damping(NamedTuple):
     value: float
     scale: Scale
 
-    def of(self, largest: Tensor, *, stacked: bool = False) -> Tensor:
+    def of(self, largest: Tensor, *, several: bool = False) -> Tensor:
         """Return λ for the largest eigenvalues d₁ (*groups,) of a factor, or of several in one tensor.
 
         Relative damping raises d₁ of each matrix to at least ε times the largest d₁ of its factor, because smaller
@@ -91,7 +91,7 @@ class Damping(NamedTuple):
         """
         if self.scale == "absolute":
             return torch.full_like(largest, self.value)
-        if groups := tuple(range(int(stacked), largest.ndim)):
+        if groups := tuple(range(int(several), largest.ndim)):
             resolved = torch.finfo(largest.dtype).eps * largest.amax(groups, keepdim=True)
             largest = torch.maximum(largest, resolved)
         shift: Tensor = torch.nn.functional.threshold(self.value * largest, torch.finfo(largest.dtype).tiny, 1)
@@ -107,7 +107,7 @@ class Damping(NamedTuple):
 
     def of_each(self, largest: Sequence[Tensor]) -> list[Tensor]:
         """Return λ for each of a list of factors."""
-        return map_by_kind(largest, layout, lambda members: self.of(stacked(members), stacked=True).unbind())
+        return map_by_kind(largest, layout, lambda members: self.of(stacked(members), several=True).unbind())
 
 
 class Now(NamedTuple):

@@ -85,7 +85,8 @@ class Op(Generic[Parameters, Result]):
         leader = first[0] if listed and first else first
         traced = torch.compiler.is_compiling()
         forced = None if traced else _forced.get()
-        direct = forced == "torch" or (forced is None and reads_are_free(leader)) or (listed and is_mapped(leader))
+        is_free = forced is None and reads_are_free(leader)
+        direct = forced == "torch" or is_free or (listed and len(first) > 0 and is_mapped(leader))
         if direct and not self.signature.writes:
             # The dispatcher would give the same results, some microseconds later. It also checks the call; here
             # torch's own errors are enough, since nothing is overwritten.

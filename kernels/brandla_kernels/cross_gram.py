@@ -61,10 +61,10 @@ def _keeps_precision(inner: Tensor, n: int) -> bool:
     if inner.numel() == 0:
         return True
     inner = inner.detach() if inner.requires_grad else inner
-    longest = inner.diagonal(dim1=-2, dim2=-1).amax(-1)
-    lengths = [extreme.item() for extreme in longest.aminmax()] if longest.ndim else [longest.item()]
+    largest = inner.diagonal(dim1=-2, dim2=-1).amax(-1)
+    squares = [extreme.item() for extreme in largest.aminmax()] if largest.ndim else [largest.item()]
     info = torch.finfo(torch.float32)
-    return n * info.tiny / info.eps <= lengths[0] and lengths[-1] < math.inf
+    return n * info.tiny / info.eps <= squares[0] and squares[-1] < math.inf
 
 
 @cross_gram.gradient

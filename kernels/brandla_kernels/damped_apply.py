@@ -55,13 +55,14 @@ def damped_apply_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients with respect to U, Z, β and V, given the one with respect to Y."""
     scaled = scale[..., None, None] * gradient
-    coefficients, pulled = inner_product(basis, rhs), inner_product(basis, gradient)
-    turned = apply_middle(basis, middle, coefficients)
-    of_scale = (gradient * rhs).sum((-2, -1)) + (pulled * turned).sum((-2, -1))
-    pulled = scale[..., None, None] * pulled
-    inner = apply_middle(basis, transposed_middle(basis, middle), pulled)
-    of_middle = (pulled * coefficients).sum(-1) if middle.ndim < basis.ndim else pulled @ coefficients.mT
-    return scaled @ turned.mT + rhs @ inner.mT, of_middle, of_scale, scaled + basis @ inner
+    coefficients, projected = inner_product(basis, rhs), inner_product(basis, gradient)
+    inner = apply_middle(basis, middle, coefficients)
+    of_scale = (gradient * rhs).sum((-2, -1)) + (projected * inner).sum((-2, -1))
+    of_inner = scale[..., None, None] * projected
+    of_coefficients = apply_middle(basis, transposed_middle(basis, middle), of_inner)
+    of_middle = (of_inner * coefficients).sum(-1) if middle.ndim < basis.ndim else of_inner @ coefficients.mT
+    of_basis = scaled @ inner.mT + rhs @ of_coefficients.mT
+    return of_basis, of_middle, of_scale, scaled + basis @ of_coefficients
 
 
 damped_apply.gradient(lambda inputs, gradients: damped_apply_gradient(*inputs, *gradients))

@@ -95,9 +95,9 @@ def damped_cholesky(gram: Tensor, damping: float | Tensor) -> Tensor:
 @damped_inverse.gradient
 def _gradient(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
     *side, rhs = inputs
-    applied = coefficients(*side)
-    *of_side, of_rhs = damped_apply_gradient(side[0], *applied, rhs, gradients[0])
-    return *_gradients_of(side, applied, of_side), of_rhs
+    operator = coefficients(*side)
+    *of_side, of_rhs = damped_apply_gradient(side[0], *operator, rhs, gradients[0])
+    return *_gradients_of(side, operator, of_side), of_rhs
 
 
 @pair_damped_inverse.gradient
@@ -115,16 +115,18 @@ def _kron_gradient(inputs: Sequence[Tensor], gradients: tuple[Tensor]) -> tuple[
     return *_gradients_of(left, on_left, found[:3]), *_gradients_of(right, on_right, found[3:6]), found[6]
 
 
-def _gradients_of(side: Sequence[Tensor], applied: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _gradients_of(
+    side: Sequence[Tensor], operator: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """Return the gradients with respect to U, d or S, λ and τ, given those with respect to U, Z and β."""
     basis, small, damping, _ = side
-    (middle, scale), (of_basis, of_middle, of_scale) = applied, gradients
+    (middle, scale), (of_basis, of_middle, of_scale) = operator, gradients
     of_shift = -(of_scale * scale) * scale
     if small.ndim == basis.ndim:
-        # d(A⁻¹) = −A⁻¹ dA A⁻¹
-        turned = middle @ of_middle @ middle
-        of_damping = of_shift + turned.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return of_basis, (turned + turned.mT) / 2, of_damping, of_shift
-    pulled = of_middle / (small + damping[..., None])
-    of_damping = of_shift - (pulled * middle).sum(-1)
-    return of_basis, -pulled * (1 + middle), of_damping, of_shift + pulled.sum(-1)
+        # Z = −A⁻¹ for A = S + λI, so dZ = Z dA Z.
+        of_gram = middle @ of_middle @ middle
+        of_damping = of_shift + of_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return of_basis, (of_gram + of_gram.mT) / 2, of_damping, of_shift
+    of_gap = of_middle / (small + damping[..., None])
+    of_damping = of_shift - (of_gap * middle).sum(-1)
+    return of_basis, -of_gap * (1 + middle), of_damping, of_shift + of_gap.sum(-1)

@@ -43,7 +43,7 @@ def cost(r: int, k: int, itemsize: int = 4) -> Cost:
 def eigh_core(
     cross: Tensor, own: Tensor, gram: Tensor, decay: float | Tensor, weight: float | Tensor, rounded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return K/σ (..., m, m), the factors of its rows (..., m), and σ (...,), in float64.
+    """Return K/σ (..., m, m), and in float64 the factors of its rows (..., m) and σ (...,).
 
     Parameters
     ----------
@@ -82,23 +82,23 @@ def assembled(
     gram: Tensor, cross: Tensor, own: Tensor, decay: float | Tensor, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return K and the factors of its rows, in float64."""
-    of_new = _expanded_root(weight, own.shape[:-1], own)
-    of_old = _expanded_root(decay, cross.shape[:-1], own)
+    new_scales = _expanded_sqrt(weight, own.shape[:-1], own)
+    old_scales = _expanded_sqrt(decay, cross.shape[:-1], own)
     old = gram
     if gram.ndim < own.ndim:
         # The root √d √ρ has a derivative with respect to ρ where d is 0; √(ρd) has none.
-        old, of_old = torch.diag_embed(torch.ones_like(gram)), gram.double().sqrt() * of_old
-    rows = torch.cat([of_old, of_new], -1)
+        old, old_scales = torch.diag_embed(torch.ones_like(gram)), gram.double().sqrt() * old_scales
+    row_scales = torch.cat([old_scales, new_scales], -1)
     # torch.cat takes the wider dtype.
     above, below = torch.cat([old, cross], -1), torch.cat([cross.mT, own], -1)
     core = torch.cat([above, below], -2)
-    if core.requires_grad or rows.requires_grad:
-        return core * rows[..., :, None] * rows[..., None, :], rows
+    if core.requires_grad or row_scales.requires_grad:
+        return core * row_scales[..., :, None] * row_scales[..., None, :], row_scales
     # In place, since new memory would take longer than the products.
-    return core.mul_(rows[..., :, None]).mul_(rows[..., None, :]), rows
+    return core.mul_(row_scales[..., :, None]).mul_(row_scales[..., None, :]), row_scales
 
 
-def _expanded_root(number: float | Tensor, shape: torch.Size, like: Tensor) -> Tensor:
+def _expanded_sqrt(number: float | Tensor, shape: torch.Size, like: Tensor) -> Tensor:
     """Return the square root of each problem's number in every place of ``shape``."""
     if isinstance(number, Tensor):
         return number.sqrt()[..., None].expand(shape)

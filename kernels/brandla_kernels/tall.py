@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brandla_kernels._signature import Matrices
 
-# `Matrices` for code that returns the kind it was given, a tensor or a list, which no alias can say.
+# `Matrices`, where a result is a tensor or a list as the argument is. No alias can say that, so it is Any.
 Tall: TypeAlias = Any
 
 

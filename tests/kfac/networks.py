@@ -118,7 +118,7 @@ def train(
 def average(preconditioner: KFAC, side: str = "input", layer: int = 0) -> Tensor:
     """Return A or G of a layer from a factor that keeps the dense average."""
     factor = getattr(preconditioner._layers[layer].curvature, side)
-    return factor.strategy.average(factor.state)
+    return factor.form.average(factor.state)
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:

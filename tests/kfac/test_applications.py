@@ -47,7 +47,7 @@ def dense_evidence(model, preconditioner, traces, precisions):
     for index, (layer, precision) in enumerate(zip(preconditioner._layers, precisions, strict=True)):
         trace = {side: average(traces, side, index).trace() for side in ("input", "output")}
         A, G = (
-            dense_operator(Tracked(own.strategy.lowrank(own.state), trace[side], trace[side]), 0.0, own.strategy.tail)
+            dense_operator(Tracked(own.form.lowrank(own.state), trace[side], trace[side]), 0.0, own.form.tail)
             for side, own in sorted(layer.curvature.factors())
         )
         F = TERMS * torch.kron(G, A)
@@ -218,7 +218,7 @@ def test_the_factors_of_a_system_are_the_mean_and_the_sum_of_both_terms():
     preconditioner = PINN(model, EXACT, damping=DAMPING)
     (A, B), (A_boundary, B_boundary) = dense_factors(model, 2)
     preconditioner.backward(*PROBLEM)
-    found = {side: own.strategy.average(own.state) for side, own in preconditioner.curvatures[1].factors()}
+    found = {side: own.form.average(own.state) for side, own in preconditioner.curvatures[1].factors()}
     torch.testing.assert_close(found["input"], (A + A_boundary) / 2)
     torch.testing.assert_close(found["output"], B + B_boundary)
 

@@ -11,6 +11,7 @@ import brandla  # noqa: E402
 from bench import launches  # noqa: E402
 from brandla import Rank  # noqa: E402
 from brandla.kfac import KFAC, Brand, Exact, Foof, InverseFree, Strategy, TwoLevel, Woodbury  # noqa: E402
+from brandla.kfac.capture.finite import FiniteCheck  # noqa: E402
 from brandla_kernels import OPS  # noqa: E402
 from kfac.networks import Words  # noqa: E402
 from kfac.systems import STRUCTURED, SYSTEMS, factors_of  # noqa: E402
@@ -41,6 +42,13 @@ def test_a_layer_adds_few_kernels_to_a_step(clip_by, most, gradient, resumed):
     few, many = (third_step(launches.mlp(depth), torch.randn(6, 48), Brand(8), **options) for depth in (3, 7))
     assert many.kernels - few.kernels <= 4 * most
     assert many.waits == 0
+
+
+def test_counts_of_steps_follow_a_model_that_is_moved():
+    preconditioner = KFAC(nn.Linear(3, 2), Exact())
+    for device in ("cpu", "meta"):
+        preconditioner._count(FiniteCheck(torch.ones((), dtype=torch.bool, device=device), known_finite=False))
+    assert {count.device.type for count in preconditioner._step_counts} == {"meta"}
 
 
 CHOLESKY, ROOT = Exact(inverse_every=1, method="cholesky"), Brand(2, compress="cholesky")

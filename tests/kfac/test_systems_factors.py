@@ -65,7 +65,7 @@ def trained(strategy, steps, *, count=8, decay=0.95):
         step = layer_step(layer, preconditioner, (inputs / torch.arange(1.0, 61), labels))
         dense, total = decay * dense + step.factors[0], decay * total + 1
     factor = preconditioner._layers[0].curvature.input
-    lowrank = factor.strategy.lowrank(factor.state)
+    lowrank = factor.form.lowrank(factor.state)
     return preconditioner, lowrank.dense(), dense / total
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from brandla.kfac import KBFGS, KFAC, Exact, Foof, InverseFree
-from brandla.kfac.capture.mask import Mask
+from brandla.kfac.capture.finite import FiniteCheck
 from brandla.kfac.values import Rows
 from kfac.networks import EXACT, assert_near, batch, gradients, loss_of, mlp, stepped, train
 from kfac.systems import every_system, factors_of, tensors
@@ -36,7 +36,7 @@ def broken_backward(model, seed, fault):
 def curvature_of(preconditioner):
     """Return M of the factors, or else all tensors: sums decay with their totals, and bases may rotate, but M stays."""
     factors = factors_of(preconditioner)
-    found = [own.strategy.average(own.state) if "dense" in own.state else own.operand().dense() for own in factors]
+    found = [own.form.average(own.state) if "dense" in own.state else own.operand().dense() for own in factors]
     return found or tensors(preconditioner)
 
 
@@ -44,7 +44,7 @@ def curvature_of(preconditioner):
 @every_system
 def test_non_finite_batches_change_nothing(strategy, reads_are_free, monkeypatch):
     """The very first batch may be one. The device case takes the code that reads nothing back."""
-    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: reads_are_free)
+    monkeypatch.setattr("brandla.kfac.capture.finite.reads_are_free", lambda tensor: reads_are_free)
     model = mlp(60, 50, 4, dtype=torch.float32)
     preconditioner = KFAC(model, strategy)
     faults = ["input", "", "loss", "", "gradient", "loss squared", "", "inputs squared", "input", ""]
@@ -89,7 +89,7 @@ def test_gradients_of_other_layers_are_checked(other, inputs):
 
 
 def test_a_mask_without_rows_is_finite():
-    assert Mask.of([], nn.Linear(2, 2)).finite
+    assert FiniteCheck.of([], nn.Linear(2, 2)).finite
 
 
 @pytest.mark.parametrize("finite", [True, False])
@@ -98,7 +98,7 @@ def test_a_mask_keeps_every_bit_or_none(dtype, finite):
     """On a device, rows and gradients are multiplied as integers: 0 times NaN is 0, and −0 times 1 is −0."""
     model = nn.Linear(4, 1, bias=False).to(dtype)
     model.weight.grad = torch.tensor([[math.nan, -0.0, -math.inf, 2.0]], dtype=dtype)
-    before, mask = model.weight.grad.clone(), Mask(torch.tensor(finite), known_finite=False)
+    before, mask = model.weight.grad.clone(), FiniteCheck(torch.tensor(finite), known_finite=False)
     indices, columns = torch.tensor([1, 0]), before.mT.float()
     masked = mask.rows({"any": Rows(indices, columns, 1), "single": Rows(columns, columns, 1, single=True)})
     mask.clear(model)
@@ -180,7 +180,7 @@ def test_schedules_are_functions_of_the_step():
 
 @on_host_and_device
 def test_a_second_step_with_no_new_gradient_does_nothing(reads_are_free, monkeypatch):
-    monkeypatch.setattr("brandla.kfac.capture.mask.reads_are_free", lambda tensor: reads_are_free)
+    monkeypatch.setattr("brandla.kfac.capture.finite.reads_are_free", lambda tensor: reads_are_free)
     model = mlp(10, 20, 4)
     preconditioner = KFAC(model, EXACT)
     once = step_on(model, preconditioner, 0)

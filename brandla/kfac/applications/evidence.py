@@ -101,24 +101,24 @@ def _logdet(layer: Layer, damping: Tensor) -> Tensor:
         _check.fail_value("evidence", f"{layer.name} must have data; take steps of KFAC over the data set first")
     factors = dict(curvature.factors())
     if isinstance(curvature, Kronecker) and layer.shape.single and factors:
-        return damped_logdet(_operand(factors["input"]), damping, tail=factors["input"].strategy.tail).sum()
+        return damped_logdet(_operand(factors["input"]), damping, tail=factors["input"].form.tail).sum()
     if not isinstance(curvature, (Kronecker, EigenvalueCorrected)) or len(factors) < 2:
         rule = f"{layer.name}: the strategy must be {_SUPPORTED}, whose curvature is a Kronecker product"
         _check.fail_type("evidence", f"{rule}; got {layer.strategy}")
     left, right, fitted = factors["output"], factors["input"], None
     if isinstance(curvature, EigenvalueCorrected):
         fitted = (curvature.sums / right.state["total"]).to(torch.float64)
-    operands, (left_tail, right_tail) = (_operand(left), _operand(right)), (left.strategy.tail, right.strategy.tail)
+    operands, (left_tail, right_tail) = (_operand(left), _operand(right)), (left.form.tail, right.form.tail)
     return kron_damped_logdet(*operands, damping, left_tail=left_tail, right_tail=right_tail, values=fitted).sum()
 
 
 def _operand(factor: Factor) -> LowRank:
     """Return M in float64: a diagonal factor as a batch of order 1, and a dense factor decomposed as by `Exact`."""
-    strategy, operand = factor.strategy, factor.operand()
-    if isinstance(strategy, Diagonal):
+    form, operand = factor.form, factor.operand()
+    if isinstance(form, Diagonal):
         frequencies = (factor.state["diagonal"] / factor.state["total"])[..., None]
         operand = LowRankEigh(frequencies, torch.ones_like(frequencies)[..., None])
-    elif operand is None and isinstance(strategy, DenseForm):
-        operand = Exact().decompose(strategy.average(factor.state))
+    elif operand is None and isinstance(form, DenseForm):
+        operand = Exact().decompose(form.average(factor.state))
     assert operand is not None
     return operand.to(torch.float64)

@@ -80,9 +80,9 @@ def rows_of(layers: Iterable[Layer]) -> dict[Layer, Rows]:
     return {layer: rows.of_terms((rows.uses * terms) ** 0.5) for layer, rows in stacked.items() if rows is not None}
 
 
-def terms_of(layers: Iterable[Layer], kind: Pass) -> Tensor | float:
+def terms_of(layers: Iterable[Layer], pass_name: Pass) -> Tensor | float:
     """Return the number of terms, or the sum of their weights, behind the captured gradients; 0 if it is unknown."""
-    runs = [call.terms[kind] for layer in layers for call in layer.capture.calls]
+    runs = [call.terms[pass_name] for layer in layers for call in layer.capture.calls]
     return sum({id(run): run.total for run in runs if run is not None}.values())
 
 

@@ -88,11 +88,11 @@ class Capture:
     def gradient_is_captured(self) -> bool:
         """Say, with no read-back, whether the gradient can only come from the captured calls.
 
-        It was empty before the first call, and nobody but autograd has written to it since. GradScaler.unscale_ does
+        It was None before the first call, and nobody but autograd has written to it since. GradScaler.unscale_ does
         not count as writing.
         """
         noted = self._autograd_gradient
-        return self._was_empty and noted is not None and noted.matches(self._watched.grad)
+        return self._was_none and noted is not None and noted.matches(self._watched.grad)
 
     def is_weight_changed(self) -> bool:
         """Say whether somebody has written to the weight since the last backward pass."""
@@ -109,7 +109,7 @@ class Capture:
         # Whether autograd has left the weight's gradient out of a backward pass since the last step.
         self.left_out = False
         # Whether the gradient was None before the first call, and autograd alone has written to it since.
-        self._was_empty = False
+        self._was_none = False
         # The gradient as autograd has left it.
         self._autograd_gradient: Version | None = None
         # The weight at the last backward pass, and its version then.
@@ -128,9 +128,9 @@ class Capture:
                 call.keep(self._accumulated_by)
                 self.calls = [kept for kept in self.calls if any(kept.gradients.values())]
 
-    def forget_discarded(self, kind: Pass) -> None:
+    def forget_discarded(self, pass_name: Pass) -> None:
         """Forget the calls if the weight's gradient is None again: the loop has given up their step."""
-        if self._gradient_is_gone() and any(call.gradients[kind] for call in self.calls):
+        if self._gradient_is_gone() and any(call.gradients[pass_name] for call in self.calls):
             self._forget_passes()
             self.edges = []
 
@@ -170,7 +170,7 @@ class Capture:
             self._weight_version = self._kind.weight, self._kind.weight._version
             if self._accumulated_by and self._gradient_is_gone():
                 self._forget_passes(keep=self._recorder.terms["curvature"])
-            self._was_empty = self.gradient_is_captured() if self._accumulated_by else self._watched.grad is None
+            self._was_none = self.gradient_is_captured() if self._accumulated_by else self._watched.grad is None
             self._watch_gradient(self._watched)
         if call not in self.calls:
             self.calls.append(call)
@@ -222,9 +222,10 @@ class Capture:
         weight, bias = self._kind.weight, self._kind.bias
         parts_are_plain = all(isinstance(part, nn.Parameter) and not is_dtensor(part) for part in (weight, bias))
         if weight.requires_grad and parts_are_plain and self.enabled and "loss" in self.passes:
-            own_hooks = self._gradient_hook is not None and self._gradient_hook[0] is weight
+            # 0 or 1: another hook would read the gradient.
+            own_hook_count = int(self._gradient_hook is not None and self._gradient_hook[0] is weight)
             hooks = (*(weight._backward_hooks or ()), *(weight._post_accumulate_grad_hooks or ()))
-            self._leaves_out = len(hooks) == own_hooks
+            self._leaves_out = len(hooks) == own_hook_count
             weight.requires_grad_(not self._leaves_out)
 
     def _switch_on(self, *_: Any) -> None:

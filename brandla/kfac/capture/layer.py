@@ -132,10 +132,10 @@ class Layer:
         if kind.uses_transpose:
             self.has_transposed_use, self.gradient_is_pair = True, False
 
-    def rows(self, kind: Pass, scale: Tensor | None) -> Rows | None:
+    def rows(self, pass_name: Pass, scale: Tensor | None) -> Rows | None:
         """Return the rows of the captured calls in this layer's sharing, with γ divided by the loss's ``scale``."""
-        calls = self._calls(kind)
-        return self._rows_of_calls(calls, kind, scale) if calls else None
+        calls = self._calls(pass_name)
+        return self._rows_of_calls(calls, pass_name, scale) if calls else None
 
     def take_gradient(self, rows: Rows | None, scale: Tensor | None) -> Rows | None:
         """Return the rows whose product is the gradient that autograd has left out; None if it has formed all of it.
@@ -265,16 +265,18 @@ class Layer:
     def _loss_rows(self, rows: Rows | None, calls: list[Call], scale: Tensor | None) -> Rows:
         """Return rows whose product is the loss's gradient from these calls: the factors' ``rows`` if they have it."""
         # In a factor the rows of padding are 0, but padding may contribute to the gradient.
-        if rows is None or rows.counted or rows.share is not None or self.sharing == "reduce":
+        if rows is None or rows.per_term or rows.share is not None or self.sharing == "reduce":
             return self._rows_of_calls(calls, "loss", scale, whole=True)
         return rows
 
     def _product(self, rows: Rows) -> Tensor:
         return rows.gradients.mT @ rows.inputs[..., : self.shape.d_in - self.has_bias]
 
-    def _calls(self, kind: Pass) -> list[Call]:
+    def _calls(self, pass_name: Pass) -> list[Call]:
         """Return the calls that have rows: a batch may be empty."""
-        return [call for call in self.capture.calls if call.gradients[kind] and call.gradients[kind][0].numel()]
+        return [
+            call for call in self.capture.calls if call.gradients[pass_name] and call.gradients[pass_name][0].numel()
+        ]
 
     def _pair_calls(self) -> list[Call]:
         """Return the calls whose pair may be the gradient, if the pair is cheaper to apply; otherwise no calls."""
@@ -296,19 +298,21 @@ class Layer:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return Shape(groups, d_out, d_in + self.has_bias, dtype, weight.device, kind.one_hot, kind.single)
 
-    def _rows_of_calls(self, calls: list[Call], kind: Pass, scale: Tensor | None, *, whole: bool = False) -> Rows:
+    def _rows_of_calls(self, calls: list[Call], pass_name: Pass, scale: Tensor | None, *, whole: bool = False) -> Rows:
         """Return the rows of calls in this layer's sharing and the factors' dtype; draws repeat the gradients alone.
 
         Rows of padding are 0. If ``whole``, there is one row for every sample and position, as it was captured.
         """
         if self.has_transposed_use and len({call.kind.uses_transpose for call in calls}) > 1:
             by_use = [[call for call in calls if call.kind.uses_transpose == flag] for flag in (False, True)]
-            return _with_transposed_use(*(self._rows_of_calls(own, kind, scale, whole=whole) for own in by_use))
+            return _with_transposed_use(*(self._rows_of_calls(own, pass_name, scale, whole=whole) for own in by_use))
         inputs, gradients, masks, positions, count = [], [], [], set(), 0
-        captured = [(index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[kind])]
+        captured = [
+            (index, call, gradient) for call in calls for index, gradient in enumerate(call.gradients[pass_name])
+        ]
         # The first gradients of all calls come first, then the second ones.
         for index, call, gradient in sorted(captured, key=itemgetter(0)):
-            full, is_new = gradient.to(self.shape.dtype), kind == "loss" or index == 0
+            full, is_new = gradient.to(self.shape.dtype), pass_name == "loss" or index == 0
             uses, mask = self._uses(call, full if scale is None else full / scale, whole=whole)
             if mask is not None and is_new:
                 masks.append(mask)
@@ -323,7 +327,7 @@ class Layer:
         joined = inputs[0] if len(inputs) == 1 else _joined(inputs)
         gammas = gradients[0] if len(gradients) == 1 else _joined(gradients)
         rows = Rows(joined, gammas, count, position_count, self.kind.single)
-        return self._without_padding(rows, masks, kind) if masks else rows
+        return self._without_padding(rows, masks, pass_name) if masks else rows
 
     def _uses(self, call: Call, gradient: Tensor, *, whole: bool) -> tuple[Uses, Tensor | None]:
         """Return the uses of a call, in "reduce" one a sample, and the mask of positions that are not padding.
@@ -348,7 +352,7 @@ class Layer:
             uses = kind.uses(inputs, gradient)
         return averaged(uses, valid, groups) if reduce and kind.is_averaged else (uses, valid)
 
-    def _without_padding(self, rows: Rows, masks: list[Tensor], kind: Pass) -> Rows:
+    def _without_padding(self, rows: Rows, masks: list[Tensor], pass_name: Pass) -> Rows:
         """Scale rows so that means over all rows equal means over the rows that are not padding.
 
         This divides A by the share of these rows. With the loss's gradients, it multiplies G by the share. Indices have
@@ -359,7 +363,7 @@ class Layer:
         empty = torch.stack([mask.numel() - mask.sum() for mask in masks]).sum().to(self.shape.dtype)
         share = (1 - empty / rows.uses).clamp_min(torch.finfo(self.shape.dtype).eps)
         root = share.sqrt()
-        inputs, gradients = rows.inputs, rows.gradients * root if kind == "loss" else rows.gradients
+        inputs, gradients = rows.inputs, rows.gradients * root if pass_name == "loss" else rows.gradients
         if self.kind.one_hot:
             gradients = gradients / root
         else:

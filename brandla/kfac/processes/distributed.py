@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, distributed
 
+from brandla.kfac.capture.finite import FiniteCheck
 from brandla.kfac.capture.layer import Layer, by_strategy
-from brandla.kfac.capture.mask import Mask
 from brandla.kfac.processes.exchange import SIDES, Part, Share, joined_rows, parts_of, rows_to_send
 from brandla.kfac.processes.messages import Ranks
 from brandla.kfac.systems.factor import Factor
@@ -39,13 +39,13 @@ class Replicas:
     world = 1
 
     def exchange(
-        self, own: Mapping[Layer, Rows], mask: Mask, seed: int, terms: Tensor | float
-    ) -> tuple[Mask, dict[Layer, Rows]]:
+        self, own: Mapping[Layer, Rows], check: FiniteCheck, seed: int, terms: Tensor | float
+    ) -> tuple[FiniteCheck, dict[Layer, Rows]]:
         """Return whether the data of all processes are finite, and the rows, or zeros, that this process takes in.
 
         If rows are gradients of this process's loss, ``terms`` is the number of terms in its mean; 0 if it is unknown.
         """
-        return mask, {layer: _scaled_to_terms(layer, rows, terms) for layer, rows in mask.rows(own).items()}
+        return check, {layer: _scaled_to_terms(layer, rows, terms) for layer, rows in check.rows(own).items()}
 
     def absorb(self, rows: Mapping[Layer, Rows], now: Now) -> None:
         """Take rows into the curvatures, those of one strategy together, so that all processes can solve with them."""
@@ -75,13 +75,13 @@ class Gather(Replicas):
         self._from_curvature = from_curvature
 
     def exchange(
-        self, own: Mapping[Layer, Rows], mask: Mask, seed: int, terms: Tensor | float
-    ) -> tuple[Mask, dict[Layer, Rows]]:
+        self, own: Mapping[Layer, Rows], check: FiniteCheck, seed: int, terms: Tensor | float
+    ) -> tuple[FiniteCheck, dict[Layer, Rows]]:
         """Count the rows and terms of all processes, then send the rows to the processes that take them in."""
-        finite, all_terms, shares = self._counted(own, mask.finite, terms)
-        mask = Mask(torch.full_like(mask.finite, finite), finite)
+        finite, all_terms, shares = self._counted(own, check.finite, terms)
+        check = FiniteCheck(torch.full_like(check.finite, finite), finite)
         clean: dict[Layer, Rows] = {}
-        for layer, rows in mask.rows(own).items():
+        for layer, rows in check.rows(own).items():
             if layer in shares:
                 uses = sum(share.uses for share in shares[layer])
                 clean[layer] = _scaled_to_terms(layer, rows, all_terms * rows.uses / uses)
@@ -89,11 +89,11 @@ class Gather(Replicas):
         for layer, of_ranks in shares.items():
             parts += parts_of(layer, of_ranks, self._columns, from_curvature=self._from_curvature)
         if not parts:
-            return mask, {}
+            return check, {}
         joined = joined_rows(shares, parts, self._exchanged(parts, clean, seed), seed)
         if self._from_curvature or all_terms:
-            joined = {layer: rows._replace(counted=True) for layer, rows in joined.items()}
-        return mask, joined
+            joined = {layer: rows._replace(per_term=True) for layer, rows in joined.items()}
+        return check, joined
 
     def mean(self, number: Tensor) -> Tensor:
         return self._ranks.mean(number)
@@ -200,7 +200,7 @@ class Split(Gather):
             factor = self._factor(unit)
             # After a checkpoint is loaded, every process has all of a factor. Only the owner keeps it.
             if factor is not None and factor.started and owner != self.rank:
-                factor.state = factor.strategy.solving(factor.state)
+                factor.state = factor.form.solving(factor.state)
         return [None if unit is None else self._owners[unit] for unit in units]
 
     def _cost(self, unit: Unit, part: Part) -> float:
@@ -226,7 +226,7 @@ class Split(Gather):
             if factor is None:
                 own[unit] = self._layers[unit[0]].curvature.state_dict()
             else:
-                parts = factor.strategy.solving(factor.state).items()
+                parts = factor.form.solving(factor.state).items()
                 own[unit] = {name: part for name, part in parts if not (name in last and last[name].matches(part))}
         for published in self._ranks.publish(own):
             for unit, state in published.items():
@@ -236,7 +236,7 @@ class Split(Gather):
                 else:
                     factor.state.update(state)
                     if self._owners[unit] == self.rank:
-                        sent = factor.strategy.solving(factor.state).items()
+                        sent = factor.form.solving(factor.state).items()
                         self._published[unit] = {key: Version(part) for key, part in sent if isinstance(part, Tensor)}
 
     def _factor(self, unit: Unit) -> Factor | None:

@@ -30,7 +30,7 @@ def check_capture(options: Mapping[str, bool], curvatures: Mapping[str, Curvatur
         raise RuntimeError(message)
     for name, curvature in curvatures.items():
         factors = list(curvature.factors())
-        others = [str(factor.strategy) for _, factor in factors if not factor.strategy.is_capturable]
+        others = [str(factor.form) for _, factor in factors if not factor.form.is_capturable]
         got = f"got {others[0] if others else type(curvature).__name__} for {name}"
         if not curvature.started:
             got = f"the factors of {name} have no data yet: take a few steps before the capture"

@@ -50,7 +50,7 @@ def due(state: State, step: int, every: Schedule[int], *, early: bool = False) -
     wait, last = at(every, step), state.get("renewed")
     if early:
         begun = state.setdefault("begun", step)
-        wait = min(wait, (begun if last is None else last) - begun + 1)
+        wait = min(wait, state.get("renewed", begun) - begun + 1)
     if last is not None and step - last < wait:
         return False
     state["renewed"] = step

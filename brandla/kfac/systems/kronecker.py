@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brandla import grouped
 from brandla.damped import LowRank
-from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, shifts_of_each
+from brandla.kfac.systems.factor import Factor, Intake, absorb_columns, damped_solves, dampings_of_each
 from brandla.kfac.systems.form import Blocks, Diagonal, FactorForm, State
 from brandla.kfac.systems.strategy import Curvature, Problem, Strategy
 from brandla.kfac.values import Damping, Gradient, Now, Rows, Shape, Side, map_by_kind
@@ -102,8 +102,8 @@ def solve_together(problems: Sequence[Problem], damping: Damping) -> list[Gradie
             return _solve_each_side(chosen, factors, damping)
         left, right = ([of_layer[side] for of_layer in factors] for side in SIDES)
         of_left, of_right = ([cast(LowRank, factor.operand()) for factor in of_side] for of_side in (left, right))
-        left_tail, right_tail = ([factor.strategy.tail for factor in of_side] for of_side in (left, right))
-        both = shifts_of_each(left + right, damping)
+        left_tail, right_tail = ([factor.form.tail for factor in of_side] for of_side in (left, right))
+        both = dampings_of_each(left + right, damping)
         shifts = both[: len(left)], both[len(left) :]
         return grouped.kron_damped_solve(of_left, of_right, chosen, *shifts, left_tail=left_tail, right_tail=right_tail)
 

@@ -87,7 +87,7 @@ class SampleCurvature(StateCurvature):
         if not due(self.state, now.step, self.strategy.every):
             return
         # If `KFAC.curvature` gave no number of terms, each sample is one term.
-        uses = rows.uses if rows.counted else rows.uses // rows.positions
+        uses = rows.uses if rows.per_term else rows.uses // rows.positions
         samples = Samples.of(rows)._replace(uses=uses)
         if self.strategy.positions is not None:
             samples = samples.fewer_positions(self.strategy.positions, now.seed)

@@ -1,4 +1,4 @@
-"""Mixed precision: the scale of the loss, and a mask that discards batches with non-finite values."""
+"""Mixed precision: the scale of the loss, and the check that discards batches with non-finite values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Ten
 
 
 @dataclass(frozen=True)
-class Mask:
+class FiniteCheck:
     """Whether all numbers of a step are finite, squares of rows included. It zeroes the step if they are not.
 
     Nothing waits for the device.
@@ -52,7 +52,7 @@ class Mask:
     known_finite: bool
 
     @classmethod
-    def of(cls, rows: Iterable[Rows], model: nn.Module, products: Iterable[Tensor | None] = ()) -> Mask:
+    def of(cls, rows: Iterable[Rows], model: nn.Module, products: Iterable[Tensor | None] = ()) -> FiniteCheck:
         """Look once at all rows, and at all gradients of the model except ``products`` of rows."""
         skipped = {id(gradient) for gradient in products}
         # If the entries are below this bound, N times the sum of their squares is finite.
