@@ -13,16 +13,7 @@ import brandla_kernels as ops
 from brandla import _check
 from brandla._sharded import PLAIN, UNSHARDED, Sharding, sharding_of
 from brandla._small import Spectrum, noise_level, safe_eigh, spectrum
-from brandla.lowrank import (
-    LowRankEigh,
-    LowRankRoot,
-    Number,
-    Tracked,
-    add_dims,
-    check_factor,
-    stack_numbers,
-    two_numbers,
-)
+from brandla.lowrank import LowRankEigh, LowRankRoot, Number, Tracked, add_dims, as_tensors, check_factor, stack_numbers
 from brandla.orthonormal import times
 from brandla_kernels import Tall, tall
 
@@ -102,7 +93,7 @@ class DampedFactor(NamedTuple):
             return None
         tail = _smallest(tall.stacked(small)) if self.tail is None else self.tail
         batch = basis.shape[:-2] if single else (len(basis),)
-        return Inverse(basis, small, *two_numbers(self.damping, tail, like.dtype, like.device, batch))
+        return Inverse(basis, small, *as_tensors(self.damping, tail, like.dtype, like.device, batch))
 
     def operator(self, exponent: float = -1.0) -> Shifted:
         """(M̂ + τ(I − P) + λI)^p = β (I + U Z Uᵀ) with β = (τ + λ)^p and Z = ((d + λ)/(τ + λ))^p − 1.

@@ -325,7 +325,7 @@ def stack_numbers(numbers: Sequence[Number], like: Tensor) -> Number:
     return stacked([number.to(like) if isinstance(number, Tensor) else like.new_tensor(number) for number in numbers])
 
 
-def two_numbers(
+def as_tensors(
     first: Number, second: Number, dtype: torch.dtype, device: torch.device, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return two numbers as tensors of batch shape: one kernel if both are numbers, or tensors of one shape."""

@@ -21,11 +21,11 @@ from brandla.lowrank import (
     LowRankRoot,
     Rank,
     Tracked,
+    as_tensors,
     from_parts,
     max_and_tol,
     stack_numbers,
     stacked,
-    two_numbers,
 )
 from brandla_kernels import Tall, cross_gram, eigh_core, project, reads_are_free, root_core, rotate, rotate_, tall
 
@@ -183,7 +183,7 @@ class Update(NamedTuple):
         may_read = reads_are_free(cross)
         if self.compress == "cholesky" or not may_read or any(isinstance(number, Tensor) for number in numbers):
             # Ops take float64 tensors of the batch shape; on a CPU, `eigh_core` also takes numbers.
-            numbers = two_numbers(*numbers, torch.float64, cross.device, cross.shape[:-2])
+            numbers = as_tensors(*numbers, torch.float64, cross.device, cross.shape[:-2])
         small, needs_trace, r = self.small_or_nonfinite(), self.tracked is not None, cross.shape[-2]
         if self.compress == "cholesky":
             return root_core(small, cross, inner, *numbers, self.rank, self.tol, needs_trace)
@@ -311,23 +311,8 @@ def check_update(
         new_rank = _check.rank(function, requested, r, min(n, r + k), because)
     if sharding is not UNSHARDED:
         basis, columns = sharding.local(function, tall_name, basis), sharding.local(function, "columns", columns)
-    return Update(
-        function,
-        kind,
-        small,
-        basis,
-        columns,
-        k,
-        decay,
-        weight,
-        new_rank,
-        tol,
-        tracked,
-        sharding,
-        sparse,
-        compress,
-        shrink,
-    )
+    options = (new_rank, tol, tracked, sharding, sparse, compress, shrink)
+    return Update(function, kind, small, basis, columns, k, decay, weight, *options)
 
 
 def is_sparse(columns: Any) -> bool:
