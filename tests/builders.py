@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import brandla
 import oracles
+from brandla._sharded import is_dtensor
 
 Symmetric = brandla.LowRankEigh | brandla.LowRankRoot
 Size = tuple[int, ...]
@@ -84,7 +85,11 @@ def padded(factor: Symmetric, count: int) -> Symmetric:
     """Return a factor with ``count`` more zero columns: d gets zeros, S zero rows and columns; −count drops columns."""
     square = (factor.rank, factor.rank)
     pads = ((0, count, 0, count) if part.shape[-2:] == square else (0, count) for part in factor)
-    return type(factor)(*(torch.nn.functional.pad(part, pad) for part, pad in zip(factor, pads, strict=True)))
+    parts = [(part, torch.nn.functional.pad(part, pad)) for part, pad in zip(factor, pads, strict=True)]
+    # torch 2.11 replicates what it pads.
+    return type(factor)(
+        *(new.redistribute(placements=old.placements) if is_dtensor(old) else new for old, new in parts)
+    )
 
 
 def values_of(value: Symmetric | brandla.LowRankSVD) -> Tensor:
