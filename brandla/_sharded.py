@@ -129,13 +129,13 @@ UNSHARDED = Sharding()
 PLAIN = frozenset({Tensor, float, int})
 
 
-def placement_of(rows: Sharding) -> tuple[DeviceMesh, bool] | None:
+def placement_of(sharding: Sharding) -> tuple[DeviceMesh, bool] | None:
     """Return the mesh and the kind of small results: matrices computed together must share both."""
-    return None if rows.mesh is None else (rows.mesh, rows.replicates)
+    return None if sharding.mesh is None else (sharding.mesh, sharding.replicates)
 
 
 def sharding_of(function: str, name: str, tall: Any, small: Tensor) -> Sharding:
-    """Return the `Rows` of a factor's tall matrix. ``small`` shows whether the small parts are DTensors."""
+    """Return the `Sharding` of a factor's tall matrix. ``small`` shows whether the small parts are DTensors."""
     if type(tall) is Tensor or not is_dtensor(tall):
         return UNSHARDED
     _check.placements(function, name, tall, -2)

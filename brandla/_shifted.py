@@ -300,7 +300,7 @@ def _named_tail(
 
 
 def _add_diagonal(function: str, factor: DampedFactor, diagonal: Tensor) -> DampedFactor:
-    """Check δ, and return the factor with δ expanded to the batch shape of the factor."""
+    """Check δ, expand it to the batch shape of the factor, and return the factor with it."""
     if factor.sharding is not UNSHARDED:
         rule = "diagonal must be None if the factor is sharded on its rows"
         _check.fail_type(function, f"{rule}; got a {type(diagonal).__name__}; take .full_tensor() of the factor")

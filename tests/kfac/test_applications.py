@@ -243,6 +243,15 @@ def test_training_goes_on_bit_equal(inverse):
     assert_equal(model, other)
 
 
+@pytest.mark.parametrize("inverse", [None, Brand(2, form="eigh")], ids=["sum", "brand"])
+def test_a_state_without_data_brings_the_curvatures_back_to_none(inverse):
+    preconditioner = PINN(network(nn.Tanh(), nn.Tanh()), inverse, damping=DAMPING)
+    fresh = copy.deepcopy(preconditioner.state_dict())
+    preconditioner.backward(*PROBLEM)
+    preconditioner.load_state_dict(fresh)
+    assert not any(curvature.started for curvature in preconditioner.curvatures)
+
+
 def test_the_report_of_the_sum_has_a_row_for_each_side_and_non_finite_points_change_no_factor():
     model = network(nn.Tanh(), nn.Tanh()).float()
     preconditioner = PINN(model, damping=DAMPING)

@@ -166,17 +166,17 @@ class PINN:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state for a bit-equal continuation."""
-        curvatures = {str(index): own.state_dict() for index, own in enumerate(self.curvatures) if own.started}
+        curvatures = {str(index): curvature.state_dict() for index, curvature in enumerate(self.curvatures)}
         return {"system": self._system, "steps": self._steps, "curvatures": curvatures}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the same model and system, or raise before anything changes."""
-        saved, layers = state["curvatures"], [str(index) for index in range(len(self.curvatures))]
-        if state["system"] != self._system or list(saved) not in ([], layers):
-            wanted, got = f"{self._system} of {len(layers)} layers", f"{state['system']} of {len(saved)}"
+        saved, count = state["curvatures"], len(self.curvatures)
+        if state["system"] != self._system or len(saved) != count:
+            wanted, got = f"{self._system} of {count} layers", f"{state['system']} of {len(saved)}"
             _check.fail_value("PINN.load_state_dict", f"the state must be that of {wanted}; got {got}")
-        loaded = [own.loaded(saved[name], name) for name, own in zip(layers, self.curvatures, strict=True) if saved]
-        self.curvatures, self._steps = loaded or self.curvatures, state["steps"]
+        loaded = [curvature.loaded(saved[str(index)], str(index)) for index, curvature in enumerate(self.curvatures)]
+        self.curvatures, self._steps = loaded, state["steps"]
 
 
 @dataclass
