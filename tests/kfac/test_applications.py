@@ -224,9 +224,10 @@ def test_the_factors_of_a_system_are_the_mean_and_the_sum_of_both_terms():
 
 
 @pytest.mark.parametrize("inverse", [None, Brand(2, form="eigh"), Exact()], ids=["sum", "brand", "exact"])
-def test_training_goes_on_bit_equal(inverse):
+def test_training_goes_on_bit_equal_and_a_state_without_data_clears_the_curvatures(inverse):
     model = network(nn.Tanh(), nn.Tanh())
     preconditioner = PINN(model, inverse, damping=DAMPING)
+    without_data = copy.deepcopy(preconditioner.state_dict())
 
     def step(trained, with_preconditioner, seed):
         with_preconditioner.backward(points(7, seed), *PROBLEM[1:])
@@ -241,15 +242,8 @@ def test_training_goes_on_bit_equal(inverse):
         step(model, preconditioner, seed)
         step(other, resumed, seed)
     assert_equal(model, other)
-
-
-@pytest.mark.parametrize("inverse", [None, Brand(2, form="eigh")], ids=["sum", "brand"])
-def test_a_state_without_data_brings_the_curvatures_back_to_none(inverse):
-    preconditioner = PINN(network(nn.Tanh(), nn.Tanh()), inverse, damping=DAMPING)
-    fresh = copy.deepcopy(preconditioner.state_dict())
-    preconditioner.backward(*PROBLEM)
-    preconditioner.load_state_dict(fresh)
-    assert not any(curvature.started for curvature in preconditioner.curvatures)
+    resumed.load_state_dict(without_data)
+    assert not any(curvature.started for curvature in resumed.curvatures)
 
 
 def test_the_report_of_the_sum_has_a_row_for_each_side_and_non_finite_points_change_no_factor():
